@@ -1,0 +1,44 @@
+"""Target assignment on the CPU: the true number of objects against 100 padded rows, both exact.
+
+    python bench/targets.py [--rounds 15]
+"""
+import argparse
+import os
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import numpy as np
+import tensorflow as tf
+
+from effdet_nb.learn.targets import assign
+from effdet_nb.model.anchors import all_anchors
+from interleave import interleave, report
+
+
+def scene(rng, count):
+    "Boxes of 10 to 200 pixels on a 512-pixel image, and their channels."
+    centre, half = rng.uniform(20, 490, (count, 2)), np.exp(rng.uniform(np.log(10), np.log(200), (count, 2)))/2
+    return np.concatenate([centre-half, centre+half], axis=1).astype('float32'), rng.integers(0, 80, count).astype('int32')
+
+
+def padded(boxes, classes, rows=100):
+    missing = rows-len(boxes)
+    return np.pad(boxes, [(0, missing), (0, 0)], constant_values=-1), np.pad(classes, (0, missing), constant_values=-1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=15)
+    rounds = parser.parse_args().rounds
+    anchors, rng = all_anchors((512, 512)), np.random.default_rng(0)
+    kinds = tf.TensorSpec([None, 4]), tf.TensorSpec([None], tf.int32)
+    run = tf.function(lambda boxes, classes: assign(anchors, boxes, classes), input_signature=kinds)
+    print(f'{len(anchors):,} anchors, tensorflow {tf.__version__}, {os.cpu_count()} cores')
+    for count in 1, 7, 20, 100:
+        boxes, classes = scene(rng, count)
+        short, long = [tf.constant(a) for a in (boxes, classes)], [tf.constant(a) for a in padded(boxes, classes)]
+        for a, b in zip(run(*short), run(*long)): assert (a.numpy() == b.numpy()).all(), 'padding must change nothing'
+        report(f'{count} objects', interleave({'padded to 100 rows': lambda: run(*long), 'true count': lambda: run(*short)}, rounds), 'padded to 100 rows')
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,16 @@
+"Fixtures every guard may use."
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / 'shared'
+
+
+@pytest.fixture(scope='session')
+def shared():
+    "The folder with reference numbers and real pictures that stands beside a development checkout."
+    if not SHARED.is_dir():
+        assert os.environ.get('CI', '').lower() != 'true', 'CI must check out the reference data beside the project'
+        pytest.skip('needs the reference data (oracle/, data/) beside the checkout; the product itself does not')
+    return SHARED

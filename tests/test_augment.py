@@ -1,0 +1,105 @@
+"Guards of the augmentation chapter: boxes move with their pixels, whatever is drawn."
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from effdet_nb.data import augment as A
+from effdet_nb.data import letterbox as L
+
+SIZES = [(90,160), (160,90), (128,128), (77,301), (500,333), (33,33), (427,640), (1,50)]
+CANVASES = [(128,128), (96,160), (512,512)]
+
+
+def marked(h, w, box):
+    "A black picture with one filled red box."
+    image = np.zeros((h,w,3), np.uint8)
+    y1,x1,y2,x2 = box
+    image[y1:y2,x1:x2] = (255,0,0)
+    return tf.constant(image), tf.constant([box], tf.float32), tf.constant([0])
+
+
+def red_box(canvas):
+    canvas = np.asarray(canvas)
+    ys,xs = np.nonzero((canvas[...,0]>127) & (canvas[...,1]<50))
+    return None if len(ys)==0 else np.array([ys.min(), xs.min(), ys.max()+1, xs.max()+1])
+
+
+def test_scale_one_is_the_letterbox_of_evaluation():
+    assert A.MEAN_RGB == L.MEAN_RGB
+    for hw in SIZES:
+        for canvas in CANVASES: assert tuple(A.scaled_size(hw, canvas, 1.).numpy()) == L.fit(hw, canvas)[1], (hw, canvas)
+
+
+@pytest.mark.parametrize('hw', [(160,120), (90,160), (64,64)])
+def test_training_and_evaluation_see_nearly_the_same_pixels(hw):
+    small = np.random.default_rng(1).integers(0, 256, (5,6,3), dtype=np.uint8)
+    image = np.asarray(Image.fromarray(small).resize(hw[::-1], Image.Resampling.BICUBIC))
+    ours = A.crop_and_resize(tf.constant(image), tf.zeros((0,4)), tf.zeros((0,), tf.int32), (128,128), 1., (0.,0.))[0].numpy()
+    assert np.abs(ours.astype(int)-L.letterbox(image, (128,128))[0]).mean() < 2
+
+
+def test_boxes_stay_on_their_objects():
+    image,boxes,labels = marked(90, 150, (20,30,60,110))
+    shown = 0
+    for i in range(80):
+        canvas,moved,left = A.augment(image, boxes, labels, (64,96), (7,i), True, .3, 3.)
+        assert canvas.shape==(64,96,3) and canvas.dtype==tf.uint8
+        if len(left)==0: assert red_box(canvas) is None
+        elif red_box(canvas) is not None:
+            shown += 1
+            assert np.abs(moved[0].numpy()-red_box(canvas)).max() <= 1.01, i
+    assert shown > 50
+
+
+def test_moving_back_gives_the_visible_part():
+    "Canvas boxes mapped back through the window are the originals, cut at the window."
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        h,w = rng.integers(20, 300, 2)
+        corner,size,shown = (o.numpy() for o in A.window((h,w), (64,80), rng.uniform(.1, 3), rng.random(2).astype('float32')))
+        assert (corner>=0).all() and (corner+size<=(h,w)).all() and (shown<=(64,80)).all() and (size>=1).all() and (shown>=1).all()
+        boxes = np.sort(rng.random((6,2,2))*(h,w), 1).reshape(-1, 4).astype('float32')
+        moved,left = (o.numpy() for o in A.move_boxes(tf.constant(boxes), tf.range(6), corner, size, shown))
+        back = moved*np.tile(size/shown, 2) + np.tile(corner, 2)
+        cut = np.clip(boxes, np.tile(corner, 2), np.tile(corner+size, 2))
+        assert np.allclose(back, cut[left], atol=1e-2)
+        gone = np.setdiff1d(np.arange(6), left)
+        assert (np.prod(cut[gone,2:]-cut[gone,:2], 1) < 1e-2).all()
+
+
+def test_shape_is_kept():
+    "Both axes get the same factor, but for the rounding to whole pixels."
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        h,w = rng.integers(60, 400, 2)
+        _,size,shown = (o.numpy().astype(float) for o in A.window((h,w), (128,128), rng.uniform(.5, 2.5), rng.random(2).astype('float32')))
+        fy,fx = shown/size
+        assert abs(fy/fx-1) < 2/min(*shown, *size)
+
+
+def test_flip_twice_is_nothing_and_once_moves_every_pixel():
+    rng = np.random.default_rng(2)
+    image = tf.constant(rng.integers(0, 256, (7,13,3), dtype=np.uint8))
+    boxes = tf.constant([[1.,2,5,9], [0,0,7,13]])
+    once = A.flip(image, boxes)
+    assert (once[0].numpy() == image.numpy()[:,::-1]).all()
+    assert np.allclose(once[1], [[1,4,5,11], [0,0,7,13]])
+    twice = A.flip(*once)
+    assert (twice[0].numpy() == image.numpy()).all() and np.allclose(twice[1], boxes)
+
+
+def test_same_seed_same_result_in_graph_and_eager():
+    image,boxes,labels = marked(60, 90, (10,20,40,70))
+    graph = tf.function(lambda key: A.augment(image, boxes, labels, (64,64), key, True))
+    for i in range(10):
+        key = tf.constant([3,i], tf.int64)
+        for a,b in zip(graph(key), A.augment(image, boxes, labels, (64,64), key, True)): assert np.array_equal(a, b)
+
+
+def test_pictures_without_objects_and_of_one_pixel():
+    none = tf.zeros((0,4)), tf.zeros((0,), tf.int32)
+    for hw in ((1,1), (1,40), (40,1)):
+        for i in range(5):
+            canvas,boxes,labels = A.augment(tf.zeros((*hw,3), tf.uint8), *none, (64,64), (0,i), True)
+            assert canvas.shape==(64,64,3) and boxes.shape==(0,4) and labels.shape==(0,)

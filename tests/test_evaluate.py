@@ -1,0 +1,229 @@
+"Guards for evaluation: the same numbers as pycocotools on the raw files, every picture counted, faults named."
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from effdet_nb.data.coco import ClassTable, load_coco
+from effdet_nb.learn.evaluate import (COCO_NAMES, Metrics, Truth, category_ids, coco_metrics, coco_results, detect, evaluate, image_ap,
+                                      samples_from_json, samples_from_records, samples_from_spec, worst_images)
+from effdet_nb.model.postprocess import Detections
+
+
+def reference(annotations_file, results, image_ids=None):
+    "The twelve numbers as pycocotools itself gives them, from files alone."
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO(str(annotations_file))
+        e = COCOeval(gt, gt.loadRes(results), 'bbox')
+        if image_ids is not None: e.params.imgIds = image_ids
+        e.evaluate(), e.accumulate(), e.summarize()
+    return e.stats, e.eval['precision'][:, :, :, 0, 2], e.params.catIds
+
+
+def guesses(truth, classes, rng):
+    "What a middling detector might answer: shaken, repeated, confused and dreamed boxes."
+    boxes, channels = truth.boxes, np.array([classes.channel(int(k)) for k in truth.ids], int)
+    size = np.maximum((boxes[:, 2:]-boxes[:, :2])[:, [0, 1, 0, 1]], 1)
+    shaken = np.concatenate([boxes+rng.normal(0, s, boxes.shape)*size for s in (.01, .08, .2)])
+    corner = rng.uniform(0, 200, (5, 2))
+    all_boxes = np.concatenate([shaken, np.concatenate([corner, corner+rng.uniform(5, 150, (5, 2))], 1)])
+    all_channels = np.concatenate([channels]*3+[rng.integers(0, classes.num_classes, 5)])
+    confused = rng.random(len(all_channels))<.1
+    all_channels[confused] = rng.integers(0, classes.num_classes, confused.sum())
+    scores = rng.integers(1, 50, len(all_boxes))/50   # ties on purpose
+    order = np.argsort(-scores, kind='stable')
+    return Detections(all_boxes[order], scores[order], all_channels[order])
+
+
+@pytest.mark.parametrize('name, file, num_classes', [('bccd', 'test.json', None), ('coco_mini', None, 91)])
+def test_real_files_give_the_numbers_of_pycocotools(shared, name, file, num_classes):
+    folder = shared/'data'/name
+    file = folder/file if file else next(p for p in sorted(folder.rglob('*.json')) if 'instances' in p.name or p.parent==folder)
+    coco = load_coco(file)
+    classes, rng = ClassTable.make(coco.categories, num_classes), np.random.default_rng(0)
+    truths = [t for _, t in samples_from_json(coco, folder)]
+    metrics = coco_metrics([(t, guesses(t, classes, rng)) for t in truths], classes)
+    stats, precision, ids = reference(file, coco_results(metrics))
+    np.testing.assert_allclose([metrics[k] for k in COCO_NAMES], stats, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(metrics.precision, precision)
+    assert 0 < metrics['AP'] < 1 and [r['id'] for r in metrics.per_class]==list(ids)
+    assert sum(r['num_boxes'] for r in metrics.per_class) == metrics.num_boxes == coco.num_annotations-metrics.num_crowds
+
+
+def write_coco(path, rng, num_images, num_boxes):
+    "A random annotation file: crowds, empty pictures, areas unlike the boxes', one class without any box."
+    images = [dict(id=int(i), file_name=f'{i}.png', height=300, width=300) for i in rng.permutation(10*num_images)[:num_images]]
+    annotations = [dict(id=n, image_id=images[int(rng.integers(num_images))]['id'], category_id=int(rng.choice([2, 5])), iscrowd=int(rng.random()<.2),
+                        bbox=(b:=[round(float(v), 2) for v in (*rng.uniform(0, 150, 2), *rng.uniform(0, 140, 2))]), area=b[2]*b[3]*float(rng.uniform(.2, 1)))
+                   for n in range(1, num_boxes+1)]
+    path.write_text(json.dumps(dict(images=images, annotations=annotations, categories=[dict(id=k, name=str(k)) for k in (9, 5, 2)])))
+    return load_coco(path)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32-1), st.integers(1, 6), st.integers(0, 30))
+def test_random_files_give_the_numbers_of_pycocotools(tmp_path_factory, seed, num_images, num_boxes):
+    rng, path = np.random.default_rng(seed), tmp_path_factory.mktemp('coco')/'a.json'
+    coco = write_coco(path, rng, num_images, num_boxes)
+    classes = ClassTable.make(coco.categories, 10)
+    metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in samples_from_json(coco, '')], classes)
+    if not coco_results(metrics): return   # pycocotools cannot read an empty list of results; see the next test
+    np.testing.assert_allclose([metrics[k] for k in COCO_NAMES], reference(path, coco_results(metrics))[0], rtol=0, atol=1e-12)
+
+
+def test_more_than_a_hundred_detections_equal_pycocotools(tmp_path):
+    rng = np.random.default_rng(3)
+    coco = write_coco(tmp_path/'a.json', rng, 2, 90)
+    classes = ClassTable.make(coco.categories, 10)
+    metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in samples_from_json(coco, '')], classes)
+    assert max(len(d) for _, d in metrics.results) > 100
+    np.testing.assert_allclose([metrics[k] for k in COCO_NAMES], reference(tmp_path/'a.json', coco_results(metrics))[0], rtol=0, atol=1e-12)
+
+
+def test_a_subset_is_judged_by_its_own_truth(tmp_path):
+    rng = np.random.default_rng(4)
+    coco = write_coco(tmp_path/'a.json', rng, 6, 30)
+    classes, some = ClassTable.make(coco.categories, 10), [i['id'] for i in coco.images[:3]]
+    metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in islice(samples_from_json(coco, ''), 3)], classes)
+    np.testing.assert_allclose([metrics[k] for k in COCO_NAMES], reference(tmp_path/'a.json', coco_results(metrics), some)[0], rtol=0, atol=1e-12)
+
+
+def test_no_detections_and_no_truth_have_numbers():
+    classes, boxes = ClassTable((1,), ('a',), 2), [[0, 0, 40, 40]]
+    nothing = Detections([], [], [])
+    assert coco_metrics([(Truth(1, boxes, [1]), nothing)], classes)['AP'] == 0
+    assert set(coco_metrics([(Truth(1, [], []), Detections(boxes, [.9], [0]))], classes).values()) == {-1.}
+    assert set(coco_metrics([(Truth(1, [], []), nothing)], classes).values()) == {-1.}
+    assert coco_metrics([(Truth(1, boxes, [1], [True]), nothing)], classes).num_boxes == 0
+
+
+def test_the_first_annotation_can_be_found():
+    "An annotation numbered 0 counts as missed in pycocotools; ours are numbered from 1."
+    metrics = coco_metrics([(Truth(0, [[0, 0, 40, 40]], [1]), Detections([[0, 0, 40, 40]], [.9], [0]))], ClassTable((1,), ('a',), 2))
+    assert metrics['AP'] == pytest.approx(1) and metrics['ARmax1'] == 1
+
+
+def test_an_idle_channel_neither_helps_nor_hurts():
+    classes, t = ClassTable((1,), ('a',), 2), Truth('x', [[0, 0, 40, 40]], [1])
+    metrics = coco_metrics([(t, Detections([[0, 0, 40, 40]]*2, [.95, .9], [1, 0]))], classes)
+    assert metrics['AP'] == pytest.approx(1) and len(coco_results(metrics)) == 1 and image_ap(*metrics.results[0], classes) == .5
+
+
+class Fixed:
+    "A detector that answers with the whole canvas and remembers what it was shown."
+    def __init__(self, image_hw=(64, 64)):
+        self.image_hw, self.classes, self.meta, self.seen = image_hw, ClassTable((1,), ('a',), 2), {}, []
+
+    def __call__(self, images):
+        assert images.dtype==np.uint8 and images.shape[1:]==(*self.image_hw, 3)
+        self.seen.append(len(images))
+        return [Detections([[0, 0, *self.image_hw]], [.5], [0]) for _ in images]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    "Seven pictures of two shapes, as files, with one object that fills each."
+    images, annotations = [], []
+    for i in range(7):
+        h, w = (40, 80) if i%2 else (80, 40)
+        Image.new('RGB', (w, h), (i*30, 90, 60)).save(tmp_path/f'{i}.png')
+        images.append(dict(id=1000+i, file_name=f'{i}.png', height=h, width=w))
+        annotations.append(dict(id=i, image_id=1000+i, category_id=1, bbox=[0, 0, w, h]))
+    (tmp_path/'a.json').write_text(json.dumps(dict(images=images, annotations=annotations, categories=[dict(id=1, name='a')])))
+    return tmp_path
+
+
+def test_every_picture_counts_and_boxes_come_home(pictures):
+    detector = Fixed()
+    metrics = evaluate(detector, samples_from_json(pictures/'a.json', pictures), batch_size=3)
+    assert detector.seen == [3, 3, 1] and metrics.num_images == 7 and metrics['AP'] == pytest.approx(1)
+    for t, d in metrics.results: np.testing.assert_array_equal(d.boxes, t.boxes)   # the padding was cut off
+
+
+def test_paths_bytes_and_arrays_give_the_same(pictures):
+    pairs = list(samples_from_json(pictures/'a.json', pictures))
+    ways = [pairs, [(p.read_bytes(), t) for p, t in pairs], [(np.asarray(Image.open(p)), t) for p, t in pairs]]
+    found = [[d.boxes.tolist() for _, d in detect(Fixed((64, 96)), w, batch_size=2)] for w in ways]
+    assert found[0] == found[1] == found[2]
+
+
+def test_eval_samples_takes_the_first_and_reads_no_more(pictures):
+    (pictures/'6.png').write_bytes(b'broken')
+    metrics = evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures), batch_size=4, eval_samples=6)
+    assert [t.image_id for t, _ in metrics.results] == list(range(1000, 1006))
+    with pytest.raises(ValueError, match='6.png'): evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures))
+    with pytest.raises(ValueError, match='eval_samples 0: at least 1'): evaluate(Fixed(), [], eval_samples=0)
+
+
+def test_records_with_and_without_a_file_agree(pictures):
+    coco = load_coco(pictures/'a.json')
+    records = [dict(image=p.read_bytes(), source_id=str(t.image_id), boxes=t.boxes, labels=t.ids, is_crowd=t.is_crowd, area=t.area) for p, t in samples_from_json(coco, pictures)]
+    alone, both = evaluate(Fixed(), samples_from_records(records)), evaluate(Fixed(), samples_from_records(records, pictures/'a.json'))
+    assert dict(alone) == dict(both)
+    assert coco_results(both)[0]['image_id'] == 1000        # the file's own id, a number
+    with pytest.raises(ValueError, match='image 5 of the records is not among the 7 images'): list(samples_from_records([dict(source_id='5')], coco))
+
+
+def test_an_empty_or_half_answer_is_refused(pictures):
+    class Short(Fixed):
+        def __call__(self, images): return super().__call__(images)[1:]
+    with pytest.raises(ValueError, match='3 answers for 4 pictures'): evaluate(Short(), samples_from_json(pictures/'a.json', pictures), batch_size=4)
+    with pytest.raises(ValueError, match='batch_size 0'): evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures), batch_size=0)
+    with pytest.raises(ValueError, match='no pictures at all'): evaluate(Fixed(), [])
+    with pytest.raises(FileNotFoundError, match='none.png'): evaluate(Fixed(), [(pictures/'none.png', Truth(1, [], []))])
+
+
+def test_worst_pictures_come_first(pictures):
+    class Half(Fixed):
+        def __call__(self, images): return [d if i%2 else d[:0] for i, d in enumerate(super().__call__(images))]
+    metrics = evaluate(Half(), samples_from_json(pictures/'a.json', pictures), batch_size=7)
+    assert [i for ap, i in worst_images(metrics, 4) if ap==0] == [1000, 1002, 1004, 1006]
+
+
+def test_tables_fit_a_terminal_and_survive_odd_names():
+    rows = [dict(id=1, name='x'*90, num_boxes=10**6, AP=.5, AP50=.5, AR=.5), dict(id=2, name='a|b', num_boxes=0, AP=-1., AP50=-1., AR=-1.)]
+    metrics = Metrics([-1]*12, rows, np.zeros((10, 101, 2)), [], ClassTable((1, 2), ('x', 'a|b'), 3))
+    assert max(map(len, str(metrics).splitlines())) <= 100 and '–' in str(metrics) and 'a\\|b' in metrics._repr_markdown_()
+    assert json.loads(json.dumps(metrics.to_dict()))['metrics']['AP'] == -1
+
+
+def test_nothing_is_printed_by_default(pictures, capfd):
+    evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures))
+    assert capfd.readouterr() == ('', '')
+
+
+def test_channels_beyond_the_table_have_no_category():
+    assert category_ids(np.array([0, 1, 7]), ClassTable((4,), ('a',), 2)).tolist() == [4, -1, -1]
+
+
+def test_a_spec_names_records_and_file(pictures):
+    from effdet_nb.data.tfrecord import dataset_convert
+    from effdet_nb.spec import Spec
+    dataset_convert(pictures, pictures/'a.json', pictures/'records', 'val', num_shards=3)
+    spec = Spec().replace(dataset_config=dict(validation_file_pattern=str(pictures/'records/val*')))
+    both = spec.replace(dataset_config=dict(validation_json_file=str(pictures/'a.json')))
+    direct = evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures))
+    for s in (spec, both):
+        metrics = evaluate(Fixed(), samples_from_spec(s), batch_size=2)
+        assert dict(metrics) == dict(direct) and {t.image_id for t, _ in metrics.results} == set(range(1000, 1007))
+    with pytest.raises(FileNotFoundError, match='dataset_config.validation_file_pattern'):
+        list(samples_from_spec(spec.replace(dataset_config=dict(validation_file_pattern=str(pictures/'none*')))))
+
+
+def test_progress_leaves_stdout_alone(pictures, capfd):
+    evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures), show_progress=True)
+    assert capfd.readouterr().out == ''
+
+
+def test_importing_is_light():
+    code = "import sys, effdet_nb.learn.evaluate; print([m for m in ('tensorflow', 'keras', 'matplotlib', 'pycocotools') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'

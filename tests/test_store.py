@@ -1,0 +1,363 @@
+"Guards of the store: whatever happens to a file, it is read as written or refused with a sentence."
+import io, json, os, resource, subprocess, sys, time, tracemalloc, zipfile
+import numpy as np, pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis.extra import numpy as hnp
+from effdet_nb.model import store
+from effdet_nb.model.store import (CHUNK, DamagedFile, HEAD, HEADER, MAGIC, SealReader, SealWriter, StoreError, TAG, WrongKey, crc32, is_sealed,
+    load_etlt, load_model, nonce, read_meta, resolve_key, save_etlt, save_model, seal, unseal)
+
+KEY = 'a secret nobody may see'
+quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    "A quick scrypt that still depends on key, salt and parameters, for the tests which open files by the hundred."
+    real, cache = store.stretch, {}
+    def stretch(key, salt, log_n=15, r=8, p=1):
+        if (key, salt, log_n, r, p) not in cache: cache[key, salt, log_n, r, p] = real(key, salt + bytes([log_n, r, p]), 10, 1, 1)
+        return cache[key, salt, log_n, r, p]
+    monkeypatch.setattr(store, 'stretch', stretch)
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    return {f'block{i}/kernel': rng.normal(size=(3,3,8,8)).astype(np.float32) for i in range(4)}
+
+
+def refused(read, kind=StoreError):
+    "The error a reading must end in; it may not say the key."
+    with pytest.raises(kind) as e: read()
+    assert KEY not in str(e.value) and KEY not in repr(e.value)
+    assert e.value.__suppress_context__ or e.value.__context__ is None   # nothing of ciphers and zips in the traceback
+    return str(e.value)
+
+
+def same(a, b):
+    assert list(a)==list(b)
+    for n in a:
+        x,y = np.asarray(a[n]), b[n]
+        assert x.dtype==y.dtype and x.shape==y.shape and x.tobytes()==y.tobytes()
+
+
+# --- round trips
+
+@quick
+@given(st.binary(max_size=200), st.integers(16, 40), st.text(min_size=1))
+def test_any_bytes_come_back_through_the_seal(cheap, data, chunk, key):
+    sealed = seal(data, key, chunk)
+    assert len(sealed)==HEAD + len(data) + TAG*max(1, -(-len(data)//chunk))
+    assert unseal(sealed, key)==data
+
+
+@quick
+@given(st.binary(max_size=300), st.lists(st.tuples(st.integers(0, 320), st.integers(0, 320))), st.lists(st.integers(1, 50)))
+def test_the_stream_reads_like_a_file(cheap, data, moves, cuts):
+    out, rest = io.BytesIO(), data
+    with SealWriter(out, KEY, 32) as w:
+        for n in cuts: w.write(rest[:n]); rest = rest[n:]
+        w.write(rest)
+    ours, plain = io.BufferedReader(SealReader(io.BytesIO(out.getvalue()), KEY)), io.BytesIO(data)
+    for to,n in moves:
+        ours.seek(to); plain.seek(to)
+        assert ours.read(n)==plain.read(n)
+
+
+dtypes = st.sampled_from(['<f4', '<f8', '<f2', '>i4', '<i8', '|u1', '|b1', '<c8'])
+numbers = dtypes.flatmap(lambda d: hnp.arrays(d, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)))
+groups = st.dictionaries(st.text(), numbers, max_size=4)
+metas = st.dictionaries(st.text(), st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+                        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(), x, max_size=3), max_leaves=8), max_size=4)
+
+@quick
+@given(groups, groups, groups, metas, st.sampled_from(['', KEY]))
+def test_any_model_comes_back_bit_for_bit(tmp_path, cheap, weights, ema, optimizer, meta, key):
+    path = save_model(tmp_path/'m.tlt', weights, meta, key, ema, optimizer)
+    got = load_model(path, key)
+    assert got.meta==meta==read_meta(path, key)
+    same(weights, got.weights); same(ema, got.ema); same(optimizer, got.optimizer)
+    assert is_sealed(path)==bool(key)
+
+
+def test_fortran_order_and_strided_arrays(tmp_path):
+    a = np.arange(24.).reshape(2,3,4)
+    got = load_model(save_model(tmp_path/'m', {'f': np.asfortranarray(a), 's': a[:,::2], 't': a.T}, {})).weights
+    for n,x in {'f': a, 's': a[:,::2], 't': a.T}.items(): np.testing.assert_array_equal(got[n], x)
+
+
+@pytest.mark.parametrize('key', ['', KEY])
+def test_etlt_frame(tmp_path, key):
+    onnx = b'\x08\x07' + os.urandom(CHUNK*2)
+    path = save_etlt(tmp_path/'deep'/'er'/'m.etlt', onnx, key)
+    data = path.read_bytes()
+    assert data[:4]==bytes(4) and data[4:12]==(MAGIC if key else onnx[:8])
+    assert load_etlt(path, key)==onnx and is_sealed(path)==bool(key)
+
+
+def test_open_files_need_nothing_of_ours(tmp_path, arrays):
+    with zipfile.ZipFile(save_model(tmp_path/'m.tlt', arrays, dict(step=3))) as z:
+        assert json.loads(z.read('meta.json'))['meta']==dict(step=3)
+        np.testing.assert_array_equal(np.load(io.BytesIO(z.read('weights/block0/kernel.npy'))), arrays['block0/kernel'])
+
+
+def test_reading_the_description_leaves_the_weights_alone(tmp_path):
+    path, asked = save_model(tmp_path/'m.tlt', {'w': np.zeros(2**20, np.float32)}, dict(step=3), KEY), []
+    class Counted(io.FileIO):
+        def readinto(self, b):
+            n = super().readinto(b); asked.append(n)
+            return n
+    with io.BufferedReader(Counted(path), 1) as f, zipfile.ZipFile(io.BufferedReader(SealReader(f, KEY), CHUNK)) as z: z.read('meta.json')
+    assert sum(asked) < 6*CHUNK < path.stat().st_size/8
+
+
+def test_groups_not_asked_for_stay_empty(tmp_path, arrays):
+    got = load_model(save_model(tmp_path/'m', arrays, {}, '', arrays, {'i': 1}), groups=['ema'])
+    assert not got.weights and not got.optimizer and len(got.ema)==4
+
+
+# --- the seal under attack
+
+def unsealed(sealed): return lambda: unseal(sealed, KEY)
+
+@pytest.fixture
+def chunks(cheap):
+    good = seal(bytes(range(100)), KEY, 16)   # six full chunks and one of four bytes
+    return good[:HEAD], [good[i:i+16+TAG] for i in range(HEAD, len(good), 16+TAG)]
+
+
+def test_every_bit_of_header_and_body(chunks):
+    good = chunks[0] + b''.join(chunks[1])
+    assert unseal(good, KEY)==bytes(range(100))
+    for i in range(len(good)):
+        for bit in (1, 128): refused(unsealed(good[:i] + bytes([good[i]^bit]) + good[i+1:]))
+
+
+def test_every_truncation_and_appending(chunks):
+    good = chunks[0] + b''.join(chunks[1])
+    for n in range(len(good)): refused(unsealed(good[:n]), DamagedFile)
+    for tail in (b'\0', b'!', bytes(15), bytes(16), bytes(32), good[-32:], good[HEAD:], good): refused(unsealed(good + tail), DamagedFile)
+
+
+def test_chunks_are_bound_to_their_place(chunks):
+    head, parts = chunks
+    for i in range(len(parts)):
+        for j in range(i): refused(unsealed(head + b''.join(parts[k] if k not in (i,j) else parts[i+j-k] for k in range(len(parts)))), DamagedFile)
+        refused(unsealed(head + b''.join(parts[:i] + parts[i+1:])), DamagedFile)
+        refused(unsealed(head + b''.join(parts[:i] + [parts[i]] + parts[i:])), DamagedFile)
+
+
+def test_chunks_are_bound_to_their_file(chunks):
+    head, parts = chunks
+    other = seal(bytes(100), KEY, 16)
+    refused(unsealed(other[:HEAD] + b''.join(parts)), DamagedFile)
+    refused(unsealed(head + other[HEAD:HEAD+32] + b''.join(parts[1:])), DamagedFile)
+
+
+@pytest.mark.parametrize('field, value, kind', [(1, 2, StoreError), (2, 14, WrongKey), (2, 40, DamagedFile), (3, 200, DamagedFile), (4, 0, DamagedFile), (4, 255, DamagedFile),
+    (5, 0, DamagedFile), (5, 2**31, DamagedFile), (5, 32, DamagedFile), (6, bytes(16), WrongKey), (7, bytes(7), DamagedFile), (8, bytes(16), WrongKey)])
+def test_a_header_forged_with_its_checksum(chunks, field, value, kind):
+    fields = list(HEADER.unpack(chunks[0][:-4]))
+    fields[field] = value
+    body = HEADER.pack(*fields)
+    refused(unsealed(body + crc32(body).to_bytes(4, 'little') + b''.join(chunks[1])), kind)
+
+
+def test_every_header_byte_even_with_its_checksum_corrected(chunks):
+    head, parts = chunks
+    for i in range(HEAD-4):
+        body = head[:i] + bytes([head[i]^1]) + head[i+1:HEAD-4]
+        refused(unsealed(body + crc32(body).to_bytes(4, 'little') + b''.join(parts)))
+
+
+def test_nonces_never_repeat():
+    assert len({nonce(bytes(7), i, last) for i in range(1000) for last in (False, True)})==2000
+    assert len({seal(b'', 'k')[18:41] for _ in range(5)})==5
+
+
+def test_memory_stays_bounded(tmp_path):
+    "64 MB pass through the seal in both directions with a few chunks in memory (scrypt's own 32 MB is not Python's)."
+    block = os.urandom(2**20)
+    tracemalloc.start()
+    with open(tmp_path/'big', 'wb') as f, SealWriter(f, KEY) as w:
+        for _ in range(64): w.write(block)
+    with open(tmp_path/'big', 'rb') as f:
+        r = io.BufferedReader(SealReader(f, KEY), CHUNK)
+        assert all(r.read(2**20)==block for _ in range(64)) and r.read()==b''
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8*2**20
+
+
+def test_guessing_costs_but_opening_does_not():
+    start = time.process_time()
+    store.stretch(KEY, bytes(16))
+    assert .005 < time.process_time()-start < 2
+
+
+# --- whole files under attack
+
+def attacked(path, data): path.write_bytes(data); return path
+
+@pytest.mark.parametrize('key', ['', KEY])
+def test_damaged_models_never_give_wrong_weights(tmp_path, cheap, arrays, key):
+    "Bytes changed, cut and appended at sampled places. A flip that an open zip cannot notice (a date, a flag nobody reads) may pass, but then the weights are the right ones."
+    data = save_model(tmp_path/'m.tlt', arrays, dict(step=3), key).read_bytes()
+    edges = range(HEAD, len(data)+1, CHUNK+TAG) if key else [data.index(b'PK\1\2')]
+    cuts = {n for e in (0, *edges, len(data)) for n in (e-1, e, e+1) if 0<=n<len(data)}
+    broken = [data[:n] for n in sorted(cuts)] + [data[:i] + bytes([data[i]^(1<<i%8)]) + data[i+1:] for i in {*range(0, len(data), 97), *range(len(data)-600, len(data))}]
+    passed = 0
+    for b in broken:
+        try: got = load_model(attacked(tmp_path/'bad.tlt', b), key)
+        except StoreError as e: assert 'bad.tlt' in str(e) and KEY not in str(e)
+        else: same(arrays, got.weights); passed += 1; assert not key
+    assert passed < len(broken)/4
+
+
+def test_appended_bytes(tmp_path, arrays):
+    for key in ('', KEY):
+        data = save_model(tmp_path/'m.tlt', arrays, {}, key).read_bytes()
+        refused(lambda: load_model(attacked(tmp_path/'bad.tlt', data + bytes(70000)), key), DamagedFile)
+    refused(lambda: load_model(attacked(tmp_path/'bad.tlt', data + b'!'), KEY), DamagedFile)
+
+
+def test_keys_given_and_forgotten(tmp_path, arrays):
+    a, b = save_model(tmp_path/'a.tlt', arrays, {}, KEY), save_model(tmp_path/'b.tlt', arrays, {})
+    for read in (load_model, read_meta):
+        assert 'no key was given' in refused(lambda: read(a), WrongKey)
+        assert 'another key' in refused(lambda: read(a, KEY+' '), WrongKey)
+        assert 'not sealed' in refused(lambda: read(b, KEY), WrongKey)
+    e, o = save_etlt(tmp_path/'a.etlt', b'\x08\x07', KEY), save_etlt(tmp_path/'b.etlt', b'\x08\x07')
+    assert 'no key was given' in refused(lambda: load_etlt(e), WrongKey)
+    assert 'another key' in refused(lambda: load_etlt(e, 'x'), WrongKey)
+    assert 'not sealed' in refused(lambda: load_etlt(o, KEY), WrongKey)
+
+
+def test_keys_are_not_in_the_file_nor_in_reprs(tmp_path, arrays):
+    path = save_model(tmp_path/'a.tlt', arrays, dict(step=1), KEY)
+    assert KEY.encode() not in path.read_bytes() and b'step' not in path.read_bytes()
+    reader = SealReader(io.BytesIO(path.read_bytes()), KEY)
+    assert KEY not in repr(reader) + str(vars(reader)) + repr(load_model(path, KEY))
+
+
+def test_resolve_key(monkeypatch):
+    monkeypatch.delenv('EFFDET_KEY', raising=False)
+    assert resolve_key('')==resolve_key(None)==''
+    monkeypatch.setenv('EFFDET_KEY', 'from outside')
+    assert resolve_key('')==resolve_key(None)=='from outside' and resolve_key('typed')=='typed'
+
+
+# --- open zips made by others
+
+def repacked(path, change, compression=zipfile.ZIP_STORED):
+    "A copy of an open model whose members `change` may replace (bytes), drop (None) or add."
+    with zipfile.ZipFile(path) as z: members = {n: z.read(n) for n in z.namelist()}
+    with zipfile.ZipFile(path.with_name('changed.tlt'), 'w', compression) as z:
+        for n,data in (members | change).items():
+            if data is not None: z.writestr(n, data)
+    return path.with_name('changed.tlt')
+
+def npy(a):
+    f = io.BytesIO()
+    np.save(f, a, allow_pickle=True)
+    return f.getvalue()
+
+class Trap:
+    def __reduce__(self): return os.mkdir, ('sprung',)
+
+MEMBER = 'weights/block0/kernel.npy'
+
+@pytest.mark.parametrize('change', [{MEMBER: None}, {'meta.json': None}, {'weights/extra.npy': npy(np.zeros(3))}, {MEMBER: npy(np.zeros(3))}, {MEMBER: b''},
+    {MEMBER: npy(np.array([Trap()]))}, {'meta.json': b'{'}, {'meta.json': b'[]'}, {'meta.json': b'{"format": 9}'}, {'meta.json': b'{"format": 1, "arrays": 3}'}, {'meta.json': b'\xff'}])
+def test_members_missing_wrong_or_pickled(tmp_path, monkeypatch, arrays, change):
+    monkeypatch.chdir(tmp_path)
+    path = save_model(tmp_path/'m.tlt', arrays, {})
+    refused(lambda: load_model(repacked(path, change)))
+    assert not (tmp_path/'sprung').exists()
+
+
+def test_bytes_after_an_array_are_noticed(tmp_path, arrays):
+    path = save_model(tmp_path/'m.tlt', arrays, {})
+    refused(lambda: load_model(repacked(path, {MEMBER: npy(arrays['block0/kernel']) + b'!'})), DamagedFile)
+
+
+def test_bombs_are_not_unpacked(tmp_path, arrays):
+    path = save_model(tmp_path/'m.tlt', arrays, {})
+    assert 'compressed' in refused(lambda: load_model(repacked(path, {MEMBER: bytes(10**7)}, zipfile.ZIP_DEFLATED)), DamagedFile)
+    huge = io.BytesIO()
+    np.lib.format.write_array_header_1_0(huge, dict(descr='<f4', fortran_order=False, shape=(10**14,)))
+    refused(lambda: load_model(repacked(path, {MEMBER: huge.getvalue()})), DamagedFile)
+    with zipfile.ZipFile(path.with_name('lie.tlt'), 'w') as z:
+        z.writestr('meta.json', b'{}')
+        z.writestr('a', b'x'*1000)
+        second = zipfile.ZipInfo('b'); second.header_offset = z.getinfo('a').header_offset
+        second.file_size = second.compress_size = 10**6; second.CRC = 0
+        z.filelist.append(second)
+    assert 'more bytes than the file has' in refused(lambda: load_model(path.with_name('lie.tlt')), DamagedFile)
+
+
+def test_good_repacked_files_open(tmp_path, arrays):
+    path = save_model(tmp_path/'m.tlt', arrays, {})
+    same(arrays, load_model(repacked(path, {})).weights)
+
+
+# --- files of others
+
+@pytest.mark.parametrize('data, says', [(b'', 'empty'), (b'hello', 'unknown here'), (b'\x89HDF\r\n\x1a\n' + bytes(99), 'HDF5'), (b'\x08\x07' + bytes(99), 'ONNX'), (b'\x80\x04.', 'pickle'),
+    (np.random.default_rng(0).bytes(50_000), 'NVIDIA TAO, most likely'), (bytes(4) + np.random.default_rng(0).bytes(50_000), 'NVIDIA TAO, most likely'), (b'version https://git-lfs.github.com/spec/v1', 'Git LFS')])
+def test_foreign_models_get_a_sentence(tmp_path, data, says):
+    assert says in refused(lambda: load_model(attacked(tmp_path/'x.tlt', data), KEY))
+    assert says in refused(lambda: load_model(attacked(tmp_path/'x.tlt', data)))
+
+
+def test_zips_of_others(tmp_path):
+    with zipfile.ZipFile(tmp_path/'tao5.tlt', 'w') as z: z.writestr('model.ckpt-10.index', b'x')
+    assert 'TAO 5' in refused(lambda: load_model(tmp_path/'tao5.tlt'))
+    assert 'TAO 5' in refused(lambda: load_model(tmp_path/'tao5.tlt', KEY))   # TAO's users always give -k
+
+
+@pytest.mark.parametrize('data, says', [(b'', 'ends after 0 bytes'), (b'\0\0', 'ends after 2 bytes'), (bytes(4), 'empty'), (b'\x08\x07abc', 'plain ONNX'), (b'\x07\0\0\0input_1' + bytes(99), 'UFF'),
+    (bytes(4) + np.random.default_rng(0).bytes(50_000), 'NVIDIA TAO, most likely'), (np.random.default_rng(0).bytes(50_000), 'NVIDIA TAO, most likely'), (bytes(4) + b'hello', 'unknown here')])
+def test_foreign_exports_get_a_sentence(tmp_path, data, says):
+    for key in ('', KEY): assert says in refused(lambda: load_etlt(attacked(tmp_path/'x.etlt', data), key))
+
+
+def test_cut_and_changed_exports(tmp_path, cheap):
+    data = save_etlt(tmp_path/'m.etlt', b'\x08\x07' + os.urandom(CHUNK+99), KEY).read_bytes()
+    for n in (0, 3, 4, 5, 11, 12, 67, 68, 69, CHUNK+83, CHUNK+84, CHUNK+85, len(data)-1): refused(lambda: load_etlt(attacked(tmp_path/'x.etlt', data[:n]), KEY))
+    for i in range(0, len(data), 1999): refused(lambda: load_etlt(attacked(tmp_path/'x.etlt', data[:i] + bytes([data[i]^2]) + data[i+1:]), KEY))
+
+
+# --- writing
+
+@pytest.mark.parametrize('key', ['', KEY])
+@pytest.mark.parametrize('save', [lambda p,k: save_model(p, {'w': np.zeros(10**6)}, {}, k), lambda p,k: save_etlt(p, b'\x08\x07' + bytes(10**6), k)])
+def test_a_full_disk_leaves_the_old_file(tmp_path, key, save):
+    "The limit on file sizes makes real writes fail in the middle, as a full disk does."
+    path = attacked(tmp_path/'m', b'the old one')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        with pytest.raises(OSError): save(path, key)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes()==b'the old one' and [p.name for p in tmp_path.iterdir()]==['m']
+
+
+@pytest.mark.parametrize('bad, says', [(dict(weights={'w': [None]}), 'weights/w: type object'), (dict(weights={}, ema={'w': ['a']}), 'ema/w'),
+    (dict(weights={}, meta={'a': {1: 2}}), 'meta.a: key 1'), (dict(weights={}, meta={'a': [{1}]}), 'meta.a[0]: a set'), (dict(weights={}, optimizer={'v': np.zeros(2, 'V2')}), 'optimizer/v')])
+def test_what_cannot_be_kept_is_refused_before_writing(tmp_path, bad, says):
+    path = attacked(tmp_path/'m', b'the old one')
+    with pytest.raises(ValueError) as e: save_model(path, **{'meta': {}, **bad})
+    assert says in str(e.value) and path.read_bytes()==b'the old one' and len(list(tmp_path.iterdir()))==1
+
+
+def test_paths_that_are_no_files(tmp_path):
+    for read in (load_model, read_meta, load_etlt, is_sealed):
+        with pytest.raises(FileNotFoundError, match='no such file'): read(tmp_path/'nowhere')
+        with pytest.raises(FileNotFoundError, match='is a folder'): read(tmp_path)
+
+
+def test_no_tensorflow_needed():
+    code = "import sys, effdet_nb.model.store; print([m for m in ('tensorflow','keras','matplotlib','onnx') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip()=='[]'

@@ -1,0 +1,228 @@
+"""Render the docs site without Quarto: Sphinx and myst-nb, led by the same `_quarto.yml`.
+
+    python tools/render_docs.py                 # into _docs/
+    python tools/render_docs.py --out /tmp/site --strict
+
+Where Quarto is installed, `nbdev_docs` makes the site; this makes the same pages, at the same addresses, where it is not. nbdev first turns the
+notebooks into pages (`_proc/`: tables of parameters, hidden cells gone, links to other chapters); here they are rewritten from Quarto's Markdown into MyST's and
+built. Formulas use MathJax and diagrams mermaid: from `node_modules/` if `npm install mathjax@3 mermaid` was run, so that the site works without a
+network; otherwise MathJax comes from its usual server and a diagram stays text.
+"""
+import argparse, html, json, os, posixpath, re, shutil, subprocess, sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+CALLOUTS = dict(note='note', tip='tip', warning='warning', important='important', caution='caution')
+OPTION = re.compile(r'^#\|\s*([\w-]+)(?::\s*(.*?))?\s*$', re.M)
+LINK = re.compile(r'(\]\()([^)\s]+)(\))')
+
+
+def slug(heading):
+    "Pandoc's id of a heading, which Quarto and nbdev's links use: lower case, hyphens for spaces, dots and underscores kept."
+    kept = re.sub(r'[^\w\s.-]', '', heading.lower())
+    return re.sub(r'\s+', '-', kept.strip())
+
+
+def option_values(source):
+    "The `#| name: value` lines of a code cell; a bare `#| name` counts as true."
+    return {name: value or 'true' for name,value in OPTION.findall(source)}
+
+
+def front_matter(cell):
+    "The YAML block nbdev makes of a notebook's title cell, if this cell is one."
+    import yaml
+    text = ''.join(cell['source']).strip()
+    if cell['cell_type']!='raw' or not text.startswith('---'): return None
+    return yaml.safe_load(text.strip('-')) or {}
+
+
+class Page:
+    "One processed notebook and where it goes: `old` as in the sidebar (`data/10_boxes.ipynb`), `new` as its address (`data/boxes`)."
+    def __init__(self, old, notebook):
+        self.old, self.notebook = old, notebook
+        fronts = [f for c in notebook['cells'] if (f := front_matter(c)) is not None]
+        self.front = fronts[0] if fronts else {}
+        name = Path(self.front.get('output-file', posixpath.basename(old))).stem
+        self.new = posixpath.join(posixpath.dirname(old), name)
+
+
+class Rewriter:
+    "Quarto's Markdown to MyST's, for all pages of a site."
+    def __init__(self, pages, address, mermaid):
+        self.by_old, self.by_new = {p.old: p for p in pages}, {p.new: p for p in pages}
+        self.address, self.mermaid = address.rstrip('/') + '/', mermaid
+
+    def link(self, target, page):
+        "A link to another page, however it was written, as a path from the root of the site's source."
+        path, _, anchor = target.partition('#')
+        anchor = '#' + anchor if anchor else ''
+        if path.startswith(self.address) and path.endswith('.html'):
+            to = self.by_new.get(path.removeprefix(self.address).removesuffix('.html'))
+        elif urlsplit(path).scheme or not path.endswith(('.ipynb', '.html')): return target
+        else:
+            near = posixpath.normpath(posixpath.join(posixpath.dirname(page.old), path))
+            to = self.by_old.get(near) or self.by_new.get(near.removesuffix('.html'))
+        return f'/{to.new}.ipynb{anchor}' if to else target
+
+    def diagram(self, match):
+        "A mermaid block: drawn in the browser where mermaid is at hand, else shown as text."
+        return f'<pre class="mermaid">\n{html.escape(match[1])}</pre>' if self.mermaid else f'```text\n{match[1]}```'
+
+    def __call__(self, text, page):
+        "One Markdown text of a page."
+        text = re.sub(r'<!-- WARNING.*?-->\n?', '', text)
+        text = re.sub(r'\{target="_blank"[^}]*\}', '', text)
+        text = re.sub(r'^```\{mermaid\}\n(.*?)^```', self.diagram, text, flags=re.M|re.S)
+        text = re.sub(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[ \t]*\n(?:\s*\n)?(?:#+ (.*)\n)?', self.callout, text, flags=re.M)
+        return LINK.sub(lambda m: m[1] + self.link(m[2], page) + m[3], text)
+
+    @staticmethod
+    def callout(match):
+        "Quarto's callout as an admonition; its heading or title becomes the title, `collapse` folds it."
+        fence, kind, options, heading = match.groups()
+        title = heading or next(iter(re.findall(r'title="([^"]*)"', options)), '')
+        if 'collapse' in options: return f'{fence}{{admonition}} {title or kind.capitalize()}\n:class: {CALLOUTS.get(kind, "note")} dropdown\n\n'
+        if title: return f'{fence}{{admonition}} {title}\n:class: {CALLOUTS.get(kind, "note")}\n\n'
+        return f'{fence}{{{CALLOUTS.get(kind, "note")}}}\n'
+
+
+def text_cell(source): return dict(cell_type='markdown', metadata={}, source=source)
+
+
+def shown_cells(page, rewrite):
+    "The cells of a page as Sphinx should see them."
+    for cell in page.notebook['cells']:
+        source = ''.join(cell['source'])
+        if (front := front_matter(cell)) is not None:
+            yield text_cell(f"# {front.get('title', page.new)}\n\n" + (f"*{front['description']}*" if front.get('description') else ''))
+        elif cell['cell_type']=='markdown':
+            if text := rewrite(source, page).strip(): yield cell | dict(source=text)
+        elif cell['cell_type']=='code': yield from code_cells(cell, source, page, rewrite)
+
+
+def code_cells(cell, source, page, rewrite):
+    "A code cell; one whose output is itself Markdown (`show_doc`) becomes that Markdown, so that its headings join the contents."
+    options = option_values(source)
+    if options.get('include')=='false': return
+    if options.get('output')=='asis':
+        for out in cell['outputs']:
+            text = ''.join(out.get('data', {}).get('text/markdown', out.get('text', '')))
+            if text := rewrite(text, page).replace('---\n', '', 1).strip(): yield text_cell(text)
+        return
+    tags = ['remove-input'] if options.get('echo')=='false' else []
+    yield cell | dict(source=OPTION.sub('', source).strip('\n'), metadata=cell['metadata'] | dict(tags=tags))
+
+
+def chapters(contents):
+    "The sidebar as (caption, [files]) in reading order."
+    for entry in contents:
+        if isinstance(entry, str): yield '', [entry]
+        elif 'section' in entry: yield entry['section'], [e if isinstance(e, str) else e['href'] for e in entry['contents']]
+        else: yield entry.get('text', ''), [entry['href']]
+
+
+def home(pages, site, groups):
+    "The index page with the whole sidebar as its table of contents; made up where there is no index notebook yet."
+    cells = next((p.cells for p in pages if p.old=='index.ipynb'), [text_cell(f"# {site['title']}")])
+    by_old = {p.old: p.new for p in pages}
+    for caption,files in groups:
+        names = [by_old[f] for f in files if f in by_old and f!='index.ipynb']
+        if names: cells.append(text_cell('```{toctree}\n:hidden:\n' + (f':caption: {caption}\n' if caption else '') + '\n' + '\n'.join(names) + '\n```'))
+    return cells
+
+
+CONF = '''
+import sys
+sys.path.insert(0, {tools!r})
+project = html_title = {title!r}
+author = {author!r}
+extensions = ['myst_nb', 'sphinx.ext.mathjax', 'sphinx_copybutton']
+exclude_patterns = ['_static']
+myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'html_image']
+myst_heading_anchors = 4
+myst_heading_slug_func = 'render_docs.slug'
+nb_execution_mode = 'off'
+nb_merge_streams = True
+html_theme = {theme!r}
+html_static_path = ['_static']
+html_show_sourcelink = False
+html_js_files = {scripts!r}
+html_theme_options = dict(repository_url={repository!r}, use_repository_button=True, use_download_button=True)
+suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type', 'misc.highlighting_failure']
+'''
+
+
+def static_files(root, to):
+    "Copies MathJax and mermaid from node_modules, where present; returns lines for conf.py and the scripts to load."
+    to.mkdir(parents=True)
+    lines, scripts, modules = '', [], root/'node_modules'
+    if (mathjax := modules/'mathjax/es5').is_dir():
+        shutil.copytree(mathjax/'output/chtml', to/'mathjax/output/chtml')
+        shutil.copy(mathjax/'tex-chtml.js', to/'mathjax')
+        lines += "mathjax_path = 'mathjax/tex-chtml.js'\n"
+    if (mermaid := modules/'mermaid/dist/mermaid.min.js').is_file():
+        shutil.copy(mermaid, to)
+        scripts.append('mermaid.min.js')
+    return lines, scripts
+
+
+def write_source(cfg, proc, source, theme):
+    "Fills `source` with what Sphinx needs; returns the files that the sidebar names and nobody wrote, and those it forgets."
+    import yaml
+    site = yaml.safe_load((cfg.config_path/'_quarto.yml').read_text(encoding='utf-8'))['website']
+    shutil.rmtree(source, ignore_errors=True)
+    extra, scripts = static_files(cfg.config_path, source/'_static')
+    written = {p.relative_to(cfg.nbs_path).as_posix() for p in cfg.nbs_path.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(cfg.nbs_path).parts)}
+    pages = [Page(old, json.loads((proc/old).read_text(encoding='utf-8'))) for old in sorted(written) if (proc/old).is_file()]
+    groups = list(chapters(site['sidebar']['contents']))
+    listed = {f for _,files in groups for f in files}
+    if forgotten := sorted(written-listed-{'index.ipynb'}): groups.append(('More', forgotten))
+    rewrite = Rewriter(pages, cfg.doc_host + cfg.doc_baseurl, bool(scripts))
+    for p in pages: p.cells = list(shown_cells(p, rewrite))
+    outputs = {p.new: p.notebook | dict(cells=p.cells) for p in pages}
+    blank = dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
+    outputs['index'] = outputs.get('index', blank) | dict(cells=home(pages, site, groups))
+    for name,notebook in outputs.items():
+        for i,cell in enumerate(notebook['cells']): cell['id'] = f'cell-{i}'
+        (source/name).parent.mkdir(parents=True, exist_ok=True)
+        (source/f'{name}.ipynb').write_text(json.dumps(notebook), encoding='utf-8')
+    copy_pictures(cfg.nbs_path, source)
+    conf = CONF.format(tools=str(Path(__file__).resolve().parent), title=site['title'], author=cfg.author, theme=theme, scripts=scripts, repository=cfg.git_url)
+    (source/'conf.py').write_text(conf + extra, encoding='utf-8')
+    return sorted(listed-written), forgotten
+
+
+def copy_pictures(nbs, source):
+    "Pictures and downloads that lie beside the notebooks keep their places."
+    for p in nbs.rglob('*'):
+        if p.suffix in ('.png', '.jpg', '.svg', '.proto', '.txt') and not any(part[0] in '._' for part in p.relative_to(nbs).parts):
+            to = source/p.relative_to(nbs)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(p, to)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--out', default='_docs', help='folder for the HTML pages (_docs)')
+    parser.add_argument('--theme', default='sphinx_book_theme', help='Sphinx theme (sphinx_book_theme)')
+    parser.add_argument('--strict', action='store_true', help='fail on warnings, and on chapters the sidebar names but nobody wrote or forgets')
+    parser.add_argument('--force', action='store_true', help='process all notebooks again, not only those that changed')
+    parser.add_argument('--workers', type=int, default=1, help='processes that process notebooks (1)')
+    args = parser.parse_args()
+    from nbdev.config import get_config
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+    cfg = get_config()
+    out = Path(args.out).resolve()
+    refresh_quarto_yml()
+    proc = proc_nbs(n_workers=args.workers, force=args.force)
+    source = proc/'_sphinx'
+    missing, forgotten = write_source(cfg, proc, source, args.theme)
+    for what,files in (('named in _quarto.yml, but there is no such notebook', missing), ('not in the sidebar of _quarto.yml; put under "More"', forgotten)):
+        for f in files: print(f'{f}: {what}', file=sys.stderr)
+    command = [sys.executable, '-m', 'sphinx', '-q', '-b', 'html', '-d', str(proc/'_doctrees'), *(['-W', '--keep-going'] if args.strict else []), str(source), str(out)]
+    code = subprocess.call(command, env=os.environ | dict(PYTHONWARNINGS='ignore'))
+    return code or int(args.strict and bool(missing or forgotten))
+
+
+if __name__=='__main__': sys.exit(main())
