@@ -53,14 +53,14 @@ def pattern(tmp_path_factory):
 
 
 def test_the_index_finds_what_tensorflow_reads(pattern):
-    files = D.record_files(pattern)
+    files = D.existing_records(pattern)
     records = D.Records.open(files)
     assert [records.read(i) for i in range(len(records))] == [r for f in files for r in tf.data.TFRecordDataset(f).as_numpy_iterator()]
     assert D.count_examples(pattern) == 10
 
 
 def test_a_flipped_bit_is_found_and_named(pattern, tmp_path):
-    data = bytearray(open(D.record_files(pattern)[0], 'rb').read())
+    data = bytearray(open(D.existing_records(pattern)[0], 'rb').read())
     data[60] ^= 1
     (tmp_path/'bad-0').write_bytes(data)
     records = D.Records.open([str(tmp_path/'bad-0')])
