@@ -54,10 +54,11 @@ def file_size(
     num_bytes:int, # as `stat` tells it
 )->str:
     "A number of bytes in a unit that fits."
-    for unit in ('bytes','kB','MB'):
-        if num_bytes<1000: return f'{num_bytes:.3g} {unit}'
-        num_bytes /= 1000
-    return f'{num_bytes:,.3g} GB'
+    size, unit = num_bytes, 'byte' if num_bytes==1 else 'bytes'
+    for larger in ('kB','MB','GB'):
+        if size<999.5: break
+        size,unit = size/1000,larger
+    return f'{size:.3g} {unit}' if size<999.5 else f'{size:,.0f} {unit}'
 
 # %% ../../nbs/deploy/44_report.ipynb #0f5ae589
 def table(
@@ -195,11 +196,10 @@ def files(
     root=None,   # folder that paths are shown relative to
 )->Html:
     "A table of files with their sizes."
-    def row(what, path):
-        path = Path(path)
-        place = path.relative_to(root) if root and path.is_relative_to(root) else path
-        return {'what': what, 'file': place, 'size': file_size(path.stat().st_size) if path.is_file() else f'{sum(1 for p in path.rglob("*") if p.is_file()):,} files'}
-    return table([row(what, path) for what,path in made.items()])
+    place = lambda p: p.relative_to(root) if root and p.is_relative_to(root) else p
+    count = lambda p: sum(o.is_file() for o in p.rglob('*'))
+    size = lambda p: file_size(p.stat().st_size) if p.is_file() else f'files: {count(p):,}'
+    return table([{'what': what, 'file': place(Path(p)), 'size': size(Path(p))} for what,p in made.items()])
 
 # %% ../../nbs/deploy/44_report.ipynb #404a2fc8
 def commands(

@@ -1,0 +1,76 @@
+# `make` lists what can be done. All of it happens inside .venv; nothing else on this machine is changed.
+SHELL      := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+VENV    ?= .venv
+FOLDER  ?= runs/quickstart
+WORKERS ?= 2
+MARK    ?= not slow and not gpu
+ARGS    ?=
+BIN     := $(VENV)/bin
+# What is installed is known by its cause: the stamp's name holds a sum of what decides it.
+SUM     := $(shell cat settings.ini setup.py | cksum | cut -d' ' -f1)
+RUN     := $(VENV)/.run-$(SUM)
+DEV     := $(VENV)/.dev-$(SUM)
+
+.PHONY: help run test in-step nbtest docs pytest bench clean distclean
+
+help:  ## this list
+	@echo 'effdet_nb. Needs make and Python 3.11 or later; the rest goes into $(VENV).'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort -s -k1,1 | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+run: $(RUN)  ## from nothing to a trained, pruned, exported detector and its report, on drawn pictures (minutes)
+	@echo 'make run: the whole pipeline on drawn shapes, into $(FOLDER)/. Started again, it goes on where it stopped.'
+	@$(BIN)/effdet_quickstart --folder '$(FOLDER)' $(ARGS)
+	@echo 'report: $(abspath $(FOLDER))/report.html'
+
+test: in-step nbtest docs pytest  ## everything CI checks: notebooks and modules in step, chapters, docs site, guards
+in-step: $(DEV)  ## nbdev_export and nbdev_clean change nothing
+	@state() { find nbs effdet_nb \( -name '*.ipynb' -o -name '*.py' \) -not -path '*/.ipynb_checkpoints/*' -exec cksum {} + | sort; }; \
+	before=$$(state); $(BIN)/nbdev_export; $(BIN)/nbdev_clean; after=$$(state); \
+	[ "$$before" = "$$after" ] && echo 'in step: notebooks are clean, and modules say what notebooks say' || \
+	{ echo 'These files were not in step; now they are. Look at them and commit:'; diff <(echo "$$before") <(echo "$$after") | awk '/^[<>]/ {print "  " $$4}' | sort -u; exit 1; }
+
+nbtest: $(DEV)  ## run every chapter
+	@OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/nbdev_test --n_workers $(WORKERS)
+
+docs: $(DEV)  ## the site, offline, into _docs/
+	@$(BIN)/python tools/render_docs.py
+	@echo 'docs: $(CURDIR)/_docs/index.html'
+
+pytest: $(DEV)  ## the guards in tests/; all of them with MARK=
+	@TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -m '$(MARK)' $(ARGS)
+
+bench: $(DEV)  ## how fast it is, beside other ways of doing the same
+	@for script in $(filter-out bench/interleave.py, $(wildcard bench/*.py)); do echo "# $$script"; TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python $$script; done
+
+clean:  ## remove what was built, but not .venv and not your runs
+	@rm -rf _docs _proc build dist .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv and the quickstart's run as well
+	@rm -rf '$(VENV)' '$(FOLDER)' effdet_nb.egg-info
+
+# The environment. What is there and good enough stays as it is.
+$(BIN)/python:
+	@test ! -e '$(VENV)' || { echo '$(VENV) exists, but it is no Python environment. Move it away, or name another: make run VENV=folder' >&2; exit 1; }
+	@test -n '$(PYTHON)' && '$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3,11))' || \
+	{ echo '$(or $(PYTHON),python3): Python 3.11 or later is needed. Install it, or name it: make run PYTHON=/path/to/python3.11' >&2; exit 1; }
+	@echo "making $(VENV) with $$('$(PYTHON)' --version)"
+	@'$(PYTHON)' -m venv '$(VENV)' || { rm -rf '$(VENV)'; echo 'Python came without venv; on Debian and Ubuntu it is in the package python3-venv' >&2; exit 1; }
+
+$(RUN): | $(BIN)/python
+	@test -e $(DEV) || { echo 'installing effdet_nb into $(VENV) (TensorFlow is large: minutes the first time)'; $(call install,.); }
+	@touch $@
+
+$(DEV): | $(BIN)/python
+	@echo 'installing effdet_nb and what its tests and docs need into $(VENV) (minutes the first time)'
+	@$(call install,.[dev])
+	@touch $@
+
+# Compiling once saves seconds at every start of TensorFlow; files that no Python can compile are examples inside packages.
+install = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -e '$(1)' && \
+	{ $(BIN)/python -m compileall -q -j 0 "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > /dev/null 2>&1 || true; }
