@@ -48,7 +48,7 @@ bench: $(DEV)  ## how fast it is, beside other ways of doing the same
 	@for script in $(filter-out bench/interleave.py, $(wildcard bench/*.py)); do echo "# $$script"; TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python $$script; done
 
 clean:  ## remove what was built, but not .venv and not your runs
-	@rm -rf _docs _proc build dist .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
+	@rm -rf _docs _proc jupyter_execute build dist .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv and the quickstart's run as well

@@ -188,13 +188,18 @@ def _saver(names, pictures, labels):
 
 # %% ../../nbs/deploy/43_infer.ipynb #fbc0dab4
 def open_for_inference(
-    model,       # a detector, or the path of a model file
-    key:str='',  # the key it was saved with; empty for an open file
-):               # a detector
-    "A detector as it is, or that of a model file with hard suppression."
+    model,              # a detector, or the path of a model file
+    key:str='',         # the key it was saved with; empty for an open file
+    threshold:float=.5, # lowest score that will be kept
+):                      # a detector
+    "A detector as it is, or that of a model file with hard suppression, complaining if it can't go down to a score."
     if callable(model): return model
     from effdet_nb.deploy.runtime import load_detector
-    return load_detector(model, key, method='hard', score_threshold=.01)
+    detector = load_detector(model, key, method='hard')
+    if detector.suppress['score_threshold']<=threshold: return detector
+    try: return load_detector(model, key, method='hard', score_threshold=threshold)
+    except ValueError as e: say(f'warning: {e}')
+    return detector
 
 # %% ../../nbs/deploy/43_infer.ipynb #2102c6a7
 def infer(
@@ -219,7 +224,7 @@ def infer(
     with Status(results_dir, 'inference', hide=(key,)) if results_dir is not None else nullcontext() as status:
         paths,given = find_images(in_image_path, recursive), read_label_map(label_map) if label_map else {}
         pictures,labels = targets(paths, in_image_path, out_image_path), targets(paths, in_image_path, out_label_path, labels=True)
-        detector = open_for_inference(detector, key)
+        detector = open_for_inference(detector, key, threshold)
         names = dict(zip(detector.classes.ids, detector.classes.names)) | given
         summary = Summary(threshold=threshold, places=[o for o in (out_image_path, out_label_path) if o is not None])
         def skip(path, error): summary.unreadable.append((path, str(error))); say(f'warning: {error}')

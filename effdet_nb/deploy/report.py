@@ -155,9 +155,9 @@ def data_uri(
 def _box(box, colour, text, font):
     "One box with its caption, as SVG."
     y1,x1,y2,x2 = box
-    rect = tag('rect', x=f'{x1:.1f}', y=f'{y1:.1f}', width=f'{max(x2-x1, 0):.1f}', height=f'{max(y2-y1, 0):.1f}', fill='none', stroke=colour, stroke_width=f'{font/6:.2f}')
+    rect = tag('rect', x=f'{x1:.1f}', y=f'{y1:.1f}', width=f'{max(x2-x1, 0):.1f}', height=f'{max(y2-y1, 0):.1f}', fill='none', stroke=colour, stroke_width=f'{font/8:.2f}')
     if not text: return rect
-    return rect + tag('text', text, x=f'{max(x1, 1):.1f}', y=f'{max(y1-font/4, font):.1f}', font_size=f'{font:.1f}', fill='white', stroke=colour, stroke_width=f'{font/3:.1f}', paint_order='stroke', stroke_linejoin='round')
+    return rect + tag('text', text, x=f'{max(x1, 1):.1f}', y=f'{max(y1-font/4, font):.1f}', font_size=f'{font:.1f}', fill='white', stroke=colour, stroke_width=f'{font/4:.1f}', paint_order='stroke', stroke_linejoin='round')
 
 # %% ../../nbs/deploy/44_report.ipynb #ef988b26
 def boxes_picture(
@@ -170,7 +170,7 @@ def boxes_picture(
 )->Html:
     "A picture with boxes drawn over it, as a figure."
     h,w = np.shape(image)[:2]
-    font = max(h,w)/20
+    font = max(h,w)/15
     at = lambda values,i: None if values is None else values[i]
     drawn = [_box(b, label_colour(at(labels,i) or 0), caption(at(labels,i), at(scores,i), names), font) for i,b in enumerate(as_boxes(boxes))]
     svg = tag('svg', tag('image', href=data_uri(image), width=w, height=h), *drawn, viewBox=f'0 0 {w} {h}', width=200, role='img', aria_label=title or 'picture with boxes')
@@ -221,8 +221,8 @@ p, li { max-width: 46rem } .lead, figcaption, caption, footer, .legend, dt { col
 th, td { text-align: left; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--rule); vertical-align: top } th { font-weight: 600 } .n { text-align: right }
 figure { margin: 0 } svg { width: 100%; height: auto; display: block } .picture svg { border-radius: 3px } figcaption, .legend { font-size: .85rem; margin: .2rem 0 }
 .row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem 2rem; margin: 1rem 0 }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(19rem, 100%), 1fr)); gap: 1.2rem } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem }
-pre { overflow-x: auto; padding: .6rem .8rem; border: 1px solid var(--rule); border-radius: 4px; margin: .3rem 0 .9rem } code { font: .86em/1.45 ui-monospace, monospace } td code { overflow-wrap: anywhere }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)); gap: 1.2rem } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem }
+pre { overflow-x: auto; padding: .6rem .8rem; border: 1px solid var(--rule); border-radius: 4px; margin: .3rem 0 .9rem } code { font: .86em/1.45 ui-monospace, monospace } td code { overflow-wrap: anywhere } .commands li { max-width: none }
 footer { margin-top: 3rem; font-size: .85rem }
 """
 

@@ -108,7 +108,7 @@ def bifpn(
     num_cells:int,   # rounds of talk
 )->list:             # five maps of `num_filters` channels, P3 to P7
     "The feature pyramid: three maps of the backbone in, five well-informed maps out."
-    sizes = {l: feature_size(image_hw, l) for l in range(3,8)}
+    sizes, num_filters = {l: feature_size(image_hw, l) for l in range(3,8)}, make.filters('p6', num_filters)
     p6 = resample(make, maps[5], sizes[6], num_filters, 'p6')
     xs = [maps[3], maps[4], maps[5], p6, shrink(p6, sizes[7], 'p7')]
     for cell in range(num_cells): xs = fpn_cell(make, xs, sizes, num_filters, cell)
