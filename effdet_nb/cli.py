@@ -309,9 +309,11 @@ def effdet_prune(
     pruning_granularity:Opt('Filters are kept in multiples of this', '-pg', type=int, metavar='N')=8,
     pruning_threshold:Opt('Filters with a norm above this are kept', '-pth', type=float, metavar='X')=0.1,
     min_num_filters:Opt('Fewest filters a layer keeps', '-nf', type=int, metavar='N')=16,
-    excluded_layers:Opt('Layers that are left alone', '-el', nargs='+', metavar='NAME')=None,
+    excluded_layers:Opt('Names or patterns of layers that are left alone', '-el', nargs='+', metavar='NAME')=None,
     dry_run:Opt('Say what would be left, and write nothing', flag=True)=False,
-    target_params:Opt('Find the threshold that leaves this part of the parameters, 0 to 1', type=float, metavar='X')=None,
+    target_params:Opt('Find the threshold that leaves so many parameters: a share up to 1, or their number', type=float, metavar='X')=None,
+    target_macs:Opt('The same for multiply-adds', type=float, metavar='X')=None,
+    scope:Opt('The part to prune', choices=['all','backbone','bifpn','heads'])='all',
     gpu_index:_gpu()=None,
     log_file:_log()=None,
     verbose:_verbose()=False,
@@ -319,7 +321,7 @@ def effdet_prune(
     "Remove the filters that matter least from a model."
     from effdet_nb.learn.prune import prune
     return prune(model, os.path.join(output_dir, 'model.tlt'), key, normalizer, equalization_criterion, pruning_granularity, pruning_threshold,
-                 min_num_filters, excluded_layers or (), dry_run, target_params)
+                 min_num_filters, excluded_layers or (), dry_run, target_params, target_macs, scope)
 
 # %% ../nbs/90_cli.ipynb #d742bb80
 @command

@@ -46,6 +46,15 @@ def test_the_commands_in_the_report_are_understood_by_the_commands(tmp_path):
     assert seen=={'effdet_dataset_convert', 'effdet_train', 'effdet_evaluate', 'effdet_prune', 'effdet_export', 'effdet_inference'}
 
 
+def test_the_command_has_the_same_defaults():
+    import inspect
+    from dataclasses import asdict
+    from effdet_nb import cli
+    ours, theirs = asdict(Q.Settings()), inspect.signature(cli.effdet_quickstart).parameters
+    shared = set(ours) & set(theirs)
+    assert {'num_train', 'num_epochs', 'seed'}<=shared and {k: theirs[k].default for k in shared}=={k: ours[k] for k in shared}
+
+
 @pytest.mark.slow
 def test_the_whole_of_it(tmp_path):
     "From an empty folder to a report, as a command: good before pruning, smaller and nearly as good after it, the same again from the exported file."

@@ -1,0 +1,230 @@
+"Pruning: the rule against a plain restatement of it, the surgery against the network, the file against everything that opens files."
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from effdet_nb.data.coco import ClassTable
+from effdet_nb.learn import prune as P
+from effdet_nb.learn.train import best_weights, start_arch
+from effdet_nb.model.backbone import backbone_blocks
+from effdet_nb.model.detect import KerasDetector, open_detector, put_weights, weights_of
+from effdet_nb.model.detector import Arch, arch_to_dict, build
+from effdet_nb.model.store import load_model, save_model
+from effdet_nb.spec import Spec
+
+CLASSES = ClassTable.make([{'id': i, 'name': n} for i, n in enumerate(('circle', 'square', 'triangle'), 1)], 3)
+ARCH = Arch(image_hw=(128, 128), num_classes=3)
+
+
+def wake(model, seed=0):
+    "Gives a fresh model batch statistics, so that its answers depend on the picture; returns a picture."
+    images = np.random.default_rng(seed).integers(0, 255, (2, *model.input.shape[1:])).astype('uint8')
+    for l in model.layers:
+        if hasattr(l, 'moving_mean'): l.momentum = 0.
+    model(images, training=True)
+    return images[:1]
+
+
+def fade(weights, graph, seed=0):
+    rng, weights = np.random.default_rng(seed), {k: v.copy() for k, v in weights.items()}
+    for g in graph.groups:
+        loudness = 10**rng.uniform(-2.5, 0, g.size)
+        for path, axis in g.makers.values(): np.moveaxis(weights[path], axis, -1)[...] *= loudness
+    return weights
+
+
+@pytest.fixture(scope='module')
+def model(): return build(ARCH)
+
+
+@pytest.fixture(scope='module')
+def graph(model): return P.channel_graph(model)
+
+
+@pytest.fixture(scope='module')
+def trained(model, graph, tmp_path_factory):
+    "A sealed checkpoint with plain and averaged weights, whose filters are not equally loud (and not the same ones in both)."
+    path = tmp_path_factory.mktemp('trained')/'model.step-7.tlt'
+    weights, ema = (fade(weights_of(model), graph, seed) for seed in (1, 2))
+    meta = dict(arch=arch_to_dict(ARCH), classes=CLASSES.to_dict(), kind='checkpoint', step=7, epoch=1., history=[{'epoch': 1, 'loss': 2.}], spec='', scores={'AP': .5})
+    save_model(path, weights, meta, 'key', ema=ema, optimizer={'momentum': np.ones(3)})
+    return path
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.floats(0, 1), st.integers(1, 17), st.integers(1, 40))
+@settings(max_examples=300, deadline=None)
+def test_the_rule_in_other_words(norms, threshold, granularity, least):
+    kept, norms = P.kept_channels(np.array(norms), threshold, granularity, least), np.array(norms)
+    gone = np.setdiff1d(np.arange(len(norms)), kept)
+    assert (np.diff(kept) > 0).all() and len(kept) >= min(least, len(norms))
+    assert set(np.flatnonzero(norms > threshold)) <= set(kept)                    # nothing loud is lost
+    if len(gone): assert norms[gone].max() <= norms[kept].min()                   # nothing quieter stays in its place
+    assert len(kept) == len(norms) or len(kept) % granularity == 0
+    wanted = max((norms > threshold).sum(), min(least, len(norms)))
+    assert len(kept) - wanted < granularity                                       # and no more than rounding demands
+
+
+@given(st.integers(0, 2**32-1), st.sampled_from(['max', 'L2']), st.sampled_from(list(P.CRITERIA)))
+@settings(max_examples=50, deadline=None)
+def test_criteria_are_ordered_and_norms_lie_between_0_and_1(seed, normalizer, criterion):
+    rng = np.random.default_rng(seed)
+    layers = np.stack([P.normalized(rng.lognormal(size=9), normalizer) for _ in range(3)])
+    got, least, most = (P.CRITERIA[c](layers) for c in (criterion, 'intersection', 'union'))
+    assert (least <= got*(1+1e-12)).all() and (got <= most*(1+1e-12)).all() and 0 <= got.min() and got.max() <= 1+1e-12
+
+
+@pytest.mark.parametrize('name, width, depth, cells, hidden', [('efficientdet-d0', 1., 1., 3, 3), ('efficientdet-d1', 1., 1.1, 4, 3)])
+def test_groups_of_the_graph_are_those_of_the_paper(name, width, depth, cells, hidden):
+    graph = P.channel_graph(build(Arch(name, (128, 128), num_classes=3)))
+    found, blocks = {frozenset(g.makers) for g in graph.groups}, backbone_blocks(width, depth)
+    expected = {frozenset(b.name+n for n in ('expand_conv', 'dwconv', 'se_expand')) for b in blocks if b.expand != 1}
+    expected |= {frozenset([b.name+'se_reduce']) for b in blocks}
+    for stage in '1234567':
+        same = [b.name for b in blocks if b.name[5] == stage]
+        group = {n+'project_conv' for n in same}
+        if stage == '1': group |= {n+s for n in same[1:] for s in ('dwconv', 'se_expand')}
+        expected.add(frozenset(group))
+    expected.add(frozenset(['stem_conv', 'block1a_dwconv', 'block1a_se_expand']))
+    laterals = {'p6', 'bifpn0_0_3_0', 'bifpn3_0_0_0', 'bifpn2_0_1_0', 'bifpn4_0_1_0', 'bifpn1_0_2_0', 'bifpn5_0_2_0'} & set(graph.layers)
+    expected.add(frozenset(laterals | {f'after_combine_dw_conv_{n}_{c}' for n in range(5, 13) for c in range(cells)}))
+    expected |= {frozenset([f'{head}-{i}']) for head in ('class', 'box') for i in range(hidden)}
+    assert found == expected and len(laterals) == 6
+    axes = [(p, a) for g in graph.groups for p, a in g.cuts]
+    assert len(axes) == len(set(axes))                                           # no axis is cut twice
+
+
+@pytest.mark.parametrize('arch', [ARCH, Arch('efficientdet-d1', (160, 224), num_classes=2)])
+def test_removing_silent_filters_changes_nothing(arch):
+    model = build(arch)
+    image, graph, rng = wake(model), P.channel_graph(model), np.random.default_rng(3)
+    weights, kept = weights_of(model), {}
+    for g in graph.groups:
+        order, n = rng.permutation(g.size), int(rng.integers(1, g.size+1))
+        kept[g.name] = np.sort(order[:n])
+        for path, axis in g.cuts:
+            if (path, axis) in g.makers.values() or axis == 0 and 'variance' not in path: np.moveaxis(weights[path], axis, -1)[..., order[n:]] = 0
+    put_weights(model, weights)
+    small = build(Arch(**{**vars(arch), 'widths': {n: len(kept[g.name]) for g in graph.groups for n in g.makers}}))
+    put_weights(small, P.cut(weights, graph, kept))
+    for whole, pruned in zip(*(m(image).values() for m in (model, small))): np.testing.assert_allclose(pruned, whole, atol=1e-5)
+    right = np.array(small(image)['cls_logits'])
+    wrong = kept | {'p6': np.roll(order[:0], 0) if False else (kept['p6']+1) % 64}
+    put_weights(small, P.cut(weights, graph, {k: np.sort(v) for k, v in wrong.items()}))
+    assert abs(np.array(small(image)['cls_logits'])-right).max() > 1e-5            # the comparison can fail
+    assert P.Pruning(graph, {}, protected=frozenset(kept)).params[0] == model.count_params()
+    assert sum(p for p, _ in P.costs(graph, {k: len(v) for k, v in kept.items()}).values()) == small.count_params()
+
+
+def test_a_pruned_level_as_wide_as_the_pyramid_keeps_its_1x1_convolution(graph):
+    widths = {n: 64 if n.startswith('block7a_project') else 64 if g.name == 'p6' else g.size for g in graph.groups for n in g.makers}
+    names = {l.name for l in build(Arch(image_hw=(128, 128), num_classes=3, widths=widths)).layers}
+    assert {'p6', 'bifpn1_0_2_0', 'bifpn5_0_2_0'} <= names and 'bifpn0_0_3_0' not in names
+
+
+def test_survivors_are_the_same_bits_and_the_file_opens_everywhere(trained, tmp_path):
+    before, was = load_model(trained, 'key'), trained.read_bytes()
+    done = P.prune(trained, tmp_path/'new'/'model.tlt', 'key', target_params=.3)
+    after = load_model(done.path, 'key')
+    assert trained.read_bytes() == was and .27 < done.params[1]/done.params[0] <= .3 and after.optimizer == {}
+    ends = {(p, a): done.kept[g.name] for g in done.graph.groups for p, a in g.cuts}
+    for old, new in ((before.weights, after.weights), (before.ema, after.ema)):
+        assert old.keys() == new.keys()
+        for path, w in old.items():
+            for axis in range(w.ndim): w = np.take(w, ends.get((path, axis), np.arange(w.shape[axis])), axis)
+            assert w.dtype == new[path].dtype and w.tobytes() == new[path].tobytes()
+    assert after.meta['kind'] == 'pruned' and 'scores' not in after.meta and {k: after.meta[k] for k in ('classes', 'history', 'step')} == {k: before.meta[k] for k in ('classes', 'history', 'step')}
+    model, arch, _ = open_detector(done.path, 'key')
+    assert model.count_params() == done.params[1] and all(np.array_equal(v, after.ema[k]) for k, v in weights_of(model).items())
+    assert KerasDetector(model, arch, CLASSES)(np.zeros((1, 128, 128, 3), np.uint8))[0].boxes.shape[1] == 4
+    spec = Spec().replace(dataset_config=dict(num_classes=3, image_size='128,160'), training_config=dict(pruned_model_path=str(done.path)))
+    arch, stored = start_arch(spec, 'key')
+    put_weights(build(arch), best_weights(stored))
+    assert arch.image_hw == (128, 160)
+    events = [json.loads(l) for l in (tmp_path/'new'/'status.json').read_text().splitlines()]
+    assert events[-1]['status'] == 'SUCCESS' and events[-1]['kpi']['param_count'] == done.params[1] and 'key' not in str(events[1].get('message'))
+
+
+def test_the_averaged_weights_decide(trained):
+    stored = load_model(trained, 'key')
+    plan = P.plan_pruning(stored)
+    kept = P.kept_channels(P.group_norms(plan.graph, stored.ema)['block4a_expand_conv'])
+    raw = P.kept_channels(P.group_norms(plan.graph, stored.weights)['block4a_expand_conv'])
+    np.testing.assert_array_equal(plan.kept['block4a_expand_conv'], kept)
+    assert not np.array_equal(kept, raw)
+
+
+@pytest.mark.parametrize('how', [dict(), dict(normalizer='L2', equalization_criterion='geometric_mean', pruning_threshold=.03, pruning_granularity=5, min_num_filters=3)])
+def test_pruning_twice_is_pruning_once(trained, tmp_path, how):
+    one = P.prune(trained, tmp_path/'1.tlt', 'key', **how)
+    two = P.prune(one.path, tmp_path/'2.tlt', 'key', **how)
+    assert one.params[1] < one.params[0] and two.before == two.after == one.after
+    a, b = (load_model(p.path, 'key') for p in (one, two))
+    assert all(np.array_equal(v, b.weights[k]) for k, v in a.weights.items()) and a.meta['arch'] == b.meta['arch']
+    more = P.prune(two.path, '', 'key', dry_run=True, **(how | dict(equalization_criterion='arithmetic_mean', pruning_threshold=.1)))   # another question: measured anew
+    assert more.params[1] < two.params[1]
+
+
+def test_a_trained_file_forgets_the_norms_it_was_pruned_by(trained, tmp_path):
+    one = P.prune(trained, tmp_path/'1.tlt', 'key')
+    stored = load_model(one.path, 'key')
+    assert P.remembered_norms(stored, P.plan_pruning(stored).graph, 'max', 'union')
+    stored.meta['kind'] = 'checkpoint'
+    assert P.remembered_norms(stored, one.graph, 'max', 'union') is None
+
+
+def test_fresh_weights_prune_to_a_target_or_say_that_nothing_is_quiet(model, tmp_path):
+    save_model(tmp_path/'fresh.tlt', weights_of(model), dict(arch=arch_to_dict(ARCH), classes=CLASSES.to_dict(), kind='checkpoint'))
+    plan = P.prune(tmp_path/'fresh.tlt', '', dry_run=True)
+    assert plan.params[0] == plan.params[1] and 'nothing to remove' in repr(plan) and not list(tmp_path.glob('*.json'))
+    third = P.prune(tmp_path/'fresh.tlt', tmp_path/'third.tlt', target_params=1/3)
+    assert third.params[1] <= third.params[0]/3 and open_detector(third.path)[0].count_params() == third.params[1]
+
+
+@pytest.fixture(scope='module')
+def plan(trained): return P.plan_pruning(load_model(trained, 'key'))
+
+
+@given(st.floats(.1, .9), st.sampled_from(['params', 'macs']))
+@settings(max_examples=15, deadline=None)
+def test_the_found_threshold_is_the_lowest_that_will_do(plan, share, what):
+    t = P.find_threshold(plan, share, what)
+    left = lambda t: getattr(P.replace(plan, threshold=t), what)[1]/getattr(plan, what)[0]
+    assert left(t) <= share and (t < 1e-6 or left(t-1e-6) > share)
+
+
+def test_targets_in_numbers_and_targets_out_of_reach(plan):
+    assert P.replace(plan, threshold=P.find_threshold(plan, 1_000_000)).params[1] <= 1_000_000
+    with pytest.raises(ValueError, match='cannot be reached; the least that these settings leave is'): P.find_threshold(plan, .0001)
+
+
+def test_excluding_one_layer_spares_its_whole_group_and_nothing_else(plan):
+    graph = plan.graph
+    for layer, group in {'block2a_expand_conv': 'block2a_expand_conv', 'block2a_dwconv': 'block2a_expand_conv', 'block4c_project_bn': 'block4a_project_conv',
+                         'after_combine_dw_conv_9_1': 'p6', 'class-1': 'class-1', 'block6a_se_reduce': 'block6a_se_reduce'}.items():
+        assert P.protected_groups(graph, [layer]) == {group}
+    spared = P.replace(plan, protected=P.protected_groups(graph, ['block4*', 'box-*']))
+    assert all(spared.after[n] == k for n, k in spared.before.items() if n.startswith(('block4', 'box')))
+    assert spared.after['block5b_expand_conv'] == plan.after['block5b_expand_conv'] < 672
+    assert P.protected_groups(graph, ['class-predict']) == frozenset()              # known, and never pruned anyway
+    backbone = P.replace(plan, protected=P.protected_groups(graph, scope='backbone'))
+    assert {P.wing(n) for n, k in backbone.after.items() if k < backbone.before[n]} == {'backbone'}
+
+
+def test_bad_settings_are_refused_together_and_nothing_is_written(trained, tmp_path):
+    with pytest.raises(ValueError) as e: P.prune(trained, tmp_path/'x.tlt', 'key', 'mx', 'unoin', 0, float('nan'), 0, target_params=-1)
+    assert [l.split()[0] for l in str(e.value).splitlines()] == ['normalizer', 'equalization_criterion', 'pruning_granularity', 'min_num_filters', 'pruning_threshold', 'target_params']
+    for how, words in ((dict(pruning_threshold=1.), 'all would go'), (dict(excluded_layers=['block2a_expnd_conv', 'nonsense']), 'did you mean block2a_expand_conv.*nonsense'),
+                       (dict(key='other'), 'another key'), (dict(target_params=.0001), 'cannot be reached')):
+        with pytest.raises(ValueError, match=words): P.prune(trained, tmp_path/'x.tlt', **({'key': 'key'} | how))
+    with pytest.raises(ValueError, match='is the model to be pruned'): P.prune(trained, trained, 'key')
+    (tmp_path/'text.tlt').write_text('hello')
+    with pytest.raises(ValueError, match='text.tlt'): P.prune(tmp_path/'text.tlt', tmp_path/'x.tlt')
+    assert not (tmp_path/'x.tlt').exists()
+
+
+def test_a_layer_that_is_not_a_number_is_named(graph, model):
+    weights = weights_of(model)
+    weights['block3a_expand_conv/kernel'] = weights['block3a_expand_conv/kernel']*np.nan
+    with pytest.raises(ValueError, match='block3a_expand_conv: its weights are not all finite'): P.group_norms(graph, weights)
