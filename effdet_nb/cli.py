@@ -64,7 +64,7 @@ def last_line(
 )->str:                 # one line, or several of which the last tells it
     "What a command says about an error."
     first,*rest = (str(error).strip() or 'no message').split('\n')
-    if not isinstance(error, (ValueError, OSError)): # not one of ours: say what it is, and spare the reader its details
+    if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)): # not one of ours: say what it is, and spare the reader its details
         first,rest = f'{type(error).__name__}: {first}. Run with --verbose to see where it arose', []
     text = '\n'.join([*rest, f'{prog}: error: {first}' + (' (listed above)' if rest else '')])
     return text.replace(key, '***') if key else text
@@ -253,6 +253,14 @@ def effdet_train(
     history = train(spec, model_dir, key, gpus=len(gpu_index or [0]*gpus))
     return f'{model_dir}: {epoch_line(history[-1], spec.training_config.num_epochs)}'
 
+# %% ../nbs/90_cli.ipynb #1ee1e4e4
+@contextmanager
+def _status(results_dir, task, key):
+    "A `Status` that writes into the results folder, or None if there is no such folder."
+    if results_dir is None: yield None; return
+    from effdet_nb.status import Status
+    with Status(results_dir, task, hide=(key,) if key else ()) as status: yield status
+
 # %% ../nbs/90_cli.ipynb #98ec006e
 def _write_json(path, data):
     "Writes a JSON file, whole or not at all."
@@ -268,11 +276,9 @@ def evaluate_model(
     results_dir=None, # folder for metrics.json, detections.json and status.json; none are written if absent
 ):                    # Metrics
     "COCO numbers of a model file on the validation pictures of a spec."
-    from contextlib import nullcontext
     from effdet_nb.deploy.runtime import load_detector
     from effdet_nb.learn.evaluate import coco_results, evaluate, samples_from_spec
-    from effdet_nb.status import Status
-    with nullcontext() if results_dir is None else Status(results_dir, 'evaluate', hide=(key,)) as status:
+    with _status(results_dir, 'evaluate', key) as status:
         e = spec.eval_config
         metrics = evaluate(load_detector(model_path, key), samples_from_spec(spec), batch_size=e.eval_batch_size, eval_samples=e.eval_samples or None, show_progress=True)
         if status:
@@ -381,41 +387,55 @@ def effdet_export(
                  **(spec_thresholds(dict(spec=spec.to_text()), nms) if spec else {})))
     if engine_file is None: return
     from effdet_nb.deploy.engine import gen_trt_engine
-    return gen_trt_engine(output_path, engine_file, key)
+    return gen_trt_engine(output_path, engine_file, key, max_batch_size=max_batch_size or 1, verbose=verbose)
 
 # %% ../nbs/90_cli.ipynb #2eb95ae1
 @command
 def effdet_gen_trt_engine(
     model_path:Opt('The exported model: .onnx or .etlt', '-m', '--model', required=True, metavar='FILE')=None,
+    engine_file:Opt('The engine to write; beside the model if left out', metavar='FILE')=None,
     key:_key()=None,
-    engine_file:Opt('The engine to write', metavar='FILE')=None,
+    data_type:Opt('Precision; that of the file if left out', choices=['fp32','fp16','int8'])=None,
+    min_batch_size:Opt('Fewest pictures at once', type=int, metavar='N')=1,
+    opt_batch_size:Opt('Pictures at once it shall be fastest with; max_batch_size if left out', type=int, metavar='N')=None,
+    max_batch_size:Opt('Most pictures at once', type=int, metavar='N')=1,
+    max_workspace_size:Opt('Memory TensorRT may use while building, GB', type=float, metavar='GB')=2.,
+    cal_image_dir:Opt('For int8: folder of pictures to calibrate with', metavar='FOLDER')=None,
+    cal_cache_file:Opt('For int8: ranges; read if the file is there, written otherwise', metavar='FILE')=None,
+    batches:Opt('For int8: batches to calibrate with, at most', type=int, metavar='N')=10,
+    results_dir:_results('Folder for status.json; none is written if left out')=None,
+    gpu_index:_gpu()=None,
     log_file:_log()=None,
     verbose:_verbose()=False,
 ):
     "Build a TensorRT engine for the GPU of this machine."
     from effdet_nb.deploy.engine import gen_trt_engine
-    return gen_trt_engine(model_path, engine_file, key)
+    with _status(results_dir, 'gen_trt_engine', key):
+        return gen_trt_engine(model_path, engine_file, key, data_type, min_batch_size, opt_batch_size, max_batch_size, max_workspace_size,
+                              cal_image_dir, cal_cache_file, batches, verbose)
 
 # %% ../nbs/90_cli.ipynb #f2a31bce
 @command
 def effdet_quickstart(
     folder:Opt('For everything that is made; a run of the same settings in it is continued', '-o', '--output_dir', metavar='FOLDER')='effdet_quickstart',
     key:_key()=None,
-    size:Opt('Side of the pictures and of the network, pixels', type=int, metavar='N')=128,
-    num_train:Opt('Pictures to train on', type=int, metavar='N')=200,
-    num_val:Opt('Pictures to measure on', type=int, metavar='N')=40,
-    num_epochs:Opt('Length of the first training', type=int, metavar='N')=24,
-    retrain_epochs:Opt('Length of the training after pruning', type=int, metavar='N')=12,
-    batch_size:Opt('Pictures per step', type=int, metavar='N')=8,
-    pruning_threshold:Opt('Filters with a norm above this are kept', '-pth', type=float, metavar='X')=.5,
-    seed:Opt('Of pictures, weights and order', type=int, metavar='N')=0,
+    size:Opt('Side of the pictures and of the network, pixels', type=int, metavar='N')=None,
+    num_train:Opt('Pictures to train on', type=int, metavar='N')=None,
+    num_val:Opt('Pictures to measure on', type=int, metavar='N')=None,
+    num_epochs:Opt('Length of the first training', type=int, metavar='N')=None,
+    retrain_epochs:Opt('Length of the training after pruning', type=int, metavar='N')=None,
+    batch_size:Opt('Pictures per step', type=int, metavar='N')=None,
+    learning_rate:Opt('Highest rate of the first training', type=float, metavar='X')=None,
+    retrain_rate:Opt('Highest rate of the second', type=float, metavar='X')=None,
+    pruning_threshold:Opt('Filters with a norm above this are kept', '-pth', type=float, metavar='X')=None,
+    seed:Opt('Of pictures, weights and order', type=int, metavar='N')=None,
     log_file:_log()=None,
     verbose:_verbose()=False,
 ):
     "See everything work: a drawn data set is converted, learned, pruned, learned again, exported and looked at."
+    settings = {k:v for k,v in locals().items() if v is not None and k not in ('folder','key','log_file','verbose')}
     from effdet_nb.deploy.quickstart import quickstart
-    return quickstart(folder, key, size=size, num_train=num_train, num_val=num_val, num_epochs=num_epochs, retrain_epochs=retrain_epochs,
-                      batch_size=batch_size, pruning_threshold=pruning_threshold, seed=seed)
+    return quickstart(folder, key, **settings)
 
 # %% ../nbs/90_cli.ipynb #526d0d84
 TASKS = dict(dataset_convert=effdet_dataset_convert, train=effdet_train, evaluate=effdet_evaluate, prune=effdet_prune, inference=effdet_inference,

@@ -74,6 +74,7 @@ SEED = { # flags as NVIDIA's page writes them
     'evaluate': ['-e a -m b -k c --gpu_index 0 --log_file d', '--experiment_spec_file a --model_path b --key c -r d', '--experiment_spec a -m b'],
     'prune': ['-m a -o b -k c -n L2 -eq intersection -pg 4 -pth 0.7 -nf 8 -el x y z --gpu_index 0 --log_file d', '--model a --output_dir b --normalizer max --equalization_criterion union --pruning_granularity 8 --pruning_threshold .1 --min_num_filters 16 --excluded_layers x'],
     'inference': ['-m a -i b -o c -k d -e e -l f --label_map g --gpu_index 0 --log_file h', '--model_path a --in_image_path b --out_image_path c --out_label_path d', '-m a --image_dir b --class_map c -r d -t 0.4'],
+    'gen_trt_engine': ['-m a -k b --data_type fp16 --engine_file c --max_batch_size 4 --min_batch_size 1 --opt_batch_size 2 --batches 3 --cal_image_dir d --cal_cache_file e --max_workspace_size 2 -r f -v --gpu_index 0 --log_file g'],
     'export': ['-m a -k b -e c -o d --gpu_index 0 --log_file e --verbose', '--model_path a --experiment_spec b --output_path c', '-m a --experiment_spec_file b -o c --max_batch_size 1 --data_type fp32 --cal_image_dir d --cal_cache_file e --engine_file f'],
 }
 
@@ -97,6 +98,9 @@ def test_flags_of_both_tao_versions_are_understood(task, line):
     ('inference -m x.tlt -i nothing -o out', ['nothing', 'no such picture']),
     ('inference -m x.onnx -i data/val', ['nowhere to write']),
     ('inference -m x.tlt -i data/val -o data/val', ['would be replaced']),
+    ('inference -m x.tlt -i data/val -o out -t 40', ['threshold', '0 to 1']),
+    ('prune -m nope.tlt -o out', ['nope.tlt', 'no such file']),
+    ('export -m nope.tlt -o out.pb', ['out.pb', '.onnx']),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(work, tmp_path, line, words):
     for name in ('data','rec','spec.txt'): (tmp_path/name).symlink_to(work/name)
@@ -262,3 +266,17 @@ def test_a_pruned_model_is_retrained(trained):
     (work/'again.txt').write_text(SPEC.format(epochs=1).replace('num_epochs', 'pruned_model_path: "pruned2/model.tlt" num_epochs'))
     out = run('train', '-e', 'again.txt', '-d', 'again', '-k', KEY, cwd=work)
     assert out.returncode==0 and 'retraining the pruned pruned2/model.tlt' in out.stderr, out.stderr
+
+def test_quickstart_offers_every_setting_and_leaves_defaults_to_it():
+    import inspect
+    from dataclasses import fields
+    import effdet_nb.cli as cli
+    from effdet_nb.deploy.quickstart import Settings, quickstart
+    mine = {k:p.default for k,p in inspect.signature(cli.effdet_quickstart).parameters.items() if k not in ('key','log_file','verbose')}
+    assert mine.pop('folder')==inspect.signature(quickstart).parameters['folder'].default
+    assert set(mine)=={f.name for f in fields(Settings)} and set(mine.values())=={None}
+
+def test_quickstart_settings_are_checked_at_once(tmp_path):
+    fails(run('quickstart', '--folder', 'q', '--size', 100, cwd=tmp_path), '128')
+    fails(run('quickstart', '--folder', 'q', '--num_train', 0, cwd=tmp_path), 'num_train 0')
+    assert not list(tmp_path.iterdir())

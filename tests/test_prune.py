@@ -9,17 +9,26 @@ from effdet_nb.data.coco import ClassTable
 from effdet_nb.learn import prune as P
 from effdet_nb.learn.train import best_weights, start_arch
 from effdet_nb.model.backbone import backbone_blocks
+from effdet_nb.model import detector
 from effdet_nb.model.detect import KerasDetector, open_detector, put_weights, weights_of
 from effdet_nb.model.detector import Arch, arch_to_dict, build
 from effdet_nb.model.store import load_model, save_model
 from effdet_nb.spec import Spec
 
 CLASSES = ClassTable.make([{'id': i, 'name': n} for i, n in enumerate(('circle', 'square', 'triangle'), 1)], 3)
-ARCH = Arch(image_hw=(128, 128), num_classes=3)
+ARCH = Arch('efficientdet-d2', image_hw=(128, 128), num_classes=3)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def small_network():
+    "The same wiring, half as wide and deep, takes the place of D2; D0 and D1 stay what they are."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(detector.SCALING, ARCH.name, (128, .5, .5, 48, 2, 2))
+        yield
 
 
 def wake(model, seed=0):
-    "Gives a fresh model batch statistics, so that its answers depend on the picture; returns a picture."
+    "Gives a model batch statistics, so that its answers depend on the picture; returns a picture."
     images = np.random.default_rng(seed).integers(0, 255, (2, *model.input.shape[1:])).astype('uint8')
     for l in model.layers:
         if hasattr(l, 'moving_mean'): l.momentum = 0.
@@ -75,7 +84,7 @@ def test_criteria_are_ordered_and_norms_lie_between_0_and_1(seed, normalizer, cr
     assert (least <= got*(1+1e-12)).all() and (got <= most*(1+1e-12)).all() and 0 <= got.min() and got.max() <= 1+1e-12
 
 
-@pytest.mark.parametrize('name, width, depth, cells, hidden', [('efficientdet-d0', 1., 1., 3, 3), ('efficientdet-d1', 1., 1.1, 4, 3)])
+@pytest.mark.parametrize('name, width, depth, cells, hidden', [('efficientdet-d0', 1., 1., 3, 3), (ARCH.name, .5, .5, 2, 2), pytest.param('efficientdet-d1', 1., 1.1, 4, 3, marks=pytest.mark.slow)])
 def test_groups_of_the_graph_are_those_of_the_paper(name, width, depth, cells, hidden):
     graph = P.channel_graph(build(Arch(name, (128, 128), num_classes=3)))
     found, blocks = {frozenset(g.makers) for g in graph.groups}, backbone_blocks(width, depth)
@@ -95,32 +104,35 @@ def test_groups_of_the_graph_are_those_of_the_paper(name, width, depth, cells, h
     assert len(axes) == len(set(axes))                                           # no axis is cut twice
 
 
-@pytest.mark.parametrize('arch', [ARCH, Arch('efficientdet-d1', (160, 224), num_classes=2)])
+@pytest.mark.parametrize('arch', [Arch(ARCH.name, (160, 224), num_classes=2), pytest.param(Arch(image_hw=(128, 128), num_classes=3), marks=pytest.mark.slow),
+                                  pytest.param(Arch('efficientdet-d1', (160, 224), num_classes=2), marks=pytest.mark.slow)])
 def test_removing_silent_filters_changes_nothing(arch):
     model = build(arch)
-    image, graph, rng = wake(model), P.channel_graph(model), np.random.default_rng(3)
+    graph, rng = P.channel_graph(model), np.random.default_rng(3)
     weights, kept = weights_of(model), {}
     for g in graph.groups:
-        order, n = rng.permutation(g.size), int(rng.integers(1, g.size+1))
+        order, n = rng.permutation(g.size), int(rng.integers(g.size//2, g.size+1)) or 1
         kept[g.name] = np.sort(order[:n])
         for path, axis in g.cuts:
             if (path, axis) in g.makers.values() or axis == 0 and 'variance' not in path: np.moveaxis(weights[path], axis, -1)[..., order[n:]] = 0
     put_weights(model, weights)
-    small = build(Arch(**{**vars(arch), 'widths': {n: len(kept[g.name]) for g in graph.groups for n in g.makers}}))
+    image, weights = wake(model), weights_of(model)
+    small = build(P.replace(arch, widths={n: len(kept[g.name]) for g in graph.groups for n in g.makers}))
+    answers = lambda m: np.concatenate([np.array(v)[0] for v in m(image).values()], 1)
     put_weights(small, P.cut(weights, graph, kept))
-    for whole, pruned in zip(*(m(image).values() for m in (model, small))): np.testing.assert_allclose(pruned, whole, atol=1e-5)
-    right = np.array(small(image)['cls_logits'])
-    wrong = kept | {'p6': np.roll(order[:0], 0) if False else (kept['p6']+1) % 64}
-    put_weights(small, P.cut(weights, graph, {k: np.sort(v) for k, v in wrong.items()}))
-    assert abs(np.array(small(image)['cls_logits'])-right).max() > 1e-5            # the comparison can fail
-    assert P.Pruning(graph, {}, protected=frozenset(kept)).params[0] == model.count_params()
-    assert sum(p for p, _ in P.costs(graph, {k: len(v) for k, v in kept.items()}).values()) == small.count_params()
+    assert np.ptp(answers(model), 0).min() > .01
+    np.testing.assert_allclose(answers(small), answers(model), atol=1e-5)
+    assert sum(p for p, _ in P.costs(graph, {k: len(v) for k, v in kept.items()}).values()) == small.count_params() < model.count_params()
+    for group in ('p6', 'block4a_expand_conv'):                                         # keep another channel than the right one: the comparison can fail
+        put_weights(small, P.cut(weights, graph, kept | {group: (kept[group]+1) % next(g.size for g in graph.groups if g.name == group)}))
+        assert abs(answers(small)-answers(model)).max() > 1e-3
 
 
 def test_a_pruned_level_as_wide_as_the_pyramid_keeps_its_1x1_convolution(graph):
-    widths = {n: 64 if n.startswith('block7a_project') else 64 if g.name == 'p6' else g.size for g in graph.groups for n in g.makers}
-    names = {l.name for l in build(Arch(image_hw=(128, 128), num_classes=3, widths=widths)).layers}
-    assert {'p6', 'bifpn1_0_2_0', 'bifpn5_0_2_0'} <= names and 'bifpn0_0_3_0' not in names
+    widths = {n: 48 if n == 'block7a_project_conv' else g.size for g in graph.groups for n in g.makers}
+    layers = {l.name: l for l in build(P.replace(ARCH, widths=widths)).layers}
+    assert layers['block7a_project_conv'].filters == layers['p6'].filters == 48
+    assert {'p6', 'bifpn1_0_2_0', 'bifpn5_0_2_0'} <= set(layers) and not {'bifpn0_0_3_0', 'bifpn0_0_3_1'} & set(layers)
 
 
 def test_survivors_are_the_same_bits_and_the_file_opens_everywhere(trained, tmp_path):
@@ -138,7 +150,7 @@ def test_survivors_are_the_same_bits_and_the_file_opens_everywhere(trained, tmp_
     model, arch, _ = open_detector(done.path, 'key')
     assert model.count_params() == done.params[1] and all(np.array_equal(v, after.ema[k]) for k, v in weights_of(model).items())
     assert KerasDetector(model, arch, CLASSES)(np.zeros((1, 128, 128, 3), np.uint8))[0].boxes.shape[1] == 4
-    spec = Spec().replace(dataset_config=dict(num_classes=3, image_size='128,160'), training_config=dict(pruned_model_path=str(done.path)))
+    spec = Spec().replace(model_config=dict(model_name=ARCH.name), dataset_config=dict(num_classes=3, image_size='128,160'), training_config=dict(pruned_model_path=str(done.path)))
     arch, stored = start_arch(spec, 'key')
     put_weights(build(arch), best_weights(stored))
     assert arch.image_hw == (128, 160)
@@ -186,8 +198,7 @@ def test_fresh_weights_prune_to_a_target_or_say_that_nothing_is_quiet(model, tmp
 def plan(trained): return P.plan_pruning(load_model(trained, 'key'))
 
 
-@given(st.floats(.1, .9), st.sampled_from(['params', 'macs']))
-@settings(max_examples=15, deadline=None)
+@pytest.mark.parametrize('share, what', [(.2, 'params'), (.5, 'macs'), (.937, 'params'), (1., 'params')])
 def test_the_found_threshold_is_the_lowest_that_will_do(plan, share, what):
     t = P.find_threshold(plan, share, what)
     left = lambda t: getattr(P.replace(plan, threshold=t), what)[1]/getattr(plan, what)[0]
@@ -201,12 +212,12 @@ def test_targets_in_numbers_and_targets_out_of_reach(plan):
 
 def test_excluding_one_layer_spares_its_whole_group_and_nothing_else(plan):
     graph = plan.graph
-    for layer, group in {'block2a_expand_conv': 'block2a_expand_conv', 'block2a_dwconv': 'block2a_expand_conv', 'block4c_project_bn': 'block4a_project_conv',
+    for layer, group in {'block2a_expand_conv': 'block2a_expand_conv', 'block2a_dwconv': 'block2a_expand_conv', 'block4b_project_bn': 'block4a_project_conv',
                          'after_combine_dw_conv_9_1': 'p6', 'class-1': 'class-1', 'block6a_se_reduce': 'block6a_se_reduce'}.items():
         assert P.protected_groups(graph, [layer]) == {group}
     spared = P.replace(plan, protected=P.protected_groups(graph, ['block4*', 'box-*']))
     assert all(spared.after[n] == k for n, k in spared.before.items() if n.startswith(('block4', 'box')))
-    assert spared.after['block5b_expand_conv'] == plan.after['block5b_expand_conv'] < 672
+    assert spared.after['block5b_expand_conv'] == plan.after['block5b_expand_conv'] < plan.before['block5b_expand_conv']
     assert P.protected_groups(graph, ['class-predict']) == frozenset()              # known, and never pruned anyway
     backbone = P.replace(plan, protected=P.protected_groups(graph, scope='backbone'))
     assert {P.wing(n) for n, k in backbone.after.items() if k < backbone.before[n]} == {'backbone'}

@@ -74,14 +74,14 @@ model_config { model_name: "efficientdet-d0" }
 class Settings:
     "What a quickstart does, in numbers."
     size:int=128                  # side of the pictures and of the network's input, pixels; a multiple of 32, at least 128
-    num_train:int=200             # pictures to train on
+    num_train:int=400             # pictures to train on
     num_val:int=40                # pictures to measure on
-    num_epochs:int=24             # of the first training
-    retrain_epochs:int=12         # of the training after pruning
+    num_epochs:int=12             # of the first training
+    retrain_epochs:int=8          # of the training after pruning
     batch_size:int=8              # pictures per step
-    learning_rate:float=.1        # highest, of the first training
-    retrain_rate:float=.05        # highest, of the second
-    pruning_threshold:float=.5    # filters whose norm is not above this part of their layer's largest are taken out
+    learning_rate:float=.08       # highest, of the first training
+    retrain_rate:float=.04        # highest, of the second
+    pruning_threshold:float=.84   # filters whose norm is not above this part of their layer's largest are taken out
     seed:int=0                    # of pictures, weights and order
 
     def __post_init__(self):

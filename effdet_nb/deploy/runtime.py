@@ -7,16 +7,16 @@ __all__ = ['onnx_bytes', 'open_session', 'runnable', 'suppression', 'read_answer
            'ExportedDetector', 'OnnxDetector', 'import_tensorrt', 'CudaMemory', 'engine_meta', 'TrtDetector', 'kind_of',
            'load_detector']
 
-# %% ../../nbs/deploy/41_runtime.ipynb #9a528652
+# %% ../../nbs/deploy/41_runtime.ipynb #c45b7a5f
 import ctypes, glob, json, sys
 from pathlib import Path
 import numpy as np
 from ..data.coco import ClassTable
 from ..model.postprocess import Detections, postprocess
 from ..model.store import MAGIC, existing, is_onnx, load_etlt, resolve_key
-from .export import description, meta_anchors, raw_twin
+from .graph import description, meta_anchors, raw_twin
 
-# %% ../../nbs/deploy/41_runtime.ipynb #746a1dad
+# %% ../../nbs/deploy/41_runtime.ipynb #68dea07a
 def onnx_bytes(
     source,     # path of an .onnx or .etlt file, or the bytes of an ONNX model
     key:str='', # key of a sealed .etlt; EFFDET_KEY if empty
@@ -26,7 +26,7 @@ def onnx_bytes(
     data = existing(source).read_bytes()
     return data if is_onnx(data) else load_etlt(source, resolve_key(key))
 
-# %% ../../nbs/deploy/41_runtime.ipynb #1b7325f0
+# %% ../../nbs/deploy/41_runtime.ipynb #6bd24236
 def open_session(
     data:bytes,       # a serialised ONNX model
     threads:int=None, # threads of one call; None: all cores
@@ -40,7 +40,7 @@ def open_session(
     try: return onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     except Exception as e: raise ValueError(f'{name}: ONNX Runtime cannot open it ({str(e).splitlines()[0][:200]}). Was the file copied whole? Export the .tlt again') from None
 
-# %% ../../nbs/deploy/41_runtime.ipynb #087dbc7c
+# %% ../../nbs/deploy/41_runtime.ipynb #6196246d
 def runnable(
     data:bytes, # a serialised ONNX model
     name:str='the model', # the file it came from, for messages
@@ -52,7 +52,7 @@ def runnable(
     except Exception: raise ValueError(f'{name}: not a whole ONNX model. Copy the file again, or export the .tlt again') from None
     return raw_twin(proto).SerializeToString(), description(proto)
 
-# %% ../../nbs/deploy/41_runtime.ipynb #8c0f2cd5
+# %% ../../nbs/deploy/41_runtime.ipynb #95952d0e
 def suppression(
     nms:dict,  # how the file ends, from its description
     asked:dict,# what the caller asks for
@@ -69,7 +69,7 @@ def suppression(
         if k in asked and worse(asked[k]): raise ValueError(f'{k}={asked[k]}: this file was exported with {own[k]}, and what it dropped cannot come back. Export it again with {k}={asked[k]}')
     return {k: asked.get(k, own[k]) for k in ('score_threshold','max_detections')}
 
-# %% ../../nbs/deploy/41_runtime.ipynb #7c407641
+# %% ../../nbs/deploy/41_runtime.ipynb #ffe17d86
 def read_answers(
     outputs:dict,      # {name: array} as the runtime gave them
     nms:dict,          # how the file ends
@@ -84,19 +84,20 @@ def read_answers(
         found.append(Detections(boxes[keep], scores[keep], channels[keep]))
     return found
 
-# %% ../../nbs/deploy/41_runtime.ipynb #a1150e5f
+# %% ../../nbs/deploy/41_runtime.ipynb #784bbba7
 def in_batches(
-    images:np.ndarray, # [N,H,W,3]
-    size:int=None,     # the only batch size allowed; None: any
-):                     # yields (batch, how many of it are real)
+    images:np.ndarray,# [N,H,W,3]
+    size:int=None,    # largest batch; None: any
+    exact:bool=True,  # whether smaller batches must be filled up
+):                    # yields (batch, how many of it are real)
     "Cuts pictures into batches of a size, the last one filled up with copies."
     images = np.asarray(images)
     size = size or max(1, len(images))
     for i in range(0, len(images), size):
         part = images[i:i+size]
-        yield np.concatenate([part, np.repeat(part[-1:], size-len(part), 0)]), len(part)
+        yield (np.concatenate([part, np.repeat(part[-1:], size-len(part), 0)]) if exact else part), len(part)
 
-# %% ../../nbs/deploy/41_runtime.ipynb #3557fa24
+# %% ../../nbs/deploy/41_runtime.ipynb #e0b11278
 def check_images(
     images,        # what the caller gave
     image_hw:tuple,# (height, width) the detector was made for
@@ -106,7 +107,7 @@ def check_images(
     if images.ndim==4 and images.shape[1:]==(*image_hw,3) and images.dtype==np.uint8: return images
     raise ValueError(f'detector: got {images.dtype} {images.shape}, needs uint8 (N, {image_hw[0]}, {image_hw[1]}, 3), RGB. Bring pictures to this size with letterbox')
 
-# %% ../../nbs/deploy/41_runtime.ipynb #cfeeba2c
+# %% ../../nbs/deploy/41_runtime.ipynb #f4a790e2
 class ExportedDetector:
     "What detectors of exported files share: they know their description, and how to read their answers."
     def __init__(self, meta, asked, name):
@@ -117,7 +118,9 @@ class ExportedDetector:
 
     def raw(self, images):
         "What the file answers to pictures uint8 `[N,H,W,3]`, as `{name: array}`."
-        parts = [{k: v[:n] for k,v in self.run(np.asarray(b, np.float32)).items()} for b,n in in_batches(check_images(images, self.image_hw), self.meta['batch_size'])]
+        fixed = self.meta['batch_size']
+        batches = in_batches(check_images(images, self.image_hw), fixed or self.meta.get('max_batch_size'), exact=bool(fixed))
+        parts = [{k: v[:n] for k,v in self.run(np.asarray(b, np.float32)).items()} for b,n in batches]
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if parts else {}
 
     def __call__(self,
@@ -126,7 +129,7 @@ class ExportedDetector:
         out = self.raw(images)
         return read_answers(out, self.meta['nms'], self.anchors, self.suppress) if out else []
 
-# %% ../../nbs/deploy/41_runtime.ipynb #b852792d
+# %% ../../nbs/deploy/41_runtime.ipynb #e3946ef3
 class OnnxDetector(ExportedDetector):
     "A detector from an `.onnx` or `.etlt` file, run by ONNX Runtime: `detector(images)` gives one `Detections` per picture."
     def __init__(self,
@@ -144,14 +147,14 @@ class OnnxDetector(ExportedDetector):
 
     def run(self, pixels): return dict(zip(self.names, self.session.run(None, {'input': pixels})))
 
-# %% ../../nbs/deploy/41_runtime.ipynb #0365ed07
+# %% ../../nbs/deploy/41_runtime.ipynb #11d7c2c7
 def import_tensorrt():
     "The `tensorrt` module, or how to get it."
     try: import tensorrt
     except ImportError as e: raise ImportError(f'TensorRT is not installed here ({e}). It needs an NVIDIA GPU and: pip install "effdet_nb[trt]"') from None
     return tensorrt
 
-# %% ../../nbs/deploy/41_runtime.ipynb #f36afbf9
+# %% ../../nbs/deploy/41_runtime.ipynb #c1f6b8fc
 class CudaMemory:
     "The four calls of the CUDA runtime that a detector needs, without another package."
     def __init__(self):
@@ -173,7 +176,7 @@ class CudaMemory:
     def download(self, address, array): self.check(self.lib.cudaMemcpy(array.ctypes.data_as(ctypes.c_void_p), ctypes.c_void_p(address), ctypes.c_size_t(array.nbytes), 2))
     def free(self, address): self.lib.cudaFree(ctypes.c_void_p(address))
 
-# %% ../../nbs/deploy/41_runtime.ipynb #778377c0
+# %% ../../nbs/deploy/41_runtime.ipynb #35c87f65
 def engine_meta(
     path,     # an .engine file
 )->dict:      # its description
@@ -182,7 +185,7 @@ def engine_meta(
     if beside.is_file(): return json.loads(beside.read_text(encoding='utf-8'))
     raise FileNotFoundError(f'{beside}: no such file, so the classes and anchors of the engine are unknown. effdet_gen_trt_engine writes it beside the engine; copy both')
 
-# %% ../../nbs/deploy/41_runtime.ipynb #1f2c5c3a
+# %% ../../nbs/deploy/41_runtime.ipynb #a471db95
 class TrtDetector(ExportedDetector):
     "A detector from an `.engine` file, run by TensorRT on an NVIDIA GPU."
     def __init__(self,
@@ -219,7 +222,7 @@ class TrtDetector(ExportedDetector):
         for n,a in out.items(): self.memory.download(self.place(n, a.nbytes), a)
         return out
 
-# %% ../../nbs/deploy/41_runtime.ipynb #2dce7eaf
+# %% ../../nbs/deploy/41_runtime.ipynb #ddb25f8c
 def kind_of(
     path,     # a model file
 )->str:       # 'tlt', 'onnx', 'etlt' or 'engine'
@@ -232,7 +235,7 @@ def kind_of(
     if suffix in ('tlt','etlt','engine'): return suffix  # their readers say what is wrong
     raise ValueError(f'{path}: not a model file of effdet_nb. Allowed: .tlt (trained), .onnx and .etlt (exported), .engine (TensorRT)')
 
-# %% ../../nbs/deploy/41_runtime.ipynb #4d455806
+# %% ../../nbs/deploy/41_runtime.ipynb #d9979242
 def load_detector(
     path,             # .tlt, .onnx, .etlt or .engine
     key:str='',       # the key it was saved with; EFFDET_KEY if empty

@@ -1,0 +1,186 @@
+"A real D0 leaves home: equal to Keras in every ending, precision and batch; sealed, described, refused when wrong."
+import json
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from effdet_nb.data.coco import ClassTable
+from effdet_nb.data.shapes import SHAPE_NAMES, draw_shapes
+from effdet_nb.deploy import export as chapter
+from effdet_nb.deploy.export import LIMITS, calibrate, check_request, compare, export, prove, spec_thresholds, to_fp16, to_int8
+from effdet_nb.deploy.graph import describe, description, end_with_operators, end_with_plugin, meta_anchors, raw_graph
+from effdet_nb.deploy.runtime import OnnxDetector, load_detector
+from effdet_nb.model.store import load_etlt
+from effdet_nb.spec import Spec
+from onnx_toy import answers, pictures, toy
+
+HW = 128, 160
+SLIM = {'stem_conv': 16, 'block2a_expand_conv': 40, 'block3b_expand_conv': 72, 'block5b_se_reduce': 8, 'block6c_expand_conv': 200}
+
+
+def lively(widths):
+    "A fresh detector with statistics of drawn pictures and a loud last layer, so that its answers differ from place to place."
+    from effdet_nb.model.detector import Arch, build
+    arch = Arch(image_hw=HW, num_classes=4, widths=widths)
+    model = build(arch)
+    for layer in model.layers:
+        if hasattr(layer, 'moving_mean'): layer.momentum = 0.
+    model(np.stack([draw_shapes(seed=i, size=HW).image for i in range(6)]), training=True)
+    kernel = model.get_layer('class-predict').pointwise_kernel
+    kernel.assign(kernel*30)
+    return model, arch
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A pruned detector, saved with a key; its graph; pictures."
+    import keras
+    from effdet_nb.model.detect import save_detector
+    keras.utils.set_random_seed(0)
+    folder = tmp_path_factory.mktemp('home')
+    model, arch = lively(SLIM)
+    classes = ClassTable.make([dict(id=i, name=n) for i, n in enumerate(SHAPE_NAMES, 1)], num_classes=4)
+    save_detector(folder/'slim.tlt', model, arch, classes, 'Geheim', step=5, spec='eval_config { min_score_thresh: 0.3 max_detections_per_image: 50 }')
+    raw, floats, stored = raw_graph(folder/'slim.tlt', 'Geheim')
+    images = np.stack([draw_shapes(seed=s, size=HW).image for s in (21, 22, 23)])
+    return dict(folder=folder, path=folder/'slim.tlt', raw=raw, floats=floats, model=model, classes=classes, images=images, stored=stored)
+
+
+def test_raw_outputs_equal_keras_at_any_batch(home):
+    want = home['model'](home['images'])
+    for n in (1, 2, 3):
+        got = answers(home['raw'], home['images'][:n])
+        for k in ('cls_logits', 'box_deltas'): np.testing.assert_allclose(got[k], np.array(want[k])[:n], atol=2e-3, rtol=1e-3)
+
+
+def test_boxes_equal_keras(home):
+    from effdet_nb.model.detect import KerasDetector
+    from effdet_nb.model.detector import arch_from_dict
+    keras_detector = lambda **how: KerasDetector(home['model'], arch_from_dict(home['stored'].meta['arch']), home['classes'], **how)(home['images'])
+    soft = dict(method='gaussian', score_threshold=.001)
+    hard = dict(method='hard', score_threshold=.3, max_detections=30)
+    for proto, how in ((home['raw'], soft), (home['raw'], hard), (end_with_operators(home['raw'], score_threshold=.3, max_detections=30), hard), (end_with_plugin(home['raw'], .3, 30), hard)):
+        mine = {} if description(proto)['nms']['kind'] != 'none' else how
+        for a, b in zip(OnnxDetector(proto.SerializeToString(), **mine)(home['images']), keras_detector(**how)):
+            assert len(a) == len(b) > 5
+            np.testing.assert_allclose(a.scores, b.scores, atol=1e-3)
+            same = [(c == b.classes) & (abs(box-b.boxes).max(1) < .1) & (abs(s-b.scores) < 1e-3) for box, s, c in zip(a.boxes, a.scores, a.classes)]
+            assert np.mean([s.any() for s in same]) == 1        # whatever the order of equals
+
+
+def test_the_graph_is_tidy(home):
+    ops = [n.op_type for n in home['raw'].graph.node]
+    assert not {'BatchNormalization', 'Shape', 'Gather', 'Slice', 'Cast', 'Tile'} & set(ops)
+    assert ops.count('Reshape') == 10 and ops.count('Transpose') == 1+8
+    assert [(o.domain, o.version) for o in home['raw'].opset_import] == [('', 17)]
+    onnx.checker.check_model(home['raw'], full_check=True)
+    shapes = {o.name: [d.dim_param or d.dim_value for d in o.type.tensor_type.shape.dim] for o in [*home['raw'].graph.input, *home['raw'].graph.output]}
+    assert shapes == dict(input=['batch', *HW, 3], cls_logits=['batch', len(meta_anchors(description(home['raw']))), 4], box_deltas=['batch', len(meta_anchors(description(home['raw']))), 4])
+
+
+@pytest.fixture
+def quick(home, monkeypatch):
+    "Export without tracing again."
+    copy = lambda: onnx.ModelProto.FromString(home['raw'].SerializeToString())
+    monkeypatch.setattr(chapter, 'raw_graph', lambda path, key, batch, opset: (copy(), home['floats'], home['stored']))
+    return home
+
+
+def test_export_writes_what_the_name_asks_for(quick, tmp_path):
+    plain = export(quick['path'], tmp_path/'a'/'b.onnx', 'Geheim')
+    sealed = export(quick['path'], tmp_path/'c.etlt', 'Geheim')
+    assert plain.meta['nms'] == dict(kind='onnx', score_threshold=.001, max_detections=50, iou_threshold=.5, top_k=3000)
+    assert sealed.meta['nms'] == dict(kind='efficient_nms_trt', score_threshold=.3, max_detections=50, iou_threshold=.5)
+    assert max(plain.difference.values()) < 1e-4 and 'batch any' in repr(plain)
+    assert description(onnx.load(tmp_path/'a'/'b.onnx')) == plain.meta
+    assert (tmp_path/'c.etlt').read_bytes()[:4] == bytes(4)
+    assert onnx.load_model_from_string(load_etlt(tmp_path/'c.etlt', 'Geheim')).graph.node[-1].op_type == 'EfficientNMS_TRT'
+    for p in (tmp_path/'a'/'b.onnx', tmp_path/'c.etlt'): assert b'Geheim' not in p.read_bytes() and b'min_score_thresh' not in p.read_bytes()
+    a, b = (load_detector(p, 'Geheim' if p.suffix == '.etlt' else '', score_threshold=.4)(quick['images']) for p in (tmp_path/'a'/'b.onnx', tmp_path/'c.etlt'))
+    for x, y in zip(a, b): np.testing.assert_allclose(x.boxes, y.boxes, atol=1e-2)
+
+
+def test_arguments_beat_the_spec(quick, tmp_path):
+    made = export(quick['path'], tmp_path/'a.etlt', score_threshold=.02, max_detections=7, iou_threshold=.6)
+    assert made.meta['nms'] == dict(kind='efficient_nms_trt', score_threshold=.02, max_detections=7, iou_threshold=.6)
+    assert export(quick['path'], tmp_path/'b.onnx', nms='none').meta['nms'] == dict(kind='none')
+
+
+def test_a_wrong_graph_is_never_written(quick, tmp_path, monkeypatch):
+    def spoiled(path, key, batch, opset):
+        raw = onnx.ModelProto.FromString(quick['raw'].SerializeToString())
+        weight = max(raw.graph.initializer, key=lambda t: len(t.raw_data))
+        weight.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(weight)*np.float32(1.02), weight.name))
+        return raw, quick['floats'], quick['stored']
+    monkeypatch.setattr(chapter, 'raw_graph', spoiled)
+    with pytest.raises(ValueError, match='not written.*differs from the Keras model'): export(quick['path'], tmp_path/'a.onnx')
+    assert not list(tmp_path.iterdir())
+
+
+def test_nan_is_a_difference(home):
+    raw = onnx.ModelProto.FromString(home['raw'].SerializeToString())
+    bias = next(t for t in raw.graph.initializer if t.dims == [36])
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(36, np.nan, np.float32), bias.name))
+    with pytest.raises(ValueError, match='diverged'): prove(raw, home['floats'], home['images'], 'x.onnx')
+
+
+def test_half_precision(quick, tmp_path):
+    made = export(quick['path'], tmp_path/'a.onnx', data_type='fp16')
+    assert 1e-6 < made.difference['score'] <= LIMITS['fp16'] and made.path.stat().st_size < 1.2*sum(2*np.prod(t.dims) for t in quick['raw'].graph.initializer) + 2e5
+    assert made.meta['data_type'] == 'fp16' and len(load_detector(made.path)(quick['images'])) == 3
+
+
+def test_int8_from_pictures_and_from_the_cache(quick, tmp_path):
+    (tmp_path/'deep').mkdir()
+    for s in range(3): Image.fromarray(draw_shapes(seed=s, size=(90, 200)).image).save(tmp_path/'deep'/f'{s}.png')
+    made = export(quick['path'], tmp_path/'a.onnx', data_type='int8', cal_image_dir=tmp_path, cal_cache_file=tmp_path/'cache'/'cal.json', nms='none', batches=2)
+    proto = onnx.load(made.path)
+    ops = [n.op_type for n in proto.graph.node]
+    assert ops.count('DequantizeLinear') > 200 and description(proto)['data_type'] == 'int8'
+    again = export(quick['path'], tmp_path/'b.onnx', data_type='int8', cal_cache_file=tmp_path/'cache'/'cal.json', nms='none')
+    assert again.path.read_bytes() == made.path.read_bytes()
+    held = json.loads((tmp_path/'cache'/'cal.json').read_text())
+    held['network'] = 'another'; (tmp_path/'other.json').write_text(json.dumps(held)); (tmp_path/'bad.json').write_text('TRT-100400-EntropyCalibration2\n')
+    for name, words in (('other', 'other weights'), ('bad', 'not a calibration cache')):
+        with pytest.raises(ValueError, match=words): calibrate(quick['raw'], None, tmp_path/f'{name}.json')
+    # the answers stay close where the network is not on the edge
+    a, b = (answers(p, quick['images'])['box_deltas'].ravel() for p in (quick['raw'], proto))
+    assert np.corrcoef(a, b)[0, 1] > .9
+    # the last layers stay float: no weight of theirs was rounded
+    made_by = {o: n.op_type for n in proto.graph.node for o in n.output}
+    last = [n for n in proto.graph.node if n.op_type == 'Conv' and 'predict' in n.output[0]]
+    assert last and not [n for n in last if made_by.get(n.input[1]) == 'DequantizeLinear']
+
+
+@pytest.mark.parametrize('wrong,words', [(dict(output_path='a.pb'), 'must be .onnx'), (dict(data_type='int4'), 'fp32, fp16, int8'), (dict(opset=12), '13 to 18'), (dict(opset=19), '13 to 18'),
+    (dict(max_batch_size=0), 'at least 1'), (dict(nms='soft'), 'Allowed: onnx'), (dict(data_type='int8'), 'cal_image_dir'), (dict(nms='none', score_threshold=.3), 'nms "none"')])
+def test_what_cannot_be_is_refused_at_the_door(monkeypatch, tmp_path, wrong, words):
+    monkeypatch.setattr(chapter, 'raw_graph', lambda *a: pytest.fail('too late'))
+    with pytest.raises(ValueError, match=words): export(**dict(model_path='a.tlt', output_path=tmp_path/'a.onnx') | wrong)
+
+
+def test_folders_are_refused_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(chapter, 'raw_graph', lambda *a: pytest.fail('too late'))
+    (tmp_path/'a.onnx').mkdir()
+    with pytest.raises(ValueError, match='this is a folder'): export('a.tlt', tmp_path/'a.onnx')
+
+
+def test_thresholds_of_specs():
+    meta = lambda text: dict(spec=Spec.parse(text).to_text())
+    assert spec_thresholds({}, 'onnx') == {} == spec_thresholds(meta(''), 'none')
+    assert spec_thresholds(meta(''), 'efficient_nms_trt') == dict(max_detections=100)
+    assert spec_thresholds(meta('eval_config { min_score_thresh: 0.0 }'), 'efficient_nms_trt') == dict(max_detections=100, score_threshold=.4)  # as TAO: 0 counts as not said
+    assert spec_thresholds(meta('eval_config { min_score_thresh: 0.0001 }'), 'onnx') == dict(max_detections=100)
+
+
+def test_compare_measures(monkeypatch):
+    raw, images = toy(), pictures(2)
+    out = answers(raw, np.resize(images, (7, 128, 128, 3)))
+    assert compare(raw, lambda x, training: out, images) == dict(score=0., box=0.)
+    off = compare(raw, lambda x, training: out | dict(box_deltas=out['box_deltas']+np.float32([.01, 0, 0, 0])), images)
+    assert off['score'] == 0 and .01 < off['box'] < .1
+    for batch in (1, 3, 9):
+        fixed = toy(batch=batch)
+        assert max(compare(fixed, lambda x, training: answers(raw, x), images).values()) < 1e-6
