@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MARK', 'ENDING', 'ENDINGS', 'trace', 'constants', 'keep_nodes', 'drop_idle_reshapes', 'fold_batch_norms', 'set_batch',
            'describe', 'description', 'first_meta', 'meta_anchors', 'batch_of', 'raw_graph', 'outputs_of',
-           'centre_anchors', 'end_with_plugin', 'raw_twin', 'ending_graph', 'end_with_operators', 'finish']
+           'centre_anchors', 'end_with_plugin', 'raw_twin', 'ending_graph', 'end_with_operators', 'check_ending',
+           'finish']
 
 # %% ../../nbs/deploy/39_graph.ipynb #aa0236f1
 import json
@@ -331,13 +332,23 @@ def end_with_operators(
 # %% ../../nbs/deploy/39_graph.ipynb #159e6beb
 ENDINGS = {'onnx': end_with_operators, 'efficient_nms_trt': end_with_plugin, 'none': lambda raw: raw}
 
+def check_ending(
+    kind:str,        # 'onnx', 'efficient_nms_trt' or 'none'
+    thresholds:dict, # score_threshold, max_detections, iou_threshold; None: the ending's default
+)->dict:             # those that were given
+    "Refuses an ending that is none, and thresholds it cannot have."
+    if kind not in ENDINGS: raise ValueError(f'nms: "{kind}" is not an ending. Allowed: {", ".join(ENDINGS)}')
+    given = {k:v for k,v in thresholds.items() if v is not None}
+    if kind=='none' and given: raise ValueError(f'{", ".join(given)}: means nothing with nms "none", whose file does not suppress. Give it to the runtime instead')
+    for k,v in given.items():
+        if not (0<=v<=1 if k in ('score_threshold','iou_threshold') else v>=1): raise ValueError(f'{k}: {v} is outside of its range; scores and overlaps go from 0 to 1, max_detections begins at 1')
+    return given
+
+# %% ../../nbs/deploy/39_graph.ipynb #3b40d664
 def finish(
     raw,          # onnx.ModelProto with outputs cls_logits and box_deltas
     kind:str,     # 'onnx', 'efficient_nms_trt' or 'none'
     **thresholds, # score_threshold, max_detections, iou_threshold; None: the ending's default
 ):                # onnx.ModelProto with that ending
     "Gives a network one of the three endings."
-    if kind not in ENDINGS: raise ValueError(f'nms: "{kind}" is not an ending. Allowed: {", ".join(ENDINGS)}')
-    given = {k:v for k,v in thresholds.items() if v is not None}
-    if kind=='none' and given: raise ValueError(f'{", ".join(given)}: means nothing with nms "none", whose file does not suppress. Give it to the runtime instead')
-    return ENDINGS[kind](raw, **given)
+    return ENDINGS[kind](raw, **check_ending(kind, thresholds))
