@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMITS', 'to_fp16', 'ranges_of', 'weights_mark', 'calibrate', 'to_int8', 'compare', 'Exported', 'calibration_batches',
-           'check_request', 'spec_thresholds', 'lower', 'prove', 'write_export', 'export']
+           'check_precision', 'check_request', 'spec_thresholds', 'lower', 'prove', 'write_export', 'export']
 
 # %% ../../nbs/deploy/40_export.ipynb #f3f849d0
 import hashlib, json, tempfile
@@ -18,7 +18,7 @@ from ..data.shapes import draw_shapes
 from ..model.anchors import decode
 from ..model.postprocess import sigmoid
 from ..model.store import resolve_key, save_etlt
-from .graph import ENDINGS, MARK, constants, describe, description, finish, first_meta, meta_anchors, raw_graph
+from .graph import MARK, check_ending, constants, describe, description, finish, meta_anchors, raw_graph
 
 # %% ../../nbs/deploy/40_export.ipynb #cbb8beba
 def to_fp16(
@@ -69,7 +69,6 @@ def calibrate(
         except (ValueError, KeyError, TypeError): raise ValueError(f'{cache}: not a calibration cache of effdet_nb (TensorRT\'s own are not read). Delete it, or name another cal_cache_file') from None
         if theirs!=mark: raise ValueError(f'{cache}: made for a network with other weights. Delete it, or name another cal_cache_file')
         return ranges
-    if batches is None: raise ValueError('data_type int8: needs pictures to calibrate with, or their cache. Give cal_image_dir, or a cal_cache_file that exists')
     with tempfile.TemporaryDirectory() as folder: ranges = ranges_of(raw, batches, folder)
     if cache:
         with atomic(cache, 'w') as f: json.dump(dict(network=mark, ranges=ranges), f)
@@ -142,16 +141,26 @@ def calibration_batches(
     if not files: raise FileNotFoundError(f'cal_image_dir {image_dir}: no pictures (.jpg, .jpeg, .png, .bmp, .webp) in it or below. Give a folder with pictures like those the detector will see')
     return (canvases for canvases,_,_ in batched(files, tuple(image_hw), batch_size))
 
-# %% ../../nbs/deploy/40_export.ipynb #68991958
+# %% ../../nbs/deploy/40_export.ipynb #9fa4b5b7
+def check_precision(
+    data_type:str,       # fp32, fp16 or int8
+    cal_image_dir=None,  # int8: folder of pictures
+    cal_cache_file=None, # int8: ranges
+):
+    "Refuses a precision there is not, and int8 without anything to calibrate with."
+    if data_type not in LIMITS: raise ValueError(f'data_type: "{data_type}" is not one of {", ".join(LIMITS)}')
+    cached = cal_cache_file and Path(cal_cache_file).is_file()
+    if data_type=='int8' and not (cal_image_dir or cached): raise ValueError('data_type int8: needs pictures to calibrate with, or the ranges of an earlier time. Give cal_image_dir, or a cal_cache_file that exists')
+
+# %% ../../nbs/deploy/40_export.ipynb #eeee0a94
 def check_request(
     output_path,     # file to write
-    data_type:str,   # fp32, fp16 or int8
     opset:int,       # version of ONNX's operators
     batch_size:int,  # a fixed batch, or None
 ):
     "Refuses what cannot be exported, before anything slow begins."
     if Path(output_path).suffix.lower() not in ('.onnx','.etlt'): raise ValueError(f'output_path {output_path}: the ending decides what is written; it must be .onnx (plain) or .etlt (framed, sealed if there is a key)')
-    if data_type not in LIMITS: raise ValueError(f'data_type: "{data_type}" is not one of {", ".join(LIMITS)}')
+    check_target(output_path)
     if not 13<=opset<=18: raise ValueError(f'opset: {opset} cannot be written; 13 to 18 can')
     if batch_size is not None and batch_size<1: raise ValueError(f'max_batch_size: {batch_size}; must be at least 1. Leave it out for a file that takes any batch')
 
@@ -176,6 +185,7 @@ def lower(
     batches:int=10,      # int8: pictures, in batches of the graph's batch size, or of 1
 ):                       # onnx.ModelProto of that type
     "Brings a network to a lower precision."
+    check_precision(data_type, cal_image_dir, cal_cache_file)
     if data_type=='fp16': return to_fp16(raw)
     if data_type!='int8': return raw
     meta = description(raw)
@@ -229,15 +239,14 @@ def export(
     batches:int=10,            # int8: pictures to calibrate with, at most
 )->Exported:                   # what was written
     "Exports a model to one file that every runtime takes, and proves that it says the same."
-    check_request(output_path, data_type, opset, max_batch_size)
+    check_request(output_path, opset, max_batch_size)
+    check_precision(data_type, cal_image_dir, cal_cache_file)
     output_path, key = Path(output_path), resolve_key(key)
     nms = nms or ('efficient_nms_trt' if output_path.suffix.lower()=='.etlt' else 'onnx')
-    if nms not in ENDINGS: finish(None, nms)
+    given = check_ending(nms, dict(score_threshold=score_threshold, max_detections=max_detections, iou_threshold=iou_threshold))
     raw, model, stored = raw_graph(model_path, key, max_batch_size, opset)
-    describe(raw, first_meta(stored.meta, max_batch_size, opset))
     raw = lower(raw, data_type, cal_image_dir, cal_cache_file, batches)
     hw = tuple(stored.meta['arch']['image_hw'])
     difference = prove(raw, model, np.stack([draw_shapes(seed=s, size=hw).image for s in range(2)]), output_path)
-    given = {k:v for k,v in dict(score_threshold=score_threshold, max_detections=max_detections, iou_threshold=iou_threshold).items() if v is not None}
     proto = finish(raw, nms, **(spec_thresholds(stored.meta, nms) | given))
     return write_export(proto, output_path, key, difference)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'MAKING', 'PASSING', 'FILTERS', 'FIXED', 'COLORS', 'NORMALIZERS', 'CRITERIA', 'Ties', 'tensors',
-           'tie_channels', 'Group', 'Graph', 'channel_graph', 'plot_groups', 'wing', 'filter_lengths', 'normalized',
+           'tie_channels', 'Group', 'Graph', 'channel_graph', 'wing', 'plot_groups', 'filter_lengths', 'normalized',
            'group_norms', 'kept_channels', 'cut', 'costs', 'Pruning', 'plot_norms', 'plot_widths', 'plot_tradeoff',
            'loudest', 'find_threshold', 'protected_groups', 'check_settings', 'plan_pruning', 'remembered_norms',
            'save_pruned', 'prune']
@@ -114,6 +114,15 @@ def _named(group, shapes):
     path, axis = next(iter(group.makers.values()))
     return replace(group, name=next(iter(group.makers)), size=shapes[path][axis])
 
+# %% ../../nbs/learn/35_prune.ipynb #b8390884
+COLORS = {'backbone': 'tab:blue', 'bifpn': 'tab:orange', 'heads': 'tab:green'}
+
+def wing(
+    name:str, # of a layer, or the path of a weight
+)->str:       # backbone, bifpn or heads
+    "The part of a detector that a layer belongs to."
+    return 'heads' if name.startswith(('class', 'box')) else 'backbone' if name.startswith(('stem', 'block')) else 'bifpn'
+
 # %% ../../nbs/learn/35_prune.ipynb #a3190017
 def plot_groups(
     graph:Graph, # from `channel_graph`
@@ -129,19 +138,10 @@ def plot_groups(
     ax.set(xlabel='layer of the network', ylabel='group'); ax.invert_yaxis()
     return ax
 
-# %% ../../nbs/learn/35_prune.ipynb #b8390884
-COLORS = {'backbone': 'tab:blue', 'bifpn': 'tab:orange', 'heads': 'tab:green'}
-
-def wing(
-    name:str, # of a layer, or the path of a weight
-)->str:       # backbone, bifpn or heads
-    "The part of a detector that a layer belongs to."
-    return 'heads' if name.startswith(('class', 'box')) else 'backbone' if name.startswith(('stem', 'block')) else 'bifpn'
-
 # %% ../../nbs/learn/35_prune.ipynb #355f6899
 def filter_lengths(
-    kernel, # an array of weights
-    axis:int, # the axis that counts its filters
+    kernel,    # an array of weights
+    axis:int,  # the axis that counts its filters
 )->np.ndarray: # [filters] float64
     "The Euclidean length of every filter of a kernel."
     flat = np.moveaxis(kernel, axis, -1).reshape(-1, kernel.shape[axis])
