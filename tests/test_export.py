@@ -28,8 +28,10 @@ def lively(widths):
     for layer in model.layers:
         if hasattr(layer, 'moving_mean'): layer.momentum = 0.
     model(np.stack([draw_shapes(seed=i, size=HW).image for i in range(6)]), training=True)
+    for layer in model.layers:
+        if hasattr(layer, 'moving_mean'): layer.moving_variance.assign(np.maximum(layer.moving_variance, np.mean(layer.moving_variance))) # nobody shouts from noise
     kernel = model.get_layer('class-predict').pointwise_kernel
-    kernel.assign(kernel*30)
+    kernel.assign(kernel*150)
     return model, arch
 
 
@@ -72,8 +74,8 @@ def test_boxes_equal_keras(home):
 
 def test_the_graph_is_tidy(home):
     ops = [n.op_type for n in home['raw'].graph.node]
-    assert not {'BatchNormalization', 'Shape', 'Gather', 'Slice', 'Cast', 'Tile'} & set(ops)
-    assert ops.count('Reshape') == 10 and ops.count('Transpose') == 1+8
+    assert not {'BatchNormalization', 'Shape', 'Slice', 'Cast', 'Tile'} & set(ops)
+    assert ops.count('Reshape') == 10 and ops.count('Transpose') == 1+10
     assert [(o.domain, o.version) for o in home['raw'].opset_import] == [('', 17)]
     onnx.checker.check_model(home['raw'], full_check=True)
     shapes = {o.name: [d.dim_param or d.dim_value for d in o.type.tensor_type.shape.dim] for o in [*home['raw'].graph.input, *home['raw'].graph.output]}
@@ -170,7 +172,7 @@ def test_folders_are_refused_before_the_work(monkeypatch, tmp_path):
 def test_thresholds_of_specs():
     meta = lambda text: dict(spec=Spec.parse(text).to_text())
     assert spec_thresholds({}, 'onnx') == {} == spec_thresholds(meta(''), 'none')
-    assert spec_thresholds(meta(''), 'efficient_nms_trt') == dict(max_detections=100)
+    assert spec_thresholds(meta(''), 'efficient_nms_trt') == {}
     assert spec_thresholds(meta('eval_config { min_score_thresh: 0.0 }'), 'efficient_nms_trt') == dict(max_detections=100, score_threshold=.4)  # as TAO: 0 counts as not said
     assert spec_thresholds(meta('eval_config { min_score_thresh: 0.0001 }'), 'onnx') == dict(max_detections=100)
 

@@ -170,3 +170,19 @@ def test_metadata_is_plain_json_without_secrets():
     text = next(p.value for p in toy().metadata_props if p.key == 'effdet_nb')
     held = json.loads(text)
     assert set(held) == {'format', 'version', 'arch', 'classes', 'step', 'epoch', 'input', 'batch_size', 'opset', 'data_type', 'nms'}
+
+
+@pytest.mark.parametrize('n,wanted', [(1, 2), (2, 3), (3, 5), (2, 4), (6, 10), (5, 9), (4, 6), (7, 13), (20, 40)])
+def test_growing_maps_copies_what_tensorflow_copies(n, wanted):
+    "Each factor a pyramid can meet, in one direction at a time, against the layer itself."
+    from effdet_nb.deploy.graph import exact_resizes
+    from effdet_nb.model.bifpn import Upsample
+    x = np.random.default_rng(n).normal(size=(7, 3, n, 2)).astype(np.float32)
+    proto = small(f'''g (float[7,3,{n},2] input) => (float[7,3,{wanted},4] y) {{
+      a = Relu(input)
+      y = Resize<mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">(a, none, scales)
+    }}''', none=np.float32([]), scales=np.float32([1, 1, wanted/n, 2]))
+    want = np.asarray(Upsample((wanted, 4))(np.maximum(x, 0).transpose(0, 2, 3, 1))).transpose(0, 3, 1, 2)
+    tidy = exact_resizes(proto)
+    assert ('Gather' in {o.op_type for o in tidy.graph.node}) == (wanted % n > 0)
+    np.testing.assert_array_equal(answers(tidy, x)['y'], want)

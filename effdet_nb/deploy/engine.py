@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Batches', 'graph_for', 'parse_network', 'build_engine', 'gen_trt_engine', 'write_engine']
 
-# %% ../../nbs/deploy/42_engine.ipynb #cd33f2f4
+# %% ../../nbs/deploy/42_engine.ipynb #76a5826b
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from .export import lower
 from .graph import batch_of, description, finish, raw_twin
 from .runtime import import_tensorrt, kind_of, onnx_bytes
 
-# %% ../../nbs/deploy/42_engine.ipynb #89878d53
+# %% ../../nbs/deploy/42_engine.ipynb #79f0a2fc
 @dataclass(frozen=True)
 class Batches:
     "The batch sizes an engine is built for."
@@ -32,7 +32,7 @@ class Batches:
         if self!=Batches() and not self.smallest<=fixed<=self.largest: raise ValueError(f'max_batch_size: the file was exported for batches of {fixed} only. Leave the batch sizes out, or export it again without --max_batch_size')
         return Batches(fixed, fixed, fixed)
 
-# %% ../../nbs/deploy/42_engine.ipynb #328d2618
+# %% ../../nbs/deploy/42_engine.ipynb #462c7829
 def graph_for(
     proto,               # onnx.ModelProto of an exported file
     data_type:str=None,  # fp32, fp16 or int8; None: as the file is
@@ -49,7 +49,7 @@ def graph_for(
     nms = dict(meta['nms'])
     return finish(lower(raw_twin(proto), data_type, cal_image_dir, cal_cache_file, batches), nms.pop('kind'), **nms)
 
-# %% ../../nbs/deploy/42_engine.ipynb #6c351a53
+# %% ../../nbs/deploy/42_engine.ipynb #b0539bb5
 def parse_network(
     trt,        # the tensorrt module
     builder,    # trt.Builder
@@ -64,7 +64,7 @@ def parse_network(
     why = '; '.join(str(parser.get_error(i)) for i in range(parser.num_errors)) or 'it gave no reason'
     raise ValueError(f'TensorRT {trt.__version__} cannot read the graph: {why[:500]}. Try another ending (effdet_export --nms) or a lower --opset')
 
-# %% ../../nbs/deploy/42_engine.ipynb #c0acca3e
+# %% ../../nbs/deploy/42_engine.ipynb #96e84f21
 def build_engine(
     data:bytes,                # a serialised ONNX model, already in its final precision
     image_hw:tuple,            # (height, width) of its input
@@ -89,7 +89,7 @@ def build_engine(
     if plan is None: raise RuntimeError(f'TensorRT {trt.__version__} could not build the engine; the lines above say why. Out of memory? Try a smaller max_batch_size or max_workspace_size')
     return bytes(plan)
 
-# %% ../../nbs/deploy/42_engine.ipynb #92e793a0
+# %% ../../nbs/deploy/42_engine.ipynb #18551cd3
 def gen_trt_engine(
     model_path,               # .onnx or .etlt
     engine_file=None,         # the engine to write; None: beside the model, ending in .engine
@@ -117,7 +117,7 @@ def gen_trt_engine(
     plan = build_engine(proto.SerializeToString(), meta['arch']['image_hw'], sizes, not isinstance(batch, int), max_workspace_size, verbose, trt)
     return write_engine(engine_file, plan, meta | dict(max_batch_size=sizes.largest, tensorrt=trt.__version__))
 
-# %% ../../nbs/deploy/42_engine.ipynb #4b118503
+# %% ../../nbs/deploy/42_engine.ipynb #fe77af75
 def write_engine(
     path:Path,  # the engine
     plan:bytes, # from `build_engine`
