@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARK', 'ENDING', 'ENDINGS', 'trace', 'constants', 'keep_nodes', 'nearest', 'static_shapes', 'exact_resizes',
-           'drop_idle_reshapes', 'fold_batch_norms', 'set_batch', 'describe', 'description', 'first_meta',
-           'meta_anchors', 'batch_of', 'raw_graph', 'outputs_of', 'centre_anchors', 'end_with_plugin', 'raw_twin',
-           'ending_graph', 'end_with_operators', 'check_ending', 'finish']
+           'drop_idle_reshapes', 'fold_batch_norms', 'plane_pixels', 'set_batch', 'describe', 'description',
+           'first_meta', 'meta_anchors', 'batch_of', 'raw_graph', 'outputs_of', 'centre_anchors', 'end_with_plugin',
+           'raw_twin', 'ending_graph', 'end_with_operators', 'check_ending', 'finish']
 
 # %% ../../nbs/deploy/39_graph.ipynb #aa0236f1
 import json
@@ -128,6 +128,25 @@ def fold_batch_norms(
         gone.add(bn.output[0])
     return keep_nodes(proto, [n for n in graph.node if not (n.op_type=='BatchNormalization' and n.output[0] in gone)])
 
+# %% ../../nbs/deploy/39_graph.ipynb #436482cc
+def plane_pixels(
+    proto, # onnx.ModelProto, changed in place
+):         # the same proto
+    "Subtracts the mean colour after the transpose, and melts the scale into the first convolution."
+    from onnx.numpy_helper import from_array
+    graph, numbers, chain, name = proto.graph, constants(proto.graph), [], 'input'
+    for op in ('Sub','Mul','Transpose','Conv'):
+        readers = [n for n in graph.node if name in n.input]
+        if [n.op_type for n in readers]!=[op]: return proto
+        chain.append(readers[0]); name = readers[0].output[0]
+    sub,mul,transpose,conv = chain
+    column = lambda a: np.broadcast_to(np.ravel(a), 3).reshape(1,3,1,1)
+    new = {'pixels/mean': column(numbers[sub.input[1]]), 'pixels/weights': numbers[conv.input[1]]*column(numbers[mul.input[1]])}
+    graph.initializer.extend(from_array(np.ascontiguousarray(v, np.float32), k) for k,v in new.items())
+    transpose.input[0], sub.input[:], conv.input[:2] = 'input', [transpose.output[0], 'pixels/mean'], [sub.output[0], 'pixels/weights']
+    rest = [n for n in graph.node if n.output[0] not in {m.output[0] for m in chain}]
+    return keep_nodes(proto, [transpose, sub, conv, *rest])
+
 # %% ../../nbs/deploy/39_graph.ipynb #d1d09e50
 def set_batch(
     proto,              # onnx.ModelProto traced with batch MARK, changed in place
@@ -200,7 +219,8 @@ def raw_graph(
     "The exported network without any ending, tidied, knowing itself."
     from effdet_nb.model.detect import open_detector
     model,_,stored = open_detector(path, key, input_dtype='float32', batch_size=MARK)
-    proto = set_batch(fold_batch_norms(drop_idle_reshapes(exact_resizes(trace(model, opset)))), batch_size)
+    proto = plane_pixels(fold_batch_norms(drop_idle_reshapes(exact_resizes(trace(model, opset)))))
+    set_batch(proto, batch_size)
     del proto.opset_import[:]
     proto.opset_import.add(domain='', version=opset)
     proto.producer_name, proto.producer_version, proto.graph.name = 'effdet_nb', __version__, model.name

@@ -36,6 +36,7 @@ def open_session(
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     if threads: options.intra_op_num_threads = threads
     try: return onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
     except Exception as e: raise ValueError(f'{name}: ONNX Runtime cannot open it ({str(e).splitlines()[0][:200]}). Was the file copied whole? Export the .tlt again') from None
