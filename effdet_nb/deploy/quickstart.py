@@ -17,7 +17,6 @@ from pathlib import Path
 from string import Template
 import numpy as np
 from fastcore.basics import patch
-from fastcore.meta import delegates
 from .. import __version__
 from ..spec import Spec, parse_size
 from ..status import Status, atomic, duration, say
@@ -386,7 +385,6 @@ def ship(
         s.result = ', '.join(f'{k} {v:.0f} images/s' for k,v in made.speed.items())
 
 # %% ../../nbs/deploy/45_quickstart.ipynb #09c78c70
-@delegates(Settings)
 def quickstart(
     folder='effdet_quickstart', # for everything that is made: new, empty, or of a run with the same settings, which is then continued
     key:str='',                 # seals the models; empty leaves them open
