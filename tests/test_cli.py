@@ -142,10 +142,12 @@ sys.argv = ['x', 'wait']
 c.efficientdet_tf1()
 '''
 
+def heeds_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL) # a shell starts background jobs deaf to it, and so their children
+
 @pytest.mark.parametrize('sent, code, word', [(signal.SIGINT, 130, 'interrupted'), (signal.SIGTERM, 143, 'terminated')])
 def test_signals_end_a_command_with_the_exit_code_of_the_shell(sent, code, word, tmp_path):
     (tmp_path/'waits.py').write_text(WAITS)
-    with subprocess.Popen([sys.executable, 'waits.py'], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+    with subprocess.Popen([sys.executable, 'waits.py'], cwd=tmp_path, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c) as p:
         assert p.stdout.readline()=='ready\n'
         p.send_signal(sent)
         _,err = p.communicate(timeout=30)

@@ -371,7 +371,8 @@ def test_ctrl_c_leaves_nothing(drawn, tmp_path):
     many = [dict(data['images'][i % 14], id=i + 1) for i in range(20_000)]
     annotations.write_text(json.dumps(dict(images=many, annotations=[], categories=data['categories'])))
     code = f'from effdet_nb.data.tfrecord import dataset_convert; dataset_convert({str(images)!r}, {str(annotations)!r}, {str(out)!r}, workers=2, num_shards=64)'
-    run = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    run = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a shell starts background jobs deaf to it, and so their children
     deadline = time.time() + 20
     while not list(out.glob('.train-*/train-0*.tfrecord')) and time.time() < deadline: time.sleep(.02)
     os.killpg(run.pid, signal.SIGINT)
