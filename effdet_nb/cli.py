@@ -161,7 +161,9 @@ class QuietTensorFlow(importlib.abc.MetaPathFinder):
         spec = importlib.util.find_spec(name)
         greet = spec.loader.exec_module
         def exec_module(module):
-            with held_back(): greet(module)
+            with held_back():
+                greet(module)
+                module.config.list_physical_devices()   # its first look for a GPU complains too
         spec.loader.exec_module = exec_module
         return spec
 
