@@ -194,6 +194,9 @@ def _attempt(f, options):
         except KeyboardInterrupt as e:
             tell(f'{f.__name__}: ' + ('terminated' if isinstance(e, Terminated) else 'interrupted'))
             return 143 if isinstance(e, Terminated) else 130
+        except BrokenPipeError:     # whoever reads our output, `head` perhaps, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+            return 141
         except Exception as e:
             key = options.get('key') or ''
             if options.get('verbose'): tell(_story(key))

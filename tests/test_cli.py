@@ -153,6 +153,12 @@ def test_signals_end_a_command_with_the_exit_code_of_the_shell(sent, code, word,
         _,err = p.communicate(timeout=30)
     assert p.returncode==code and err==f'effdet_wait: {word}\n'
 
+def test_a_reader_who_has_seen_enough_hears_no_complaint(work, tmp_path):
+    with subprocess.Popen([BIN/'effdet_dataset_convert', '-i', work/'data'/'val', '-a', work/'data'/'val.json', '-o', tmp_path], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        p.stdout.close()
+        err = p.stderr.read()
+    assert p.returncode==141 and 'rror' not in err and 'pipe' not in err
+
 def test_held_back_text_appears_only_when_it_is_needed(tmp_path):
     code = 'import os\nfrom effdet_nb.cli import held_back\nwith held_back(): os.write(2, b"hello\\n"); {}'
     def stderr(then): return subprocess.run([sys.executable, '-c', code.format(then)], capture_output=True, text=True, cwd=tmp_path).stderr
