@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['COCO_NAMES', 'xywh64', 'Truth', 'truth_from_coco', 'samples_from_json', 'samples_from_records', 'Samples',
            'samples_from_spec', 'detect', 'Metrics', 'text_table', 'markdown_table', 'category_ids', 'columns',
-           'coco_metrics', 'evaluate', 'plot_pr', 'image_aps', 'image_ap', 'worst_images', 'show_predictions',
-           'images_of', 'coco_results', 'Filed', 'results_from_json']
+           'coco_metrics', 'evaluate', 'plot_pr', 'Explanation', 'image_aps', 'image_ap', 'worst_images',
+           'show_predictions', 'images_of', 'coco_results', 'Filed', 'results_from_json']
 
 # %% ../../nbs/learn/33_evaluate.ipynb #93c26a44
 import json, warnings
@@ -24,7 +24,9 @@ from ..data.dataset import Records, records_from
 from ..data.letterbox import Letterboxed, file_order, letterbox, read_image, read_letterboxed, to_original
 from ..data.tfrecord import read_example
 from ..model.postprocess import Detections
-from .metric import AREAS, Found, Sought, average_precision, match, mean_known, places, ranked, reference, verdicts
+from .metric import Found, Sought, average_precision, mean_known, places, reference
+from . import errors
+from .errors import judge
 
 # %% ../../nbs/learn/33_evaluate.ipynb #92b66a35
 def xywh64(
@@ -360,6 +362,36 @@ def plot_pr(
     if ids: ax.legend(fontsize=8)
     return ax
 
+# %% ../../nbs/learn/33_evaluate.ipynb #28755c74
+class Explanation(dict):
+    "How a detector is wrong, as plain data with a face: errors, thresholds, confusion, labels, calibration."
+    def rows(self):
+        "Two tables as lists of rows, heading first."
+        number = lambda x: '–' if x is None else f'{x:.3f}'
+        return ([['class','what is wrong','count','costs']] + [[e['kind'], e['what'], f'{e["count"]:,}', f'{e["cost"]:.3f}'] for e in self['errors']],
+                [['class','threshold','precision','recall','F1']] + [[t['name'], *(number(t[k]) for k in ('threshold','precision','recall','F1'))] for t in self['thresholds']])
+    def heads(self): return (f'What each kind of mistake costs, in AP at IoU {self["iou_threshold"]:g}', 'The score threshold with the best F1 (halfway between precision and recall)')
+    def _put(self, table):
+        errors,thresholds = self.rows()
+        errors[0][0] = 'kind'
+        return '\n\n'.join(o for head,rows in zip(self.heads(), (errors, thresholds)) for o in (head, table(rows)))
+    def __repr__(self): return self._put(text_table)
+    def _repr_markdown_(self): return self._put(markdown_table)
+
+# %% ../../nbs/learn/33_evaluate.ipynb #105e5522
+@patch
+def explain(self:Metrics,
+    iou_threshold:float=.5,   # how tight a box must be
+    score_threshold:float=.4, # for the confusion matrix
+)->Explanation:
+    "Says how the detector is wrong, what that costs, and where to draw the line."
+    found,sought = columns(self.results, self.classes)
+    known = found.cls<len(self.classes.ids)
+    told = errors.explain(Found(*(c[known] for c in found)), sought, len(self.classes.ids), iou_threshold, score_threshold)
+    names = zip([*self.classes.ids, None], [*self.classes.names, 'all classes'])
+    told['thresholds'] = [dict(id=k, name=n, **t) for (k,n),t in zip(names, told['thresholds'])]
+    return Explanation(told, labels=[*self.classes.names, None])
+
 # %% ../../nbs/learn/33_evaluate.ipynb #e1f45e59
 def image_aps(
     results:list,            # (Truth, Detections) of every picture
@@ -368,11 +400,9 @@ def image_aps(
 )->np.ndarray:               # [pictures], 0 to 1
     "Average precision of every picture by itself, all classes together; detections on crowds don't count."
     found,sought = columns(results, classes)
-    order,_ = ranked(found, len(classes.ids)+1)
-    found = Found(*(c[order] for c in found))
-    right,counts = (o[:,0,0] for o in verdicts(found, sought, match(found, sought, len(classes.ids)+1, np.array([iou_threshold]), AREAS[:1]), AREAS[:1]))
-    image,score,right = found.image[counts], found.score[counts], right[counts]
-    return _ap_by_image(image, score, right, np.bincount(sought.image[~sought.crowd], minlength=len(results)))
+    j = judge(found, sought, len(classes.ids)+1, iou_threshold)
+    num = np.bincount(sought.image[~sought.crowd], minlength=len(results))
+    return _ap_by_image(j.found.image[j.counts], j.found.score[j.counts], j.right[j.counts], num)
 
 def _ap_by_image(image, score, right, num):
     "The mean of the precisions at the right detections, or what the surest wrong one leaves where there is nothing to find."
