@@ -126,6 +126,7 @@ def line_chart(
     title:str,        # what to see
     xlabel:str='',    # what is counted from left to right
     top:float=None,   # upper end of the vertical axis; the largest value if absent
+    ends:bool=True,   # whether the legend says where each line ended
 )->Html:
     "Lines over a common axis, as an SVG figure."
     lines = {k: [p for p in v if all(map(math.isfinite, p))] for k,v in lines.items()}
@@ -136,7 +137,7 @@ def line_chart(
     x,y = scale((min(xs), max(xs)), (46,346)), scale((0, top), (166,8))
     drawn = [_line(v, x, y, c) for v,c in zip(lines.values(), line_colours*len(lines))]
     svg = tag('svg', *_axes(x, y, ticks(min(xs), max(xs)), ticks(0, top), xlabel), *drawn, viewBox='0 0 360 200', width=360, role='img', aria_label=title)
-    legend = [tag('span', tag('b', '● ', style=f'color:{c}'), f'{k} ', shown(float(v[-1][1])), Html(' &nbsp; ')) for (k,v),c in zip(lines.items(), line_colours*len(lines))]
+    legend = [tag('span', tag('b', '● ', style=f'color:{c}'), f'{k} ', *([shown(float(v[-1][1]))] if ends else []), Html(' &nbsp; ')) for (k,v),c in zip(lines.items(), line_colours*len(lines))]
     return tag('figure', tag('figcaption', title), svg, tag('div', *legend, class_='legend'))
 
 # %% ../../nbs/deploy/44_report.ipynb #cfb11508

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COCO_NAMES', 'xywh64', 'Truth', 'truth_from_coco', 'samples_from_json', 'samples_from_records', 'Samples',
-           'samples_from_spec', 'detect', 'Metrics', 'text_table', 'markdown_table', 'category_ids', 'columns',
-           'coco_metrics', 'evaluate', 'plot_pr', 'Explanation', 'image_aps', 'image_ap', 'worst_images',
+           'samples_from_spec', 'on_canvas', 'detect', 'Metrics', 'text_table', 'markdown_table', 'category_ids',
+           'columns', 'coco_metrics', 'evaluate', 'plot_pr', 'Explanation', 'image_aps', 'image_ap', 'worst_images',
            'show_predictions', 'images_of', 'coco_results', 'Filed', 'results_from_json']
 
 # %% ../../nbs/learn/33_evaluate.ipynb #93c26a44
@@ -139,8 +139,11 @@ def samples_from_spec(
     return Samples(records_from(spec, 'validation'), spec.dataset_config.validation_json_file or None)
 
 # %% ../../nbs/learn/33_evaluate.ipynb #fdda814c
-def _on_canvas(sample, size):
-    "A sample with its picture on a canvas; a picture is a path, bytes, or an array [H, W, 3] uint8."
+def on_canvas(
+    sample,     # (picture, Truth); a picture is a path, bytes, or an array [H, W, 3] uint8
+    size:tuple, # (height, width) of the canvas, pixels
+)->tuple:       # (Letterboxed, Truth)
+    "A sample with its picture on a canvas."
     source,truth = sample
     if isinstance(source, np.ndarray): return Letterboxed(*letterbox(source, size), source.shape[:2]), truth
     name = f'image {truth.image_id}' if isinstance(source, (bytes,bytearray,memoryview)) else None
@@ -151,10 +154,10 @@ def _read_ahead(samples, size, ahead, workers):
     samples,waiting = iter(samples), deque()
     pool = ThreadPoolExecutor(workers)
     try:
-        waiting.extend(pool.submit(_on_canvas, s, size) for s in islice(samples, ahead))
+        waiting.extend(pool.submit(on_canvas, s, size) for s in islice(samples, ahead))
         while waiting:
             yield waiting.popleft().result()
-            waiting.extend(pool.submit(_on_canvas, s, size) for s in islice(samples, 1))
+            waiting.extend(pool.submit(on_canvas, s, size) for s in islice(samples, 1))
     finally: pool.shutdown(wait=False, cancel_futures=True)
 
 # %% ../../nbs/learn/33_evaluate.ipynb #dee19fd6
