@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'spelled', 'Opt', 'last_line', 'Tee', 'logged', 'Terminated', 'stoppable', 'pick_gpus', 'held_back',
-           'QuietTensorFlow', 'command', 'effdet_dataset_convert', 'effdet_train', 'evaluate_model', 'effdet_evaluate',
-           'effdet_prune', 'effdet_inference', 'effdet_export', 'effdet_gen_trt_engine', 'effdet_quickstart',
-           'efficientdet_tf1']
+           'QuietTensorFlow', 'command', 'effdet_dataset_convert', 'effdet_train', 'effdet_evaluate', 'effdet_prune',
+           'effdet_inference', 'effdet_export', 'effdet_gen_trt_engine', 'effdet_quickstart', 'efficientdet_tf1']
 
 # %% ../nbs/90_cli.ipynb #4b50467b
 import argparse, importlib.abc, importlib.util, os, signal, sys, threading, warnings
@@ -26,7 +25,9 @@ def spelled(
             if flag: kw |= dict(nargs=0, const=True, type=None, default=False)
             short,long = [[n for n in names if n.startswith('--')==o] for o in (False,True)]
             super().__init__([*short, *option_strings, *long], dest, **kw, metavar=metavar)
-        def __call__(self, parser, space, value, option_string=None): setattr(space, self.dest, True if flag else value)
+        def __call__(self, parser, space, value, option_string=None):
+            if isinstance(value, list): value = [*(getattr(space, self.dest) or []), *value]
+            setattr(space, self.dest, True if flag else value)
     return Spelled
 
 # %% ../nbs/90_cli.ipynb #8b691081
@@ -266,48 +267,26 @@ def _status(results_dir, task, key):
     from effdet_nb.status import Status
     with Status(results_dir, task, hide=(key,) if key else ()) as status: yield status
 
-# %% ../nbs/90_cli.ipynb #98ec006e
-def _write_json(path, data):
-    "Writes a JSON file, whole or not at all."
-    import json
-    from effdet_nb.status import atomic
-    with atomic(path, 'w') as f: json.dump(data, f)
-
-# %% ../nbs/90_cli.ipynb #a288bd1e
-def evaluate_model(
-    spec,             # the experiment: validation files, eval_config
-    model_path,       # .tlt, .onnx, .etlt or .engine
-    key:str='',       # key of the model file
-    results_dir=None, # folder for metrics.json, detections.json and status.json; none are written if absent
-):                    # Metrics
-    "COCO numbers of a model file on the validation pictures of a spec."
-    from effdet_nb.deploy.runtime import load_detector
-    from effdet_nb.learn.evaluate import coco_results, evaluate, samples_from_spec
-    with _status(results_dir, 'evaluate', key) as status:
-        e = spec.eval_config
-        metrics = evaluate(load_detector(model_path, key), samples_from_spec(spec), batch_size=e.eval_batch_size, eval_samples=e.eval_samples or None, show_progress=True)
-        if status:
-            _write_json(os.path.join(results_dir, 'metrics.json'), metrics.to_dict())
-            _write_json(os.path.join(results_dir, 'detections.json'), coco_results(metrics))
-            status.running('Evaluation metrics generated.', kpi=dict(metrics))
-        if (folder := spec.dataset_config.testdev_dir): _write_json(os.path.join(folder, 'detections.json'), coco_results(metrics))
-        return metrics
-
 # %% ../nbs/90_cli.ipynb #b863faa6
 @command
 def effdet_evaluate(
     experiment_spec_file:_spec(True)=None,
-    model_path:Opt('The model: .tlt, .onnx, .etlt or .engine', '-m', '--model', required=True, metavar='FILE')=None,
+    model_path:Opt('The model: .tlt, .onnx, .etlt or .engine, or .json with detections; several are compared', '-m', '--model', '--compare', required=True, nargs='+', metavar='FILE')=None,
     key:_key()=None,
-    results_dir:_results('Folder for metrics.json, detections.json and status.json; none are written if left out')=None,
+    results_dir:_results('Folder for metrics.json, detections.json, report.html and status.json; none are written if left out')=None,
+    nms:Opt("How repetitions are suppressed; soft if left out and the file leaves the choice, or as the file does it", choices=['soft','hard'])=None,
+    iou_threshold:Opt('How tight a box must be, for the kinds of mistakes and the confusion matrix', type=float, metavar='X')=.5,
+    score_threshold:Opt('Lowest score in the confusion matrix; min_score_thresh of the spec if left out', type=float, metavar='SCORE')=None,
+    pycocotools:Opt('Count with pycocotools: the same numbers, slowly', flag=True)=False,
     gpu_index:_gpu()=None,
     log_file:_log()=None,
     verbose:_verbose()=False,
 ):
-    "Measure a model on the validation pictures: COCO's twelve numbers, and AP by class."
+    "Measure a model on the validation pictures, say how it is wrong, and compare it with others."
     from effdet_nb.spec import Spec
     spec = Spec.load(experiment_spec_file, 'evaluate')
-    return evaluate_model(spec, model_path, key, results_dir)
+    from effdet_nb.deploy.evaluation import evaluate_files
+    return evaluate_files(spec, model_path, key, results_dir, nms, iou_threshold, score_threshold, pycocotools, show_progress=True)
 
 # %% ../nbs/90_cli.ipynb #fdc22d1a
 @command

@@ -124,11 +124,14 @@ class ExportedDetector:
         parts = [{k: v[:n] for k,v in self.run(np.asarray(b, np.float32)).items()} for b,n in batches]
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if parts else {}
 
+    def answers(self, out):
+        "What the answers of `raw` mean: one `Detections` per picture."
+        return read_answers(out, self.meta['nms'], self.anchors, self.suppress) if out else []
+
     def __call__(self,
         images, # [N,H,W,3] uint8 of the detector's `image_hw`
     )->list:    # one `Detections` per picture, boxes in network pixels
-        out = self.raw(images)
-        return read_answers(out, self.meta['nms'], self.anchors, self.suppress) if out else []
+        return self.answers(self.raw(images))
 
 # %% ../../nbs/deploy/41_runtime.ipynb #e3946ef3
 class OnnxDetector(ExportedDetector):

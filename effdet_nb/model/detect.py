@@ -97,11 +97,14 @@ class KerasDetector:
         "The network's answers for uint8 `[N,H,W,3]`: `cls_logits [N,A,C]`, `box_deltas [N,A,4]`."
         return self.model.predict_on_batch(np.asarray(images))
 
+    def answers(self, out):
+        "What the answers of `raw` mean: one `Detections` per picture."
+        return [postprocess(c, b, self.anchors, **self.suppress) for c,b in zip(out['cls_logits'], out['box_deltas'])]
+
     def __call__(self,
         images, # [N,H,W,3] uint8 of the detector's `image_hw`
     )->list:    # one `Detections` per picture, boxes in network pixels
-        out = self.raw(images)
-        return [postprocess(c, b, self.anchors, **self.suppress) for c,b in zip(out['cls_logits'], out['box_deltas'])]
+        return self.answers(self.raw(images))
 
     @classmethod
     def load(cls,
