@@ -304,14 +304,17 @@ def effdet_prune(
     target_params:Opt('Find the threshold that leaves so many parameters: a share up to 1, or their number', type=float, metavar='X')=None,
     target_macs:Opt('The same for multiply-adds', type=float, metavar='X')=None,
     scope:Opt('The part to prune', choices=['all','backbone','bifpn','heads'])='all',
+    plot:Opt('Picture to draw: what each threshold would leave', metavar='PNG')=None,
+    no_speed:Opt('Do not measure the time per picture before and after', flag=True)=False,
     gpu_index:_gpu()=None,
     log_file:_log()=None,
     verbose:_verbose()=False,
 ):
     "Remove the filters that matter least from a model."
     from effdet_nb.learn.prune import prune
-    return prune(model, os.path.join(output_dir, 'model.tlt'), key, normalizer, equalization_criterion, pruning_granularity, pruning_threshold,
-                 min_num_filters, excluded_layers or (), dry_run, target_params, target_macs, scope)
+    done = prune(model, os.path.join(output_dir, 'model.tlt'), key, normalizer, equalization_criterion, pruning_granularity, pruning_threshold,
+                 min_num_filters, excluded_layers or (), dry_run, target_params, target_macs, scope, plot, speed=not (dry_run or no_speed))
+    return f'{done}\n\n{done.thresholds()}' if dry_run else done
 
 # %% ../nbs/90_cli.ipynb #d742bb80
 @command

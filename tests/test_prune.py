@@ -1,5 +1,8 @@
 "Pruning: the rule against a plain restatement of it, the surgery against the network, the file against everything that opens files."
 import json
+import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -7,7 +10,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from effdet_nb.data.coco import ClassTable
-from effdet_nb.learn import prune as P
+from effdet_nb.data.shapes import draw_dataset
+from effdet_nb.data.tfrecord import dataset_convert
+from effdet_nb.learn import channels as C, choose as H, prune as P, speed as S, train as T
 from effdet_nb.learn.train import best_weights, start_arch
 from effdet_nb.model.backbone import backbone_blocks
 from effdet_nb.model import detector
@@ -45,12 +50,29 @@ def fade(weights, graph, seed=0):
     return weights
 
 
+def silence(weights, graph, kept):
+    "Weights in which only the kept channels say anything: the others' filters, biases and batch-norm shifts are zero."
+    weights = {k: v.copy() for k, v in weights.items()}
+    for g in graph.groups:
+        gone = np.setdiff1d(np.arange(g.size), kept[g.name])
+        for path, axis in g.cuts:
+            if (path, axis) in g.makers.values() or axis == 0 and 'variance' not in path: np.moveaxis(weights[path], axis, -1)[..., gone] = 0
+    return weights
+
+
+def answers(model, image): return np.concatenate([np.array(v)[0] for v in model(image).values()], 1)
+
+
 @pytest.fixture(scope='module')
 def model(): return build(ARCH)
 
 
 @pytest.fixture(scope='module')
-def graph(model): return P.channel_graph(model)
+def scratch(): return build(ARCH)
+
+
+@pytest.fixture(scope='module')
+def graph(model): return C.channel_graph(model)
 
 
 @pytest.fixture(scope='module')
@@ -66,7 +88,7 @@ def trained(model, graph, tmp_path_factory):
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.floats(0, 1), st.integers(1, 17), st.integers(1, 40))
 @settings(max_examples=300, deadline=None)
 def test_the_rule_in_other_words(norms, threshold, granularity, least):
-    kept, norms = P.kept_channels(np.array(norms), threshold, granularity, least), np.array(norms)
+    kept, norms = H.kept_channels(np.array(norms), threshold, granularity, least), np.array(norms)
     gone = np.setdiff1d(np.arange(len(norms)), kept)
     assert (np.diff(kept) > 0).all() and len(kept) >= min(least, len(norms))
     assert set(np.flatnonzero(norms > threshold)) <= set(kept)                    # nothing loud is lost
@@ -76,18 +98,18 @@ def test_the_rule_in_other_words(norms, threshold, granularity, least):
     assert len(kept) - wanted < granularity                                       # and no more than rounding demands
 
 
-@given(st.integers(0, 2**32-1), st.sampled_from(['max', 'L2']), st.sampled_from(list(P.CRITERIA)))
+@given(st.integers(0, 2**32-1), st.sampled_from(['max', 'L2']), st.sampled_from(list(H.CRITERIA)))
 @settings(max_examples=50, deadline=None)
 def test_criteria_are_ordered_and_norms_lie_between_0_and_1(seed, normalizer, criterion):
     rng = np.random.default_rng(seed)
-    layers = np.stack([P.normalized(rng.lognormal(size=9), normalizer) for _ in range(3)])
-    got, least, most = (P.CRITERIA[c](layers) for c in (criterion, 'intersection', 'union'))
+    layers = np.stack([H.normalized(rng.lognormal(size=9), normalizer) for _ in range(3)])
+    got, least, most = (H.CRITERIA[c](layers) for c in (criterion, 'intersection', 'union'))
     assert (least <= got*(1+1e-12)).all() and (got <= most*(1+1e-12)).all() and 0 <= got.min() and got.max() <= 1+1e-12
 
 
 @pytest.mark.parametrize('name, width, depth, cells, hidden', [('efficientdet-d0', 1., 1., 3, 3), (ARCH.name, .5, .5, 2, 2), pytest.param('efficientdet-d1', 1., 1.1, 4, 3, marks=pytest.mark.slow)])
 def test_groups_of_the_graph_are_those_of_the_paper(name, width, depth, cells, hidden):
-    graph = P.channel_graph(build(Arch(name, (128, 128), num_classes=3)))
+    graph = C.channel_graph(build(Arch(name, (128, 128), num_classes=3)))
     found, blocks = {frozenset(g.makers) for g in graph.groups}, backbone_blocks(width, depth)
     expected = {frozenset(b.name+n for n in ('expand_conv', 'dwconv', 'se_expand')) for b in blocks if b.expand != 1}
     expected |= {frozenset([b.name+'se_reduce']) for b in blocks}
@@ -105,36 +127,53 @@ def test_groups_of_the_graph_are_those_of_the_paper(name, width, depth, cells, h
     assert len(axes) == len(set(axes))                                           # no axis is cut twice
 
 
-@pytest.mark.parametrize('arch', [Arch(ARCH.name, (160, 224), num_classes=2), pytest.param(Arch(image_hw=(128, 128), num_classes=3), marks=pytest.mark.slow),
-                                  pytest.param(Arch('efficientdet-d1', (160, 224), num_classes=2), marks=pytest.mark.slow)])
+LITE = [n for n in detector.SCALING if 'lite0' in n]
+
+@pytest.mark.parametrize('arch', [Arch(ARCH.name, (131, 197), num_classes=2), pytest.param(Arch(image_hw=(128, 128), num_classes=3), marks=pytest.mark.slow),
+                                  *(pytest.param(Arch(name, (160, 224), num_classes=2), marks=pytest.mark.slow) for name in ['efficientdet-d1', *LITE])])
 def test_removing_silent_filters_changes_nothing(arch):
     keras.utils.set_random_seed(1)
     model = build(arch)
-    graph, rng = P.channel_graph(model), np.random.default_rng(3)
+    graph, rng = C.channel_graph(model), np.random.default_rng(3)
     weights, kept = weights_of(model), {}
     for g in graph.groups:
-        order, n = rng.permutation(g.size), int(rng.integers(g.size//2, g.size+1)) or 1
-        kept[g.name] = np.sort(order[:n])
-        for path, axis in g.cuts:
-            if (path, axis) in g.makers.values() or axis == 0 and 'variance' not in path: np.moveaxis(weights[path], axis, -1)[..., order[n:]] = 0
-    put_weights(model, weights)
+        kept[g.name] = np.sort(rng.permutation(g.size)[:int(rng.integers(g.size//2, g.size+1)) or 1])
+    put_weights(model, silence(weights, graph, kept))
     image, weights = wake(model), weights_of(model)
     small = build(P.replace(arch, widths={n: len(kept[g.name]) for g in graph.groups for n in g.makers}))
-    answers = lambda m: np.concatenate([np.array(v)[0] for v in m(image).values()], 1)
-    put_weights(small, P.cut(weights, graph, kept))
-    assert np.ptp(answers(model), 0).min() > .01
-    np.testing.assert_allclose(answers(small), answers(model), atol=1e-5)
-    assert sum(p for p, _ in P.costs(graph, {k: len(v) for k, v in kept.items()}).values()) == small.count_params() < model.count_params()
+    put_weights(small, C.cut(weights, graph, kept))
+    assert np.ptp(answers(model, image), 0).min() > .01
+    np.testing.assert_allclose(answers(small, image), answers(model, image), atol=1e-5)
+    assert sum(p for p, _ in C.costs(graph, {k: len(v) for k, v in kept.items()}).values()) == small.count_params() < model.count_params()
     loud = {k: v.copy() for k, v in weights.items()}
     for g in graph.groups:
         for path, axis in g.cuts:
             if axis == 2 and (path, axis) not in g.makers.values() and 'depthwise' not in path: np.moveaxis(loud[path], axis, -1)[..., np.setdiff1d(np.arange(g.size), kept[g.name])] += 1
-    whole = answers(model)
+    whole = answers(model, image)
     put_weights(model, loud)
-    np.testing.assert_array_equal(answers(model), whole)                                # what reads silent channels does not matter, to the last bit
+    np.testing.assert_array_equal(answers(model, image), whole)                                # what reads silent channels does not matter, to the last bit
     for group in ('p6', 'block4a_expand_conv'):                                         # keep another channel than the right one: the comparison can fail
-        put_weights(small, P.cut(weights, graph, kept | {group: (kept[group]+1) % next(g.size for g in graph.groups if g.name == group)}))
-        assert abs(answers(small)-whole).max() > 1e-3
+        put_weights(small, C.cut(weights, graph, kept | {group: (kept[group]+1) % next(g.size for g in graph.groups if g.name == group)}))
+        assert abs(answers(small, image)-whole).max() > 1e-3
+
+
+@given(st.integers(0, 2**32-1), st.floats(.01, .95), st.sampled_from([1, 2, 3, 8, 16]), st.integers(1, 40), st.sampled_from(list(H.NORMALIZERS)), st.sampled_from(list(H.CRITERIA)))
+@settings(max_examples=4, deadline=None)
+def test_any_plan_keeps_its_word(model, scratch, graph, seed, threshold, granularity, least, normalizer, criterion):
+    "Random loudness, every setting: the plan fits the rule, the cut fits the plan, the smaller network answers alike, and pruning again finds nothing."
+    weights = fade(weights_of(model), graph, seed)
+    plan = H.Pruning(graph, H.group_norms(graph, weights, normalizer, criterion), threshold, granularity, least)
+    for g in graph.groups:
+        n, norms = len(plan.kept[g.name]), plan.norms[g.name]
+        assert n >= min(least, g.size) and (n % granularity == 0 or n == g.size) and set(np.flatnonzero(norms > threshold)) <= set(plan.kept[g.name])
+        assert len(H.kept_channels(norms[plan.kept[g.name]], threshold, granularity, least)) == n
+    small, silent = build(P.replace(ARCH, widths=plan.widths)), silence(weights, graph, plan.kept)
+    left = C.cut(silent, graph, plan.kept)
+    assert {k: v.shape for k, v in weights_of(small).items()} == {k: v.shape for k, v in left.items()} and small.count_params() == plan.params[1]
+    put_weights(scratch, silent)
+    image = wake(scratch, seed)
+    put_weights(small, C.cut(weights_of(scratch), graph, plan.kept))
+    np.testing.assert_allclose(answers(small, image), answers(scratch, image), atol=1e-5*max(1, np.abs(answers(scratch, image)).max()))
 
 
 def test_a_pruned_level_as_wide_as_the_pyramid_keeps_its_1x1_convolution(graph):
@@ -170,8 +209,8 @@ def test_survivors_are_the_same_bits_and_the_file_opens_everywhere(trained, tmp_
 def test_the_averaged_weights_decide(trained):
     stored = load_model(trained, 'key')
     plan = P.plan_pruning(stored)
-    kept = P.kept_channels(P.group_norms(plan.graph, stored.ema)['block4a_expand_conv'])
-    raw = P.kept_channels(P.group_norms(plan.graph, stored.weights)['block4a_expand_conv'])
+    kept = H.kept_channels(H.group_norms(plan.graph, stored.ema)['block4a_expand_conv'])
+    raw = H.kept_channels(H.group_norms(plan.graph, stored.weights)['block4a_expand_conv'])
     np.testing.assert_array_equal(plan.kept['block4a_expand_conv'], kept)
     assert not np.array_equal(kept, raw)
 
@@ -209,27 +248,81 @@ def plan(trained): return P.plan_pruning(load_model(trained, 'key'))
 
 @pytest.mark.parametrize('share, what', [(.2, 'params'), (.5, 'macs'), (.937, 'params'), (1., 'params')])
 def test_the_found_threshold_is_the_lowest_that_will_do(plan, share, what):
-    t = P.find_threshold(plan, share, what)
+    t = H.find_threshold(plan, share, what)
     left = lambda t: getattr(P.replace(plan, threshold=t), what)[1]/getattr(plan, what)[0]
     assert left(t) <= share and (t < 1e-6 or left(t-1e-6) > share)
 
 
 def test_targets_in_numbers_and_targets_out_of_reach(plan):
-    assert P.replace(plan, threshold=P.find_threshold(plan, 1_000_000)).params[1] <= 1_000_000
-    with pytest.raises(ValueError, match='cannot be reached; the least that these settings leave is'): P.find_threshold(plan, .0001)
+    assert P.replace(plan, threshold=H.find_threshold(plan, 1_000_000)).params[1] <= 1_000_000
+    with pytest.raises(ValueError, match='cannot be reached; the least that these settings leave is'): H.find_threshold(plan, .0001)
+
+
+def test_other_kinds_of_layers_are_known_by_their_ancestors_and_strangers_hold_still():
+    x = keras.Input((16, 16, 3))
+    y = keras.layers.ReLU(6., name='relu')(keras.layers.BatchNormalization(name='bn')(keras.layers.Conv2D(8, 1, name='stem_conv')(x)))
+    z = keras.layers.UpSampling2D(name='unknown')(keras.layers.Conv2D(4, 1, name='block')(y))
+    graph = C.channel_graph(keras.Model(x, z))
+    assert [(g.name, g.size, g.layers) for g in graph.groups] == [('stem_conv', 8, ['stem_conv', 'bn', 'relu'])]
+
+
+def test_the_outline_is_wired_like_the_network(model, graph):
+    outline = C.outline(ARCH)
+    again = C.channel_graph(outline)
+    assert again == graph and outline.count_params() == model.count_params()
+
+
+def test_a_list_of_thresholds_goes_down_and_ends_at_the_least(plan):
+    t, params, macs, megabytes = plan.tradeoff(12).T
+    assert (np.diff(t) > 0).all() and (np.diff(params) <= 0).all() and (np.diff(macs) <= 0).all()
+    np.testing.assert_allclose(megabytes, params*8e-6)                             # two sets of float32
+    assert params[-1] == P.replace(plan, threshold=float(t[-1])).params[1] and len(plan.thresholds().splitlines()) == 9
+
+
+def test_a_dry_run_draws_where_it_is_told_and_writes_nothing_else(trained, tmp_path):
+    P.prune(trained, tmp_path/'out'/'model.tlt', 'key', dry_run=True, target_macs=.4, plot=tmp_path/'deep'/'tradeoff.png')
+    assert [p.name for p in tmp_path.rglob('*') if p.is_file()] == ['tradeoff.png'] and (tmp_path/'deep'/'tradeoff.png').read_bytes().startswith(b'\x89PNG')
+    was = trained.read_bytes()
+    with pytest.raises(ValueError, match='is the model to be pruned'): P.prune(trained, '', 'key', dry_run=True, plot=trained)
+    assert trained.read_bytes() == was
+
+
+def test_an_existing_model_is_replaced_with_a_word_and_neighbours_stay(trained, tmp_path, capsys):
+    (tmp_path/'notes.txt').write_text('mine')
+    for said in (False, True):
+        P.prune(trained, tmp_path/'model.tlt', 'key', target_params=.5)
+        assert ('exists and is replaced' in capsys.readouterr().err) == said
+    assert (tmp_path/'notes.txt').read_text() == 'mine'
+
+
+def test_the_sketch_that_is_timed_has_the_shapes_of_the_network(model):
+    import onnxruntime as ort
+    proto = S.sketch_network(model)
+    out = ort.InferenceSession(proto.SerializeToString(), providers=['CPUExecutionProvider']).run(None, {'pixels': np.ones((1, 3, 128, 128), 'float32')})
+    ends = [n.output_tensors[0].shape for l in (model.get_layer(f'{h}-predict') for h in ('class', 'box')) for n in l._inbound_nodes]
+    assert sorted(o.shape for o in out) == sorted((1, c, h, w) for _, h, w, c in ends) and all(np.isfinite(o).all() for o in out)
+
+
+def test_speed_is_measured_per_part_and_printed(trained):
+    plan = P.prune(trained, '', 'key', dry_run=True, target_params=.2, speed=True)
+    for seconds in plan.seconds:
+        assert set(seconds) == {'backbone', 'bifpn', 'heads', 'all'} and min(seconds.values()) > 0
+        assert seconds['all'] == pytest.approx(sum(v for k, v in seconds.items() if k != 'all'))
+    rows = repr(plan).splitlines()
+    assert rows[0].endswith('CPU, ms per picture') and [r.split()[0] for r in rows[1:5]] == ['backbone', 'bifpn', 'heads', 'all'] and rows[4].count('→') == 3
 
 
 def test_excluding_one_layer_spares_its_whole_group_and_nothing_else(plan):
     graph = plan.graph
     for layer, group in {'block2a_expand_conv': 'block2a_expand_conv', 'block2a_dwconv': 'block2a_expand_conv', 'block4b_project_bn': 'block4a_project_conv',
                          'after_combine_dw_conv_9_1': 'p6', 'class-1': 'class-1', 'block6a_se_reduce': 'block6a_se_reduce'}.items():
-        assert P.protected_groups(graph, [layer]) == {group}
-    spared = P.replace(plan, protected=P.protected_groups(graph, ['block4*', 'box-*']))
+        assert H.protected_groups(graph, [layer]) == {group}
+    spared = P.replace(plan, protected=H.protected_groups(graph, ['block4*', 'box-*']))
     assert all(spared.after[n] == k for n, k in spared.before.items() if n.startswith(('block4', 'box')))
     assert spared.after['block5b_expand_conv'] == plan.after['block5b_expand_conv'] < plan.before['block5b_expand_conv']
-    assert P.protected_groups(graph, ['class-predict']) == frozenset()              # known, and never pruned anyway
-    backbone = P.replace(plan, protected=P.protected_groups(graph, scope='backbone'))
-    assert {P.wing(n) for n, k in backbone.after.items() if k < backbone.before[n]} == {'backbone'}
+    assert H.protected_groups(graph, ['class-predict']) == frozenset()              # known, and never pruned anyway
+    backbone = P.replace(plan, protected=H.protected_groups(graph, scope='backbone'))
+    assert {C.wing(n) for n, k in backbone.after.items() if k < backbone.before[n]} == {'backbone'}
 
 
 def test_bad_settings_are_refused_together_and_nothing_is_written(trained, tmp_path):
@@ -247,4 +340,84 @@ def test_bad_settings_are_refused_together_and_nothing_is_written(trained, tmp_p
 def test_a_layer_that_is_not_a_number_is_named(graph, model):
     weights = weights_of(model)
     weights['block3a_expand_conv/kernel'] = weights['block3a_expand_conv/kernel']*np.nan
-    with pytest.raises(ValueError, match='block3a_expand_conv: its weights are not all finite'): P.group_norms(graph, weights)
+    with pytest.raises(ValueError, match='block3a_expand_conv: its weights are not all finite'): H.group_norms(graph, weights)
+
+
+# --- retraining
+
+@pytest.fixture(scope='module')
+def retraining(trained, tmp_path_factory):
+    "A pruned file and a spec that names it, and nothing else, as the start."
+    folder = tmp_path_factory.mktemp('retrain')
+    draw_dataset(folder/'shapes', num_train=8, num_val=2, size=(128, 128), seed=0)
+    dataset_convert(folder/'shapes'/'train', folder/'shapes'/'train.json', folder, 'train', num_shards=1, workers=1)
+    done = P.prune(trained, folder/'pruned.tlt', 'key', target_params=.3)
+    spec = Spec().replace(model_config=dict(model_name=ARCH.name), dataset_config=dict(training_file_pattern=f'{folder}/train-*', num_classes=3, image_size='128,128', max_instances_per_image=20),
+        training_config=dict(train_batch_size=4, num_examples_per_epoch=8, num_epochs=2, learning_rate=.01, lr_warmup_epoch=1, lr_warmup_init=.001, checkpoint_period=1,
+                             moving_average_decay=.9, pruned_model_path=str(done.path), l2_weight_decay=0., l1_weight_decay=0.))
+    return done, spec, folder
+
+
+@pytest.mark.slow
+def test_retraining_starts_from_the_pruned_file_alone_and_resumes_exactly(retraining, tmp_path, capsys):
+    done, spec, _ = retraining
+    T.train(spec, tmp_path/'a', 'key')
+    assert f'retraining the pruned {done.path}\n' in capsys.readouterr().err
+    T.train(spec.replace(training_config=dict(stop_at_epoch=1)), tmp_path/'b', 'key')
+    T.train(spec, tmp_path/'b', 'key')
+    assert 'continuing from' in capsys.readouterr().err
+    a, b = (load_model(tmp_path/x/'model.step-4.tlt', 'key') for x in 'ab')
+    assert a.meta['kind'] == 'checkpoint' and {n: a.meta['arch']['widths'][n] for n in done.widths} == done.widths and a.optimizer
+    assert {k: v.shape for k, v in a.ema.items()} == {k: v.shape for k, v in load_model(done.path, 'key').ema.items()}
+    for group in ('weights', 'ema', 'optimizer'):
+        for k, v in getattr(a, group).items(): np.testing.assert_allclose(getattr(b, group)[k], v, rtol=2e-3, atol=2e-4, err_msg=k)
+    assert P.prune(tmp_path/'a'/'model.step-4.tlt', '', 'key', dry_run=True, target_params=.5).params[0] == done.params[1]
+
+
+def test_retraining_starts_with_the_averaged_weights_a_fresh_optimizer_and_a_hint(retraining, tmp_path):
+    done, spec, _ = retraining
+    spec = spec.replace(training_config=dict(l2_weight_decay=4e-5))
+    arch, stored = start_arch(spec, 'key')
+    trainer = T.Trainer(spec, arch)
+    said = trainer.begin(tmp_path, 'key', stored)
+    assert 'hint: l2_weight_decay 4e-05' in said and trainer.step == 0 and not any(np.asarray(v).any() for k, v in trainer.extra_state().items() if 'momentum' in k)
+    assert all(np.array_equal(v, best_weights(stored)[k]) for k, v in weights_of(trainer.model).items())
+    assert all(np.array_equal(v, best_weights(stored)[k]) for k, v in trainer.ema.to_dict().items())
+
+
+def test_a_checkpoint_beside_the_pruned_file_must_fit_it(retraining, trained, tmp_path):
+    done, spec, _ = retraining
+    weights = {k: v+1 for k, v in load_model(done.path, 'key').weights.items() if k.startswith('stem')}
+    save_model(tmp_path/'more.tlt', weights, {'arch': arch_to_dict(ARCH)}, 'key')
+    arch, stored = start_arch(spec, 'key')
+    def begin(path):
+        trainer = T.Trainer(spec.replace(training_config=dict(checkpoint=str(path))), arch)
+        return trainer.begin(tmp_path/'run', 'key', stored), weights_of(trainer.model)
+    said, got = begin(tmp_path/'more.tlt')
+    assert 'weights taken' in said and 'as pruned' in said and 'hint' not in said
+    assert all(np.array_equal(v, weights.get(k, best_weights(stored)[k])) for k, v in got.items())
+    assert begin(done.path)[0] == f'retraining the pruned {done.path}'                # named twice, as TAO wants it
+    with pytest.raises(ValueError, match='leave checkpoint out'): begin(trained)
+
+
+TWO = """
+import sys, numpy as np, tensorflow as tf
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()]*2)
+from effdet_nb.model import detector
+detector.SCALING['efficientdet-d2'] = (128, .5, .5, 48, 2, 2)
+from effdet_nb.learn import train as T
+from effdet_nb.spec import Spec
+T.train(Spec.load(sys.argv[1]), sys.argv[2], 'key', strategy=tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1']))
+"""
+
+
+@pytest.mark.slow
+def test_two_devices_retrain_a_pruned_model(retraining, tmp_path):
+    done, spec, _ = retraining
+    spec = spec.replace(training_config=dict(train_batch_size=2, num_examples_per_epoch=4, num_epochs=1))
+    (tmp_path/'spec.txt').write_text(spec.to_text()); (tmp_path/'two.py').write_text(TWO)
+    r = subprocess.run([sys.executable, 'two.py', 'spec.txt', 'run'], cwd=tmp_path, env=os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3'}, capture_output=True, text=True, timeout=600)
+    assert r.returncode == 0 and 'retraining the pruned' in r.stderr, r.stderr[-3000:]
+    after = load_model(tmp_path/'run'/'model.step-2.tlt', 'key')
+    assert {n: after.meta['arch']['widths'][n] for n in done.widths} == done.widths and all(np.isfinite(v).all() for v in after.weights.values())
+    assert any(not np.array_equal(v, load_model(done.path, 'key').ema[k]) for k, v in after.ema.items())

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Plan', 'make_plan', 'make_strategy', 'amp_policy', 'precision', 'scaled_loss', 'freeze', 'Trainer', 'times',
-           'newest_checkpoint', 'read_model', 'start_arch', 'best_weights', 'spec_classes', 'epoch_line',
+           'newest_checkpoint', 'read_model', 'start_arch', 'best_weights', 'decay_hint', 'spec_classes', 'epoch_line',
            'plot_history', 'write_history', 'evaluate_spec', 'Checkpoints', 'Scalars', 'Report', 'readable_errors',
            'endless_batches', 'train', 'with_counts']
 
@@ -251,6 +251,14 @@ def best_weights(
     "The weights to start another run from: the averaged ones if there are any."
     return {**stored.weights, **(stored.ema or {})}
 
+# %% ../../nbs/learn/34_train.ipynb #bed7b78a
+def decay_hint(
+    config,  # the spec's training_config
+)->str:      # empty if there is nothing to say
+    "What to say about the weight decay of a pruned model's training."
+    on = [n for n in ('l1_weight_decay','l2_weight_decay') if getattr(config, n)]
+    return f' (hint: {" and ".join(f"{n} {getattr(config, n):g}" for n in on)} keeps pulling at the few filters left; 0 usually lets a pruned model recover better)' if on else ''
+
 # %% ../../nbs/learn/34_train.ipynb #3ece7b4b
 @patch
 def begin(self:Trainer,
@@ -261,12 +269,18 @@ def begin(self:Trainer,
     "Fills the weights: continued, pruned, pretrained or random."
     last, t = newest_checkpoint(model_dir) if self.config.resume else None, self.config
     if last: self.restore(load_model(last, key), str(last)); return f'continuing from {last} (step {self.step})'
+    said = []
     if pruned:
-        put_weights(self.model, best_weights(pruned), t.pruned_model_path); self.reset_average()
-        return f'retraining the pruned {t.pruned_model_path}'
-    if not t.checkpoint: return 'starting from random weights'
-    taken, fresh = warm_start(self.model, best_weights(read_model(t.checkpoint, key)), t.skip_checkpoint_variables, t.checkpoint); self.reset_average()
-    return f'starting from {t.checkpoint}: {len(taken)} weights taken, {len(fresh)} fresh' + (f' ({", ".join(fresh[:3])} ...)' if fresh else '')
+        put_weights(self.model, best_weights(pruned), t.pruned_model_path)
+        said.append(f'retraining the pruned {t.pruned_model_path}' + decay_hint(t))
+    if t.checkpoint and t.checkpoint != t.pruned_model_path:
+        name = t.checkpoint + (', beside pruned_model_path (which brings its own weights: leave checkpoint out, or give one of the same pruned shape)' if pruned else '')
+        taken, fresh = warm_start(self.model, best_weights(read_model(t.checkpoint, key)), t.skip_checkpoint_variables, name)
+        left = 'as pruned' if pruned else 'fresh'
+        said.append(f'starting from {t.checkpoint}: {len(taken)} weights taken, {len(fresh)} {left}' + (f' ({", ".join(fresh[:3])} ...)' if fresh else ''))
+    if not said: return 'starting from random weights'
+    self.reset_average()
+    return '; '.join(said)
 
 # %% ../../nbs/learn/34_train.ipynb #007f4f39
 @patch
