@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MARK', 'ENDING', 'ENDINGS', 'trace', 'constants', 'keep_nodes', 'nearest', 'static_shapes', 'exact_resizes',
-           'drop_idle_reshapes', 'fold_batch_norms', 'plane_pixels', 'set_batch', 'describe', 'description',
-           'first_meta', 'meta_anchors', 'batch_of', 'raw_graph', 'outputs_of', 'centre_anchors', 'end_with_plugin',
-           'raw_twin', 'ending_graph', 'end_with_operators', 'check_ending', 'finish']
+           'drop_idle_reshapes', 'fold_batch_norms', 'plane_pixels', 'heads_by_cell', 'set_batch', 'describe',
+           'description', 'first_meta', 'meta_anchors', 'batch_of', 'raw_graph', 'outputs_of', 'centre_anchors',
+           'end_with_plugin', 'raw_twin', 'ending_graph', 'end_with_operators', 'check_ending', 'finish']
 
 # %% ../../nbs/deploy/39_graph.ipynb #aa0236f1
 import json
@@ -147,6 +147,24 @@ def plane_pixels(
     rest = [n for n in graph.node if n.output[0] not in {m.output[0] for m in chain}]
     return keep_nodes(proto, [transpose, sub, conv, *rest])
 
+# %% ../../nbs/deploy/39_graph.ipynb #7b34202c
+def heads_by_cell(
+    proto, # onnx.ModelProto with a fixed batch, changed in place
+):         # the same proto
+    "Turns the last convolution of each head, where its result is transposed, into a matrix product of cells."
+    from onnx import helper
+    from onnx.numpy_helper import from_array
+    graph, numbers, made, new = proto.graph, constants(proto.graph), {n.output[0]: n for n in proto.graph.node}, {}
+    for move in [n for n in graph.node if n.op_type=='Transpose']:
+        conv, out = made.get(move.input[0]), move.output[0]
+        if conv is None or conv.op_type!='Conv' or numbers[conv.input[1]].shape[2:]!=(1,1): continue
+        x, w, *bias = conv.input
+        new |= {conv.output[0]: [], out: [helper.make_node('Transpose', [x], [f'{out}/cells'], perm=[0,2,3,1]),
+                                          helper.make_node('MatMul', [f'{out}/cells', f'{w}/by_cell'], [f'{out}/product' if bias else out]),
+                                          *(helper.make_node('Add', [f'{out}/product', b], [out]) for b in bias)]}
+        if f'{w}/by_cell' not in constants(graph): graph.initializer.append(from_array(np.ascontiguousarray(numbers[w][:,:,0,0].T), f'{w}/by_cell'))
+    return keep_nodes(proto, [m for n in graph.node for m in new.get(n.output[0], [n])])
+
 # %% ../../nbs/deploy/39_graph.ipynb #d1d09e50
 def set_batch(
     proto,              # onnx.ModelProto traced with batch MARK, changed in place
@@ -219,7 +237,7 @@ def raw_graph(
     "The exported network without any ending, tidied, knowing itself."
     from effdet_nb.model.detect import open_detector
     model,_,stored = open_detector(path, key, input_dtype='float32', batch_size=MARK)
-    proto = plane_pixels(fold_batch_norms(drop_idle_reshapes(exact_resizes(trace(model, opset)))))
+    proto = heads_by_cell(plane_pixels(fold_batch_norms(drop_idle_reshapes(exact_resizes(trace(model, opset))))))
     set_batch(proto, batch_size)
     del proto.opset_import[:]
     proto.opset_import.add(domain='', version=opset)
