@@ -6,11 +6,8 @@
 __all__ = ['served', 'write_saved_model', 'run_saved_model', 'check_saved_model', 'write_tflite', 'run_tflite']
 
 # %% ../../nbs/deploy/38_formats.ipynb #7de1fd95
-import json
 from pathlib import Path
 import numpy as np
-from .. import __version__
-from ..status import atomic
 
 # %% ../../nbs/deploy/38_formats.ipynb #50056ebd
 def served(
@@ -28,22 +25,14 @@ def served(
 # %% ../../nbs/deploy/38_formats.ipynb #fc14ca59
 def write_saved_model(
     model,               # a Keras detector that takes float32 pixels
-    path,                # FOLDER/saved_model.pb; the folder must not exist, or be a SavedModel
-    meta:dict,           # its description, written to FOLDER/effdet_nb.json
+    folder,              # where it goes; made if absent
     batch_size:int=None, # a fixed batch; None: any
-)->Path:                 # the folder
+):
     "Writes a detector as a SavedModel."
-    import shutil, tempfile, tensorflow as tf
-    folder = Path(path).parent
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.effdet') as beside:
-        forward, module, made = served(model, batch_size), tf.Module(), Path(beside)/'made'
-        module.model, module.forward = model, forward
-        tf.saved_model.save(module, str(made), signatures=forward)
-        (made/'effdet_nb.json').write_text(json.dumps(meta), encoding='utf-8')
-        if folder.exists(): shutil.rmtree(folder)
-        made.rename(folder)
-    return folder
+    import tensorflow as tf
+    module = tf.Module()
+    module.model, module.forward = model, served(model, batch_size)
+    tf.saved_model.save(module, str(folder), signatures=module.forward)
 
 # %% ../../nbs/deploy/38_formats.ipynb #04433037
 def run_saved_model(
@@ -69,16 +58,13 @@ def check_saved_model(
 def write_tflite(
     model,            # a Keras detector that takes float32 pixels
     path,             # the file, usually .tflite
-    meta:dict,        # its description, written beside it as PATH.json
     batch_size:int=1, # pictures at once
-)->Path:              # the file
+):
     "Writes a detector as a LiteRT (TFLite) file."
     import tensorflow as tf
     forward = served(model, batch_size)
     data = tf.lite.TFLiteConverter.from_concrete_functions([forward.get_concrete_function()], model).convert()
-    with atomic(f'{path}.json', 'w') as f: json.dump(meta, f)
-    with atomic(path) as f: f.write(data)
-    return Path(path)
+    Path(path).write_bytes(data)
 
 # %% ../../nbs/deploy/38_formats.ipynb #93359dfc
 def run_tflite(
