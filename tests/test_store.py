@@ -361,3 +361,32 @@ def test_paths_that_are_no_files(tmp_path):
 def test_no_tensorflow_needed():
     code = "import sys, effdet_nb.model.store; print([m for m in ('tensorflow','keras','matplotlib','onnx') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip()=='[]'
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='asks Linux for the peak')
+def test_a_gigabyte_passes_in_bounded_memory(tmp_path):
+    "Written from zeros that take no memory, read back chunk by chunk, in a process of its own whose peak is measured."
+    code = f'''
+import io, json, re, numpy as np
+from effdet_nb.model.store import CHUNK, SealReader, is_sealed, read_meta, save_model
+path = save_model({str(tmp_path/'big.tlt')!r}, dict(w=np.zeros(2**28, np.float32)), dict(step=3), 'k')
+with open(path, 'rb') as f:
+    r, n, odd = io.BufferedReader(SealReader(f, 'k'), CHUNK), 0, 0
+    while block := r.read(2**20): n += len(block); odd += any(block)
+print(json.dumps([path.stat().st_size, n, odd, is_sealed(path), read_meta(path, 'k')['step'], int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])/1024]))'''
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    size, plain, odd, sealed, step, peak_mb = json.loads(out)
+    assert size > plain > 2**30 and odd < 5 and sealed and step == 3
+    assert peak_mb < 256
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 3), st.sampled_from([1, 2, 8]))
+def test_random_bits_of_a_body_of_real_chunks(seed, whole, bits):
+    "Bodies of chunks of the size we write, any few bits of them turned."
+    rng = np.random.default_rng(seed)
+    good = seal(rng.bytes(whole*CHUNK + int(rng.integers(0, CHUNK))), KEY)
+    bad = bytearray(good)
+    for i in rng.choice(np.arange(HEAD, len(good)), bits, replace=False): bad[i] ^= 1 << int(rng.integers(8))
+    refused(lambda: unseal(bytes(bad), KEY), DamagedFile)

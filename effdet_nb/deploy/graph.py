@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['MARK', 'ENDING', 'ENDINGS', 'trace', 'constants', 'keep_nodes', 'nearest', 'static_shapes', 'exact_resizes',
-           'drop_idle_reshapes', 'fold_batch_norms', 'plane_pixels', 'set_batch', 'describe', 'description',
-           'first_meta', 'meta_anchors', 'batch_of', 'raw_graph', 'outputs_of', 'centre_anchors', 'end_with_plugin',
-           'raw_twin', 'ending_graph', 'end_with_operators', 'check_ending', 'finish']
+           'drop_idle_reshapes', 'fold_batch_norms', 'plane_pixels', 'heads_by_cell', 'set_batch', 'describe',
+           'description', 'first_meta', 'meta_anchors', 'batch_of', 'raw_graph', 'outputs_of', 'centre_anchors',
+           'end_with_plugin', 'raw_twin', 'efficient_nms', 'ending_graph', 'end_with_operators', 'end_with_anchors',
+           'check_ending', 'finish']
 
 # %% ../../nbs/deploy/39_graph.ipynb #aa0236f1
 import json
 import numpy as np
 from .. import __version__
 from ..model.anchors import all_anchors
+from ..model.postprocess import Detections
 
 # %% ../../nbs/deploy/39_graph.ipynb #cd3eaa5f
 MARK = 7 # the batch size while tracing; stands for "any"
@@ -147,6 +149,24 @@ def plane_pixels(
     rest = [n for n in graph.node if n.output[0] not in {m.output[0] for m in chain}]
     return keep_nodes(proto, [transpose, sub, conv, *rest])
 
+# %% ../../nbs/deploy/39_graph.ipynb #7b34202c
+def heads_by_cell(
+    proto, # onnx.ModelProto with a fixed batch, changed in place
+):         # the same proto
+    "Turns the last convolution of each head, where its result is transposed, into a matrix product of cells."
+    from onnx import helper
+    from onnx.numpy_helper import from_array
+    graph, numbers, made, new = proto.graph, constants(proto.graph), {n.output[0]: n for n in proto.graph.node}, {}
+    for move in [n for n in graph.node if n.op_type=='Transpose']:
+        conv, out = made.get(move.input[0]), move.output[0]
+        if conv is None or conv.op_type!='Conv' or numbers[conv.input[1]].shape[2:]!=(1,1): continue
+        x, w, *bias = conv.input
+        new |= {conv.output[0]: [], out: [helper.make_node('Transpose', [x], [f'{out}/cells'], perm=[0,2,3,1]),
+                                          helper.make_node('MatMul', [f'{out}/cells', f'{w}/by_cell'], [f'{out}/product' if bias else out]),
+                                          *(helper.make_node('Add', [f'{out}/product', b], [out]) for b in bias)]}
+        if f'{w}/by_cell' not in constants(graph): graph.initializer.append(from_array(np.ascontiguousarray(numbers[w][:,:,0,0].T), f'{w}/by_cell'))
+    return keep_nodes(proto, [m for n in graph.node for m in new.get(n.output[0], [n])])
+
 # %% ../../nbs/deploy/39_graph.ipynb #d1d09e50
 def set_batch(
     proto,              # onnx.ModelProto traced with batch MARK, changed in place
@@ -219,7 +239,7 @@ def raw_graph(
     "The exported network without any ending, tidied, knowing itself."
     from effdet_nb.model.detect import open_detector
     model,_,stored = open_detector(path, key, input_dtype='float32', batch_size=MARK)
-    proto = plane_pixels(fold_batch_norms(drop_idle_reshapes(exact_resizes(trace(model, opset)))))
+    proto = heads_by_cell(plane_pixels(fold_batch_norms(drop_idle_reshapes(exact_resizes(trace(model, opset))))))
     set_batch(proto, batch_size)
     del proto.opset_import[:]
     proto.opset_import.add(domain='', version=opset)
@@ -283,6 +303,35 @@ def raw_twin(
     for name,width in (('cls_logits', meta['arch']['num_classes']), ('box_deltas', 4)):
         twin.graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch_of(proto), len(meta_anchors(meta)), width]))
     return describe(twin, meta | dict(nms=dict(kind='none')))
+
+# %% ../../nbs/deploy/39_graph.ipynb #24a0b005
+def efficient_nms(
+    node,               # the node `EfficientNMS_TRT` of a graph
+    box_deltas:np.ndarray, # [A,4] raw box outputs of one picture
+    cls_logits:np.ndarray, # [A,C] raw class outputs
+    anchors:np.ndarray, # [A,4] the node's third input: centre y, centre x, height, width
+)->Detections:          # best first, network pixels
+    "TensorRT's plugin as its documentation describes it, in NumPy."
+    from onnx.helper import get_attribute_value
+    a = {o.name: get_attribute_value(o) for o in node.attribute}
+    assert (a['score_activation'], a['box_coding'], a['background_class'])==(1, 1, -1), 'other modes are never written'
+    scores = 1/(1+np.exp(-np.asarray(cls_logits, np.float64)))
+    middle, full = anchors[:,:2]+box_deltas[:,:2]*anchors[:,2:], np.exp(box_deltas[:,2:])*anchors[:,2:]
+    boxes = np.concatenate([middle-full/2, middle+full/2], 1)
+    anchor, channel = np.nonzero(scores>a['score_threshold'])
+    best = np.argsort(-scores[anchor,channel], kind='stable')[:4096]
+    kept = []
+    for i,c in zip(anchor[best], channel[best]):
+        if all(c!=d or _overlap(boxes[i], boxes[j])<=a['iou_threshold'] for j,d in kept): kept.append((i,c))
+        if len(kept)==a['max_output_boxes']: break
+    i,c = np.array(kept, int).reshape(-1,2).T
+    return Detections(boxes[i], scores[i,c], c)
+
+def _overlap(a, b):
+    "Intersection over union of two boxes, corner by corner."
+    inter = np.prod(np.maximum(np.minimum(a[2:], b[2:])-np.maximum(a[:2], b[:2]), 0))
+    union = np.prod(a[2:]-a[:2])+np.prod(b[2:]-b[:2])-inter
+    return inter/union if union>0 else 0.
 
 # %% ../../nbs/deploy/39_graph.ipynb #2fb6191f
 ENDING = '''
@@ -383,8 +432,21 @@ def end_with_operators(
     proto.graph.output.extend(tail.graph.output)
     return describe(proto, meta | dict(nms=nms))
 
+# %% ../../nbs/deploy/39_graph.ipynb #7deb0bab
+def end_with_anchors(
+    raw, # onnx.ModelProto with outputs cls_logits and box_deltas
+):       # a new onnx.ModelProto with a third output, anchors [A,4] yxyx pixels
+    "Leaves a network without ending, and hands out the anchors that whoever decodes will need."
+    from onnx import TensorProto, helper
+    from onnx.numpy_helper import from_array
+    proto, anchors = type(raw).FromString(raw.SerializeToString()), meta_anchors(description(raw))
+    proto.graph.initializer.append(from_array(anchors.astype(np.float32), 'anchors/boxes'))
+    proto.graph.node.append(helper.make_node('Identity', ['anchors/boxes'], ['anchors'], name='anchors'))
+    proto.graph.output.append(helper.make_tensor_value_info('anchors', TensorProto.FLOAT, list(anchors.shape)))
+    return proto
+
 # %% ../../nbs/deploy/39_graph.ipynb #159e6beb
-ENDINGS = {'onnx': end_with_operators, 'efficient_nms_trt': end_with_plugin, 'none': lambda raw: raw}
+ENDINGS = {'onnx': end_with_operators, 'efficient_nms_trt': end_with_plugin, 'none': end_with_anchors}
 
 def check_ending(
     kind:str,        # 'onnx', 'efficient_nms_trt' or 'none'

@@ -12,7 +12,7 @@ import ctypes, glob, json, sys
 from pathlib import Path
 import numpy as np
 from ..data.coco import ClassTable
-from ..model.postprocess import Detections, postprocess
+from ..model.postprocess import Detections, postprocess, see
 from ..model.store import MAGIC, existing, is_onnx, load_etlt, resolve_key
 from .graph import description, meta_anchors, raw_twin
 
@@ -129,8 +129,10 @@ class ExportedDetector:
         return read_answers(out, self.meta['nms'], self.anchors, self.suppress) if out else []
 
     def __call__(self,
-        images, # [N,H,W,3] uint8 of the detector's `image_hw`
-    )->list:    # one `Detections` per picture, boxes in network pixels
+        images,             # [N,H,W,3] uint8 of the detector's `image_hw`; or the path of one picture, of any size
+        threshold:float=.5, # for a path: lowest score to keep
+    ):                      # one `Detections` per picture, boxes in network pixels; for a path one, in the picture's pixels
+        if isinstance(images, (str, Path)): return see(self, images, threshold)
         return self.answers(self.raw(images))
 
 # %% ../../nbs/deploy/41_runtime.ipynb #e3946ef3
@@ -144,12 +146,17 @@ class OnnxDetector(ExportedDetector):
     ):
         name = 'the model' if isinstance(source, (bytes,bytearray,memoryview)) else str(source)
         data, meta = runnable(onnx_bytes(source, key), name)
-        self.session = open_session(data, threads, name)
+        self.session, self.threads = open_session(data, threads, name), threads
         held = self.session.get_modelmeta().custom_metadata_map.get('effdet_nb')
         super().__init__(meta or (json.loads(held) if held else None), suppress, name)
-        self.names = [o.name for o in self.session.get_outputs()]
+        self.names = [o.name for o in self.session.get_outputs() if o.name!='anchors']
 
-    def run(self, pixels): return dict(zip(self.names, self.session.run(None, {'input': pixels})))
+    @property
+    def is_parallel(self)->bool:
+        "Whether it is best asked for one picture at a time, from as many threads as there are cores."
+        return self.threads==1 and self.meta['batch_size'] in (None, 1)
+
+    def run(self, pixels): return dict(zip(self.names, self.session.run(self.names, {'input': pixels})))
 
 # %% ../../nbs/deploy/41_runtime.ipynb #11d7c2c7
 def import_tensorrt():

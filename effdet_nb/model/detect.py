@@ -7,10 +7,11 @@ __all__ = ['weights_of', 'put_weights', 'warm_start', 'save_detector', 'open_det
 
 # %% ../../nbs/model/27_detect.ipynb #cd5f0fa9
 import re
+from pathlib import Path
 import keras, numpy as np
 from ..data.coco import ClassTable
 from .detector import Arch, arch_anchors, arch_from_dict, arch_to_dict, build
-from .postprocess import postprocess
+from .postprocess import postprocess, see
 from .store import Stored, load_model, save_model
 
 # %% ../../nbs/model/27_detect.ipynb #389c8fe6
@@ -102,8 +103,10 @@ class KerasDetector:
         return [postprocess(c, b, self.anchors, **self.suppress) for c,b in zip(out['cls_logits'], out['box_deltas'])]
 
     def __call__(self,
-        images, # [N,H,W,3] uint8 of the detector's `image_hw`
-    )->list:    # one `Detections` per picture, boxes in network pixels
+        images,             # [N,H,W,3] uint8 of the detector's `image_hw`; or the path of one picture, of any size
+        threshold:float=.5, # for a path: lowest score to keep
+    ):                      # one `Detections` per picture, boxes in network pixels; for a path one, in the picture's pixels
+        if isinstance(images, (str, Path)): return see(self, images, threshold)
         return self.answers(self.raw(images))
 
     @classmethod

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Detections', 'sigmoid', 'top_pairs', 'box_areas', 'overlaps', 'hard_weight', 'gaussian_weight', 'suppress',
-           'nms', 'soft_nms', 'postprocess', 'postprocess_batch']
+           'nms', 'soft_nms', 'postprocess', 'postprocess_batch', 'see', 'kitti_line']
 
 # %% ../../nbs/model/25_postprocess.ipynb #f7cb9479
 from dataclasses import dataclass
 import numpy as np
+from fastcore.basics import patch
+from ..data.boxes import draw_boxes
+from ..data.letterbox import read_image, read_letterboxed, to_original
 from .anchors import decode
 
 # %% ../../nbs/model/25_postprocess.ipynb #6ca95346
@@ -18,6 +21,8 @@ class Detections:
     boxes:np.ndarray   # [N, 4] float32, y1 x1 y2 x2, pixels
     scores:np.ndarray  # [N] float32, 0 to 1
     classes:np.ndarray # [N] int32, channel of the network (category id k is usually channel k-1)
+    picture:object=None # the picture they are in: a path, or [H,W,3] uint8; None if unknown
+    table:object=None  # the ClassTable that gives channels their ids and names; None if unknown
 
     def __post_init__(self):
         self.boxes = np.asarray(self.boxes, np.float32).reshape(-1, 4)
@@ -27,13 +32,13 @@ class Detections:
             raise ValueError(f'Detections: {len(self.boxes)} boxes, {len(self.scores)} scores and {len(self.classes)} classes; give one score and one class for each box')
 
     def __len__(self): return len(self.scores)
-    def __getitem__(self, i): return Detections(self.boxes[i], self.scores[i], self.classes[i])
+    def __getitem__(self, i): return Detections(self.boxes[i], self.scores[i], self.classes[i], self.picture, self.table)
 
     def scaled(self,
         factor:float, # by how much to multiply all coordinates
     ):                # Detections in the scaled picture
         "The same detections on a picture that is `factor` times as large."
-        return Detections(self.boxes*np.float32(factor), self.scores, self.classes)
+        return Detections(self.boxes*np.float32(factor), self.scores, self.classes, table=self.table)
 
 # %% ../../nbs/model/25_postprocess.ipynb #84e109e2
 def sigmoid(
@@ -199,3 +204,84 @@ def postprocess_batch(
     "`postprocess` for every picture of a batch."
     if len(cls_logits)!=len(box_deltas): raise ValueError(f'postprocess_batch: {len(cls_logits)} pictures of cls_logits and {len(box_deltas)} of box_deltas; must be as many')
     return [postprocess(l, d, anchors, **kwargs) for l,d in zip(cls_logits, box_deltas)]
+
+# %% ../../nbs/model/25_postprocess.ipynb #b034bad2
+def see(
+    detector,           # images uint8 [N,H,W,3] -> N Detections; has `image_hw` and `classes`
+    picture,            # path of a picture file
+    threshold:float=.5, # lowest score to keep, 0 to 1
+)->Detections:          # best first, pixels of the picture as stored
+    "What a detector finds in one picture file."
+    canvas,scale,hw = read_letterboxed(picture, detector.image_hw)
+    d = detector(canvas[None])[0]
+    d = d[(d.scores>=threshold) & np.array([int(c) in detector.classes._places for c in d.classes], bool)]
+    return Detections(to_original(d.boxes, scale, hw), d.scores, d.classes, picture, detector.classes)
+
+# %% ../../nbs/model/25_postprocess.ipynb #619263a4
+@patch(as_prop=True)
+def names(self:Detections)->list:
+    "The name of each detection's class; `class 3` where no table says it."
+    return [self.table.name(int(c)) if self.table else f'class {c}' for c in self.classes]
+
+# %% ../../nbs/model/25_postprocess.ipynb #afff2782
+@patch(as_prop=True)
+def ids(self:Detections)->list:
+    "The category id of each detection; channel plus one where no table says it."
+    return [self.table.id(int(c)) if self.table else int(c)+1 for c in self.classes]
+
+# %% ../../nbs/model/25_postprocess.ipynb #3a96a560
+@patch
+def to_coco(self:Detections,
+    image_id=0, # the picture's id in an annotation file
+)->list:        # dicts of image_id, category_id, bbox (left, top, width, height) and score
+    "The detections in COCO's result format."
+    return [dict(image_id=image_id, category_id=k, bbox=[round(float(v), 3) for v in (x1,y1,x2-x1,y2-y1)], score=round(float(s), 6))
+            for k,(y1,x1,y2,x2),s in zip(self.ids, self.boxes, self.scores)]
+
+# %% ../../nbs/model/25_postprocess.ipynb #747195ef
+def kitti_line(
+    name:str,     # of the class; white space becomes _
+    box,          # y1 x1 y2 x2, pixels
+    score:float,  # 0 to 1
+)->str:           # 16 columns
+    "One object as a line of a KITTI label file."
+    y1,x1,y2,x2 = (f'{v:.3f}' for v in box)
+    return ' '.join(['_'.join(str(name).split()) or '_', '0', '0', '0', x1, y1, x2, y2, *'0000000', f'{score:.6f}'])
+
+# %% ../../nbs/model/25_postprocess.ipynb #13a24c10
+@patch
+def to_kitti(self:Detections)->str: # a line for each, with its line break; empty if there are none
+    "The detections as the text of a KITTI label file."
+    return ''.join(kitti_line(*row)+'\n' for row in zip(self.names, self.boxes, self.scores))
+
+# %% ../../nbs/model/25_postprocess.ipynb #c49fa622
+@patch
+def to_pandas(self:Detections): # a DataFrame with name, id, score, y1, x1, y2, x2
+    "The detections as a table."
+    try: import pandas
+    except ImportError: raise ImportError('to_pandas: pandas is not installed here. Install it (pip install pandas), or use to_coco, whose dicts any table reads') from None
+    return pandas.DataFrame(dict(name=self.names, id=self.ids, score=self.scores) | {k: self.boxes[:,i] for i,k in enumerate(('y1','x1','y2','x2'))})
+
+# %% ../../nbs/model/25_postprocess.ipynb #e6d1f7cc
+@patch
+def draw(self:Detections,
+    image=None,  # `[H,W,3]` uint8 to draw on; None: the picture itself
+)->np.ndarray:   # `[H,W,3]` uint8, a copy with boxes, names and scores
+    "Paints the detections into a copy of their picture."
+    image = self.picture if image is None else image
+    if image is None: raise ValueError('draw: these detections know no picture. Give one: draw(image)')
+    image = image if isinstance(image, np.ndarray) else read_image(image)
+    return draw_boxes(image, self.boxes, self.ids, self.scores, dict(zip(self.ids, self.names)))
+
+# %% ../../nbs/model/25_postprocess.ipynb #376a7465
+@patch
+def show(self:Detections,
+    image=None, # `[H,W,3]` uint8 to draw on; None: the picture itself
+    ax=None,    # matplotlib axes; a new small figure if absent
+):              # the axes
+    "Shows the detections in their picture."
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(6,4), dpi=72)[1]
+    ax.imshow(self.draw(image))
+    ax.axis('off')
+    return ax

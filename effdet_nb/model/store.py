@@ -124,8 +124,9 @@ class SealWriter(io.RawIOBase):
 
     def write(self, data):
         data = memoryview(data).cast('B')
-        self.held += data
-        while len(self.held)>self.size: self._put(False)
+        for i in range(0, len(data), self.size):
+            self.held += data[i:i+self.size]
+            if len(self.held)>self.size: self._put(False)
         return len(data)
 
     def _put(self, last):
@@ -450,13 +451,16 @@ def load_etlt(
     key:str='',  # the key it was saved with; empty for an open file
 )->bytes:        # a serialised ONNX model
     "Reads an exported model, or says precisely why not."
-    data = existing(path).read_bytes()
+    with open(existing(path), 'rb') as f:
+        data = f.read(CHUNK)
+        if data[:4]==bytes(4) and data[4:].startswith(MAGIC):
+            f.seek(4)
+            return io.BufferedReader(SealReader(f, key, str(path)), CHUNK).read()
+        data += f.read()
     if is_onnx(data): raise StoreError(f'{path}: a plain ONNX file, not an .etlt. Open it as it is, or name it .onnx')
     if len(data)<4: raise DamagedFile(f'{path}: ends after {len(data)} bytes; an .etlt has at least 4. Copy the file again')
-    sealed = data[4:].startswith(MAGIC)
     if (length := int.from_bytes(data[:4], 'little', signed=True))!=0:
         raise foreign(path, data[:CHUNK]) if not 0<length<256 else StoreError(f'{path}: holds a UFF model (its input has a name of {length} letters); only ONNX is read. Export it again')
-    if not sealed and not is_onnx(data[4:]): raise foreign(path, data[4:CHUNK])
-    if sealed: return unseal(data[4:], key, str(path))
+    if not is_onnx(data[4:]): raise foreign(path, data[4:CHUNK])
     refuse_key(path, key)
     return data[4:]
