@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from ..spec import Spec
 from ..status import atomic, check_target
-from ..data.letterbox import batched
+from ..data.letterbox import batched, to_channels
 from ..data.shapes import draw_shapes
 from ..model.anchors import decode
 from ..model.postprocess import sigmoid
@@ -107,7 +107,7 @@ def compare(
     import onnxruntime
     session = onnxruntime.InferenceSession(raw.SerializeToString(), providers=['CPUExecutionProvider'])
     meta = description(raw)
-    anchors, pixels = meta_anchors(meta), np.asarray(images, np.float32)
+    anchors, pixels = meta_anchors(meta), np.asarray(to_channels(images, meta['arch'].get('channels', 3)), np.float32)
     size = meta['batch_size'] or len(pixels)
     pixels = np.resize(pixels, (size, *pixels.shape[1:]))
     theirs, ours = session.run(['cls_logits','box_deltas'], {'input': pixels}), model(np.resize(pixels, (MARK, *pixels.shape[1:])), training=False)
@@ -138,11 +138,12 @@ def calibration_batches(
     image_hw:tuple,     # (height, width) of the network input
     batch_size:int=1,   # pictures at once
     batches:int=10,     # how many batches at most
-):                      # yields [N,H,W,3] uint8
+    channels:int=3,     # of the network input: 3 for colour, 1 for grey
+):                      # yields [N,H,W,channels] uint8
     "Pictures to calibrate with, in the order of their names."
     files = sorted(p for p in Path(image_dir).rglob('*') if p.suffix.lower() in ('.jpg','.jpeg','.png','.bmp','.webp'))[:batch_size*batches]
     if not files: raise FileNotFoundError(f'cal_image_dir {image_dir}: no pictures (.jpg, .jpeg, .png, .bmp, .webp) in it or below. Give a folder with pictures like those the detector will see')
-    return (canvases for canvases,_,_ in batched(files, tuple(image_hw), batch_size))
+    return (to_channels(canvases, channels) for canvases,_,_ in batched(files, tuple(image_hw), batch_size))
 
 # %% ../../nbs/deploy/40_export.ipynb #9fa4b5b7
 def check_precision(
@@ -192,7 +193,7 @@ def lower(
     if data_type=='fp16': return to_fp16(raw)
     if data_type!='int8': return raw
     meta = description(raw)
-    pictures = calibration_batches(cal_image_dir, meta['arch']['image_hw'], meta['batch_size'] or 1, batches) if cal_image_dir else None
+    pictures = calibration_batches(cal_image_dir, meta['arch']['image_hw'], meta['batch_size'] or 1, batches, meta['arch'].get('channels', 3)) if cal_image_dir else None
     return to_int8(raw, calibrate(raw, pictures, cal_cache_file))
 
 # %% ../../nbs/deploy/40_export.ipynb #51f961ea
