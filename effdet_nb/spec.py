@@ -54,11 +54,8 @@ def parse_size(
     if not found: raise ValueError(f'{shown(text)} is not a size. Write "height,width", such as "512,512", or "WIDTHxHEIGHT", such as "512x512"')
     a,sep,b = found.groups()
     h,w = (int(a),int(b)) if sep==',' else (int(b),int(a))
-    wrong = 'at least 128' if min(h,w)<128 else 'a multiple of 32' if h%32 or w%32 else ''
-    if wrong: raise ValueError(f'{shown(text)} is height {h}, width {w}: each side must be {wrong}. The nearest that fits is "{_fit(h)},{_fit(w)}"')
+    if min(h,w)<128: raise ValueError(f'{shown(text)} is height {h}, width {w}: each side must be at least 128. The nearest that fits is "{max(h,128)},{max(w,128)}"')
     return h,w
-
-def _fit(side): return max(128, 32*round(side/32))
 
 # %% ../nbs/00_spec.ipynb #5f999f37
 def _literal(text):
@@ -113,7 +110,7 @@ def setting(
     return field(default=default, metadata=dict(number=number, doc=doc, unit=unit, check=check, needs=needs, opens=opens, tidy=tidy))
 
 # %% ../nbs/00_spec.ipynb #7dbd64bf
-size_check = Check('height,width in pixels, each at least 128 and a multiple of 32', parse_size)
+size_check = Check('height,width in pixels, each at least 128', parse_size)
 learns,looks = ('train',), ('train','evaluate')
 
 @dataclass(frozen=True)
@@ -128,6 +125,7 @@ class DatasetConfig:
     use_fake_data:bool = setting(7, False, 'Train on the first batch over and over: shows how fast training is without reading files')
     max_instances_per_image:int = setting(8, 100, 'Most objects one picture may have', 'objects', at_least(1))
     skip_crowd_during_training:bool = setting(9, True, 'Leave out boxes that are marked as a crowd')
+    num_channels:int = setting(20, 3, 'Channels of the network\'s input: 3 for colour, 1 for grey; pictures of the other kind are converted', 'channels', one_of(3,1))
 
     @property
     def image_hw(self)->tuple:
@@ -142,7 +140,7 @@ class TrainingConfig:
     iterations_per_loop:int = setting(2, 0, 'Steps run in one call of the compiled loop; 0 lets the trainer choose', 'steps')
     use_xla:bool = setting(3, False, 'Compile the training step with XLA')
     disable_logging:bool = setting(4, False, 'Say nothing between epochs')
-    checkpoint:str = setting(5, '', 'Model or weights to start from', 'file', opens=learns)
+    checkpoint:str = setting(5, '', 'Model or weights to start from: a .tlt, a TensorFlow checkpoint, a Keras .h5 or .keras, or the word imagenet', 'file', opens=learns)
     stop_at_epoch:int = setting(6, 0, 'Stop after this epoch while the learning rate still follows `num_epochs`; 0 goes to the end', 'epochs')
     resume:bool = setting(7, True, 'Go on from the newest checkpoint in the model folder, if there is one')
     checkpoint_period:int = setting(8, 10, 'Epochs between checkpoints', 'epochs', at_least(1))
@@ -187,21 +185,23 @@ class AugConfig:
     random_crop_max_scale:float = setting(3, 2.0, 'Largest factor', 'of the input', above(0))
 
 # %% ../nbs/00_spec.ipynb #2562ab01
-model_names = tuple(f'efficientdet-d{i}' for i in range(6))
+model_names = tuple(f'efficientdet-{v}' for v in 'd0 d1 d2 d3 d4 d5 d6 d7 d7x lite0 lite1 lite2 lite3 lite3x lite4'.split())
 
 @dataclass(frozen=True)
 class ModelConfig:
     "Which EfficientDet, and the anchors it looks through."
     model_name:str = setting(1, 'efficientdet-d0', 'Size of the model', '',
-        Check('"efficientdet-d0" to "efficientdet-d5"', lambda v: v in model_names), tidy=lambda v: v.strip().lower().replace('_','-'))
+        Check('"efficientdet-d0" to "efficientdet-d7", "efficientdet-d7x", "efficientdet-lite0" to "efficientdet-lite4" or "efficientdet-lite3x"', lambda v: v in model_names), tidy=lambda v: v.strip().lower().replace('_','-'))
     freeze_bn:bool = setting(2, False, 'Keep the batch statistics of the backbone as they are')
     freeze_blocks:str = setting(3, '', 'Backbone blocks that are not trained: 0 the stem, 1 to 7 the stages, 8 the top', 'list',
         Check('a list of numbers from 0 to 8', lambda v: parse_blocks(v) is not None))
     aspect_ratios:str = setting(4, '[(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)]', 'Shapes of the anchors: (width, height) factors', 'list',
         Check('a list of (width, height) factors', parse_aspects))
-    anchor_scale:float = setting(5, 4., 'Side of the smallest square anchor, in cells of its level', 'cells', above(0))
-    min_level:int = setting(6, 3, 'Finest level of the pyramid', 'level', one_of(3))
-    max_level:int = setting(7, 7, 'Coarsest level of the pyramid', 'level', one_of(7))
+    anchor_scale:float = setting(5, 4., 'Side of the smallest square anchor, in cells of its level; left out, it is 5 for d7 and 3 for lite0, lite1, lite2 and lite3x', 'cells', above(0))
+    min_level:int = setting(6, 3, 'Finest level of the pyramid', 'level',
+        Check('3: the pyramid begins with the map at an eighth of the picture, the finest that published weights know', lambda v: v==3))
+    max_level:int = setting(7, 7, 'Coarsest level of the pyramid; left out, it is 8 for d7x', 'level',
+        Check('7, or 8 for efficientdet-d7x: the wiring of the pyramid, and with it the weights, belong to these levels', lambda v: v in (7,8)))
     num_scales:int = setting(8, 3, 'Anchor sizes per octave: 2^0, 2^(1/3), 2^(2/3) for 3', 'sizes', at_least(1))
 
     @property
@@ -437,10 +437,14 @@ task_sections = dict(dataset_convert=(), train=tuple(sections), evaluate=('datas
                      prune=(), inference=('eval_config',), export=('eval_config',))
 
 # %% ../nbs/00_spec.ipynb #d4ce8295
+def _holds_weights(path):
+    "Whether something that is no file may still be weights: a word, or prefix or folder of a TensorFlow checkpoint."
+    return path=='imagenet' or os.path.isfile(path+'.index') or bool(glob.glob(os.path.join(glob.escape(path), '*.index')))
+
 def _missing(path):
     "What is wrong with a path or pattern that should lead to a file; None if nothing is."
     found = [path] if os.path.exists(path) else glob.glob(path)
-    if '://' in path or os.path.isfile(path+'.index') or any(map(os.path.isfile, found)): return None
+    if '://' in path or any(map(os.path.isfile, found)): return None
     folder = os.path.dirname(path) or '.'
     why = 'that is a folder' if found else 'nothing in its folder matches' if glob.glob(folder) else f'the folder {folder} does not exist'
     return f'{shown(path)} leads to no file: {why}. Correct the path; a relative one is read from the current folder'
@@ -454,6 +458,7 @@ def _complaint(spec, task, section, f):
     if not given: return None
     wrong = m['check'] and m['check'].complaint(value)
     if wrong: return wrong + ('' if m['needs'] or f.default=='' or 'such as' in wrong or m['check'].complaint(f.default) else f'. Left out, it is {shown(f.default)}')
+    if f.name=='checkpoint' and value and _holds_weights(value): return None
     return _missing(value) if value and task in m['opens'] else None
 
 # %% ../nbs/00_spec.ipynb #4ee55ffa
@@ -468,6 +473,9 @@ def problems(self:Spec,
         for name,f in settings(section).items():
             wrong = _complaint(self, task, section, f)
             if wrong: found.append(f'{section}.{name}: {wrong} ({self.places.get((section,name), self.name)})')
+    model,reach = self.model_config, 8 if self.model_config.model_name.endswith('d7x') else 7
+    if self.is_given('model_config','max_level') and model.max_level in (7,8) and model.max_level!=reach:
+        found.append(f'model_config.max_level: {model.max_level} does not go with {model.model_name}, whose pyramid reaches level {reach}. Leave it out ({self.places.get(("model_config","max_level"), self.name)})')
     low,high = self.augmentation_config.random_crop_min_scale, self.augmentation_config.random_crop_max_scale
     if task in (None,'train') and low>high: found.append(f'augmentation_config: random_crop_min_scale {low} is above random_crop_max_scale {high}. Exchange them ({self.name})')
     return found

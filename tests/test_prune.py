@@ -394,7 +394,7 @@ def test_a_checkpoint_beside_the_pruned_file_must_fit_it(retraining, trained, tm
         trainer = T.Trainer(spec.replace(training_config=dict(checkpoint=str(path))), arch)
         return trainer.begin(tmp_path/'run', 'key', stored), weights_of(trainer.model)
     said, got = begin(tmp_path/'more.tlt')
-    assert 'weights taken' in said and 'as pruned' in said and 'hint' not in said
+    assert 'loaded' in said and 'more.tlt' in said and 'hint' not in said
     assert all(np.array_equal(v, weights.get(k, best_weights(stored)[k])) for k, v in got.items())
     assert begin(done.path)[0] == f'retraining the pruned {done.path}'                # named twice, as TAO wants it
     with pytest.raises(ValueError, match='leave checkpoint out'): begin(trained)

@@ -73,6 +73,7 @@ def build_engine(
     workspace:float=2.,        # memory TensorRT may use while building, GB
     verbose:bool=False,        # let TensorRT tell all
     trt=None,                  # the tensorrt module; imported if absent
+    channels:int=3,            # of the pictures: 3 for colour, 1 for grey
 )->bytes:                      # the engine
     "Compiles an ONNX model for the GPU of this machine."
     trt = trt or import_tensorrt()
@@ -83,7 +84,7 @@ def build_engine(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace*2**30))
     if is_dynamic:
         profile = builder.create_optimization_profile()
-        profile.set_shape('input', *((n, *image_hw, 3) for n in (batches.smallest, batches.usual, batches.largest)))
+        profile.set_shape('input', *((n, *image_hw, channels) for n in (batches.smallest, batches.usual, batches.largest)))
         config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None: raise RuntimeError(f'TensorRT {trt.__version__} could not build the engine; the lines above say why. Out of memory? Try a smaller max_batch_size or max_workspace_size')
@@ -114,7 +115,7 @@ def gen_trt_engine(
     proto = graph_for(onnx.load_model_from_string(onnx_bytes(model_path, key)), data_type, cal_image_dir, cal_cache_file, batches)
     meta, batch = description(proto), batch_of(proto)
     sizes = sizes.fit(batch)
-    plan = build_engine(proto.SerializeToString(), meta['arch']['image_hw'], sizes, not isinstance(batch, int), max_workspace_size, verbose, trt)
+    plan = build_engine(proto.SerializeToString(), meta['arch']['image_hw'], sizes, not isinstance(batch, int), max_workspace_size, verbose, trt, meta['arch'].get('channels', 3))
     return write_engine(engine_file, plan, meta | dict(max_batch_size=sizes.largest, tensorrt=trt.__version__))
 
 # %% ../../nbs/deploy/42_engine.ipynb #fe77af75

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from ..spec import Spec
 from ..status import atomic, check_target
-from ..data.letterbox import batched
+from ..data.letterbox import batched, to_channels
 from ..data.shapes import draw_shapes
 from ..model.anchors import decode
 from ..model.postprocess import Detections, postprocess, sigmoid
@@ -128,7 +128,8 @@ def compare(
     images:np.ndarray, # [N,H,W,3] uint8
 )->dict:             # score and box: the largest differences
     "How far an exported network is from its Keras model."
-    meta, pixels = description(raw), np.asarray(images, np.float32)
+    meta = description(raw)
+    pixels = np.asarray(to_channels(images, meta['arch'].get('channels', 3)), np.float32)
     size = meta['batch_size'] or len(pixels)
     pixels = np.resize(pixels, (size, *pixels.shape[1:]))
     theirs, ours = run_graph(raw, pixels), model(np.resize(pixels, (MARK, *pixels.shape[1:])), training=False)
@@ -191,11 +192,12 @@ def calibration_batches(
     image_hw:tuple,     # (height, width) of the network input
     batch_size:int=1,   # pictures at once
     batches:int=10,     # how many batches at most
-):                      # yields [N,H,W,3] uint8
+    channels:int=3,     # of the network input: 3 for colour, 1 for grey
+):                      # yields [N,H,W,channels] uint8
     "Pictures to calibrate with, in the order of their names."
     files = sorted(p for p in Path(image_dir).rglob('*') if p.suffix.lower() in ('.jpg','.jpeg','.png','.bmp','.webp'))[:batch_size*batches]
     if not files: raise FileNotFoundError(f'cal_image_dir {image_dir}: no pictures (.jpg, .jpeg, .png, .bmp, .webp) in it or below. Give a folder with pictures like those the detector will see')
-    return (canvases for canvases,_,_ in batched(files, tuple(image_hw), batch_size))
+    return (to_channels(canvases, channels) for canvases,_,_ in batched(files, tuple(image_hw), batch_size))
 
 # %% ../../nbs/deploy/40_export.ipynb #9fa4b5b7
 def check_precision(
@@ -253,7 +255,7 @@ def lower(
     meta = description(raw)
     fixed = meta['batch_size'] or 1
     wanted = -(-(batch_size or fixed)*batches//fixed)
-    pictures = calibration_batches(cal_image_dir, meta['arch']['image_hw'], fixed, wanted) if cal_image_dir else None
+    pictures = calibration_batches(cal_image_dir, meta['arch']['image_hw'], fixed, wanted, meta['arch'].get('channels', 3)) if cal_image_dir else None
     return to_int8(raw, calibrate(raw, pictures, cal_cache_file))
 
 # %% ../../nbs/deploy/40_export.ipynb #51f961ea

@@ -142,7 +142,7 @@ def plane_pixels(
         if [n.op_type for n in readers]!=[op]: return proto
         chain.append(readers[0]); name = readers[0].output[0]
     sub,mul,transpose,conv = chain
-    column = lambda a: np.broadcast_to(np.ravel(a), 3).reshape(1,3,1,1)
+    column = lambda a: np.broadcast_to(np.ravel(a), numbers[conv.input[1]].shape[1]).reshape(1,-1,1,1)
     new = {'pixels/mean': column(numbers[sub.input[1]]), 'pixels/weights': numbers[conv.input[1]]*column(numbers[mul.input[1]])}
     graph.initializer.extend(from_array(np.ascontiguousarray(v, np.float32), k) for k,v in new.items())
     transpose.input[0], sub.input[:], conv.input[:2] = 'input', [transpose.output[0], 'pixels/mean'], [sub.output[0], 'pixels/weights']
@@ -219,7 +219,7 @@ def meta_anchors(
 )->np.ndarray:      # [A,4] float32, yxyx pixels
     "The anchors of an exported network, from its description alone."
     a = meta['arch']
-    return all_anchors(tuple(a['image_hw']), a['aspects'], a['num_scales'], a['anchor_scale'])
+    return all_anchors(tuple(a['image_hw']), a['aspects'], a['num_scales'], a['anchor_scale'], range(3, a.get('max_level', 7)+1))
 
 # %% ../../nbs/deploy/39_graph.ipynb #8a453b12
 def batch_of(

@@ -12,6 +12,7 @@ import ctypes, glob, json, sys
 from pathlib import Path
 import numpy as np
 from ..data.coco import ClassTable
+from ..data.letterbox import to_channels
 from ..model.postprocess import Detections, postprocess, see
 from ..model.store import MAGIC, existing, is_onnx, load_etlt, resolve_key
 from .graph import description, meta_anchors, raw_twin
@@ -105,7 +106,7 @@ def check_images(
 )->np.ndarray:     # [N,H,W,3]
     "Refuses pictures that a detector cannot take, with what to do."
     images = np.asarray(images)
-    if images.ndim==4 and images.shape[1:]==(*image_hw,3) and images.dtype==np.uint8: return images
+    if images.ndim==4 and images.shape[1:3]==tuple(image_hw) and images.shape[3] in (1,3) and images.dtype==np.uint8: return images
     raise ValueError(f'detector: got {images.dtype} {images.shape}, needs uint8 (N, {image_hw[0]}, {image_hw[1]}, 3), RGB. Bring pictures to this size with letterbox')
 
 # %% ../../nbs/deploy/41_runtime.ipynb #f4a790e2
@@ -120,7 +121,7 @@ class ExportedDetector:
     def raw(self, images):
         "What the file answers to pictures uint8 `[N,H,W,3]`, as `{name: array}`."
         fixed = self.meta['batch_size']
-        batches = in_batches(check_images(images, self.image_hw), fixed or self.meta.get('max_batch_size'), exact=bool(fixed))
+        batches = in_batches(to_channels(check_images(images, self.image_hw), self.meta['arch'].get('channels', 3)), fixed or self.meta.get('max_batch_size'), exact=bool(fixed))
         parts = [{k: v[:n] for k,v in self.run(np.asarray(b, np.float32)).items()} for b,n in batches]
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if parts else {}
 

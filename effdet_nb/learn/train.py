@@ -11,7 +11,7 @@ __all__ = ['Plan', 'make_plan', 'make_strategy', 'amp_policy', 'precision', 'sca
 # %% ../../nbs/learn/34_train.ipynb #52a58f7c
 import csv, math, re, time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import keras, numpy as np, tensorflow as tf
 from fastcore.basics import patch
@@ -20,9 +20,10 @@ from ..status import Status, atomic, duration, say
 from ..data.coco import ClassTable, load_coco
 from ..data.dataset import count_examples, reason, train_dataset
 from ..data.tfrecord import load_sidecar
-from ..model.detect import KerasDetector, put_weights, save_detector, warm_start, weights_of
-from ..model.detector import arch_anchors, arch_from_dict, arch_from_spec, build
-from ..model.store import is_sealed, load_model
+from ..model.detect import KerasDetector, put_weights, save_detector, weights_of
+from ..model.detector import arch_anchors, arch_from_dict, arch_from_spec, as_input, build
+from ..model.store import is_sealed, load_model, read_meta
+from ..model.weights_in import fill, read_weights, suited
 from .evaluate import evaluate, samples_from_spec
 from .loss import detection_loss
 from .optim import Ema, clip_by_global_norm, l1_l2_penalty, make_optimizer, make_schedule
@@ -135,7 +136,7 @@ class Trainer:
 @patch
 def losses(self:Trainer, batch, num_positives):
     "Forward pass and losses of one replica's share of a batch."
-    out = self.model(batch['images'], training=True)
+    out = self.model(as_input(batch['images'], self.arch.channels), training=True)
     loss = detection_loss(out['cls_logits'], out['box_deltas'], batch['cls_targets'], batch['box_targets'], num_positives)
     penalty = l1_l2_penalty(self.model.trainable_variables, self.config.l1_weight_decay, self.config.l2_weight_decay)
     return loss['total'] + penalty/self.num_replicas, loss | {'reg': penalty/self.num_replicas}
@@ -234,11 +235,15 @@ def read_model(
 # %% ../../nbs/learn/34_train.ipynb #7177683d
 def start_arch(
     spec:Spec,   # the experiment
-    key:str='',  # key of the pruned model
-)->tuple:        # (Arch, what the pruned file holds or None)
-    "The architecture a run trains: the spec's, or that of the pruned model with the spec's input size."
-    path = spec.training_config.pruned_model_path
-    if not path: return arch_from_spec(spec), None
+    key:str='',  # key of the pruned model, and of checkpoints
+    model_dir=None, # folder of the run, which may hold a checkpoint to continue from
+)->tuple:        # (Arch, what the pruned file or `checkpoint` holds, or None)
+    "The architecture a run trains: the spec's, suited to the weights it starts from, or that of the pruned model with the spec's input size."
+    path, t = spec.training_config.pruned_model_path, spec.training_config
+    if not path:
+        arch, last = arch_from_spec(spec), newest_checkpoint(model_dir) if model_dir and t.resume else None
+        start = arch_from_dict(read_meta(last, key)['arch']) if last else read_weights(t.checkpoint, key, arch.name) if t.checkpoint else None
+        return suited(arch, start) if start else arch, None if last else start
     stored = read_model(path, key)
     arch = arch_from_dict(stored.meta['arch'])
     if arch.num_classes != spec.dataset_config.num_classes: raise ValueError(f'{path}: was pruned with num_classes {arch.num_classes}, dataset_config.num_classes is {spec.dataset_config.num_classes}. Use the same, the pruned class head has that many channels')
@@ -264,20 +269,19 @@ def decay_hint(
 def begin(self:Trainer,
     model_dir,    # folder of the run
     key:str='',   # key of all files read
-    pruned=None,  # what the pruned file holds
-)->str:           # one sentence: where the run starts
+    start=None,   # what `start_arch` read, pruned file or other weights
+)->str:           # where the run starts: one sentence, or a table of the weights taken over
     "Fills the weights: continued, pruned, pretrained or random."
     last, t = newest_checkpoint(model_dir) if self.config.resume else None, self.config
     if last: self.restore(load_model(last, key), str(last)); return f'continuing from {last} (step {self.step})'
     said = []
-    if pruned:
-        put_weights(self.model, best_weights(pruned), t.pruned_model_path)
+    if t.pruned_model_path:
+        put_weights(self.model, best_weights(start), t.pruned_model_path)
         said.append(f'retraining the pruned {t.pruned_model_path}' + decay_hint(t))
     if t.checkpoint and t.checkpoint != t.pruned_model_path:
-        name = t.checkpoint + (', beside pruned_model_path (which brings its own weights: leave checkpoint out, or give one of the same pruned shape)' if pruned else '')
-        taken, fresh = warm_start(self.model, best_weights(read_model(t.checkpoint, key)), t.skip_checkpoint_variables, name)
-        left = 'as pruned' if pruned else 'fresh'
-        said.append(f'starting from {t.checkpoint}: {len(taken)} weights taken, {len(fresh)} {left}' + (f' ({", ".join(fresh[:3])} ...)' if fresh else ''))
+        weights = read_weights(t.checkpoint, key, self.arch.name) if t.pruned_model_path or start is None else start
+        if t.pruned_model_path: weights = replace(weights, path=f'{weights.path}, beside pruned_model_path (which brings its own weights: leave checkpoint out, or give one of the same pruned shape)')
+        said.append(f'starting from {fill(self.model, weights, self.arch, t.skip_checkpoint_variables)}')
     if not said: return 'starting from random weights'
     self.reset_average()
     return '; '.join(said)
@@ -515,9 +519,9 @@ def train(
     with Status(model_dir, 'train', hide=(key,) if key else ()) as status:
         spec = with_counts(spec)
         keras.utils.set_random_seed(spec.training_config.tf_random_seed)
-        arch, pruned = start_arch(spec, key)
+        arch, start = start_arch(spec, key, model_dir)
         trainer, classes = Trainer(spec, arch, strategy or make_strategy(gpus, gpu_index)), spec_classes(spec)
-        say(trainer.begin(model_dir, key, pruned))
+        say(trainer.begin(model_dir, key, start))
         checkpoints = Checkpoints(trainer, model_dir, classes, key)
         calls = keras.callbacks.CallbackList([Report(trainer, model_dir, status), Scalars(model_dir/'tensorboard'), checkpoints, *callbacks], model=trainer.model)
         with atomic(model_dir/'spec.txt', 'w') as f: f.write(spec.to_text())

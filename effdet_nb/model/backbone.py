@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONV_INIT', 'STAGES', 'BatchNorm', 'Layers', 'squeeze_excite', 'Block', 'inverted_residual', 'round_filters',
-           'backbone_blocks', 'backbone']
+           'stem_filters', 'backbone_blocks', 'backbone']
 
 # %% ../../nbs/model/21_backbone.ipynb #4af58f39
 from dataclasses import dataclass
@@ -39,9 +39,10 @@ class Layers:
     "Makes the named layers of a detector; a name in `widths` overrides the number of filters."
     widths:dict         # {layer name: filters}, only those that differ from the plain architecture
     synchronized:bool=False # batch statistics over all replicas of a distributed run
+    lite:bool=False     # for phones: relu6, no squeeze-and-excitation, an unscaled stem
     def filters(self, name, n): return self.widths.get(name, n)
     def bn(self, x, name): return BatchNorm(momentum=.99, epsilon=1e-3, synchronized=self.synchronized, name=name)(x)
-    def act(self, x, name): return layers.Activation('swish', name=name)(x)
+    def act(self, x, name): return layers.Activation('relu6' if self.lite else 'swish', name=name)(x)
     def conv(self, x, n, name, kernel=1, stride=1, use_bias=False, init=CONV_INIT, **kw):
         return layers.Conv2D(self.filters(name, n), kernel, stride, 'same', use_bias=use_bias, kernel_initializer=_fresh(init), name=name, **kw)(x)
     def dwconv(self, x, kernel, stride, name):
@@ -78,6 +79,7 @@ class Block:
     inp:int         # channels in
     out:int         # channels out
     drop:float=0.   # probability that training leaves the block out
+    adds:bool=True  # whether the input is added back where the shapes agree
 
 # %% ../../nbs/model/21_backbone.ipynb #cb9585ee
 def inverted_residual(
@@ -89,9 +91,9 @@ def inverted_residual(
     y, n = x, b.name
     if b.expand != 1: y = make.act(make.bn(make.conv(y, b.inp*b.expand, n+'expand_conv'), n+'expand_bn'), n+'expand_activation')
     y = make.act(make.bn(make.dwconv(y, b.kernel, b.stride, n+'dwconv'), n+'bn'), n+'activation')
-    y = squeeze_excite(make, y, max(1, b.inp//4), n)
+    if not make.lite: y = squeeze_excite(make, y, max(1, b.inp//4), n)
     y = make.bn(make.conv(y, b.out, n+'project_conv'), n+'project_bn')
-    if b.stride != 1 or b.inp != b.out: return y
+    if b.stride != 1 or b.inp != b.out or not b.adds: return y
     if b.drop: y = layers.Dropout(b.drop, noise_shape=(None,1,1,1), name=n+'drop')(y)
     return layers.Add(name=n+'add')([y, x])
 
@@ -109,19 +111,29 @@ def round_filters(
     r = max(8, int(n+4)//8*8)
     return r if r >= .9*n else r+8
 
+# %% ../../nbs/model/21_backbone.ipynb #e0530b2b
+def stem_filters(
+    width:float,     # width multiplier
+    lite:bool=False, # a lite network?
+)->int:              # channels after the first convolution
+    "Channels of the stem."
+    return 32 if lite else round_filters(32, width)
+
 # %% ../../nbs/model/21_backbone.ipynb #76b443a9
 def backbone_blocks(
     width:float=1.,      # width multiplier
     depth:float=1.,      # depth multiplier
-    drop_connect:float=0. # probability of dropping the last block; earlier ones proportionally less
+    drop_connect:float=0., # probability of dropping the last block; earlier ones proportionally less
+    lite:bool=False,     # neither the stem nor the depth of the first and last stage grow
+    last_adds:bool=True, # False: the last block does not add its input back, as in TAO
 )->list:                 # of Block, in order
     "All blocks of a backbone, named by stage and letter as in TAO."
-    rows, inp = [], round_filters(32, width)
+    rows, inp = [], stem_filters(width, lite)
     for stage,(kernel, repeats, out, expand, stride) in enumerate(STAGES, 1):
         out = round_filters(out, width)
-        for i in range(ceil(repeats*depth)):
+        for i in range(repeats if lite and stage in (1,7) else ceil(repeats*depth)):
             rows.append((f'block{stage}{chr(97+i)}_', kernel, stride if i==0 else 1, expand, inp, out)); inp = out
-    return [Block(*row, drop=drop_connect*i/len(rows)) for i,row in enumerate(rows)]
+    return [Block(*row, drop=drop_connect*i/len(rows), adds=last_adds or i<len(rows)-1) for i,row in enumerate(rows)]
 
 # %% ../../nbs/model/21_backbone.ipynb #2abdc066
 def backbone(
@@ -130,12 +142,13 @@ def backbone(
     width:float=1.,         # width multiplier
     depth:float=1.,         # depth multiplier
     drop_connect:float=0.,  # probability of dropping the last block in training
+    last_adds:bool=True,    # False: P5 is taken before the last block adds its input, as in TAO
 )->dict:                    # {3: P3, 4: P4, 5: P5}
     "EfficientNet without its classifier: three maps, at 1/8, 1/16 and 1/32 of the picture."
-    x = make.conv(x, round_filters(32, width), 'stem_conv', kernel=3, stride=2)
+    x = make.conv(x, stem_filters(width, make.lite), 'stem_conv', kernel=3, stride=2)
     x = make.act(make.bn(x, 'stem_bn'), 'stem_activation')
     maps, level = {}, 1
-    for b in backbone_blocks(width, depth, drop_connect):
+    for b in backbone_blocks(width, depth, drop_connect, make.lite, last_adds):
         level += b.stride == 2
         maps[level] = x = inverted_residual(make, x, b)
     return {l: maps[l] for l in (3,4,5)}
