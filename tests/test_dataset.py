@@ -165,7 +165,7 @@ def test_a_damaged_picture_is_named(tmp_path):
 
 
 def test_real_pictures_make_batches_with_targets(shared, tmp_path):
-    from effdet_nb.data.tfrecord import dataset_convert
+    from effdet_nb.data.convert import dataset_convert
     from effdet_nb.learn.targets import assign
     from effdet_nb.model.anchors import all_anchors
     dataset_convert(shared/'data/coco_mini/images', shared/'data/coco_mini/val.json', tmp_path, 'val', num_shards=2, workers=1)
