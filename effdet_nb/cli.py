@@ -229,14 +229,15 @@ def effdet_dataset_convert(
     num_shards:Opt('Files to write; 256 if left out, or one a picture if there are fewer pictures', '-s', type=int, metavar='N')=None,
     include_mask:Opt('Add the outline of every object', '--include_masks', flag=True)=False,
     clip:Opt('Cut boxes that stick out of their picture instead of leaving them out', flag=True)=False,
+    strict:Opt('Write nothing if anything is wrong, and list all of it', flag=True)=False,
     workers:Opt('Processes; one a core if left out', type=int, metavar='N')=None,
     results_dir:_results('Folder for status.json; none is written if left out')=None,
     log_file:_log()=None,
     verbose:_verbose()=False,
 ):
     "Convert pictures and COCO annotations to TFRecord files."
-    from effdet_nb.data.tfrecord import dataset_convert
-    return dataset_convert(image_dir, annotations_file, output_dir, tag, num_shards, include_mask, clip, workers, results_dir)
+    from effdet_nb.data.convert import dataset_convert
+    return dataset_convert(image_dir, annotations_file, output_dir, tag, num_shards, include_mask, clip, workers, results_dir, strict)
 
 # %% ../nbs/90_cli.ipynb #949be11a
 @command

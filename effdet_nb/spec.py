@@ -125,7 +125,8 @@ class DatasetConfig:
     use_fake_data:bool = setting(7, False, 'Train on the first batch over and over: shows how fast training is without reading files')
     max_instances_per_image:int = setting(8, 100, 'Most objects one picture may have', 'objects', at_least(1))
     skip_crowd_during_training:bool = setting(9, True, 'Leave out boxes that are marked as a crowd')
-    num_channels:int = setting(20, 3, 'Channels of the network\'s input: 3 for colour, 1 for grey; pictures of the other kind are converted', 'channels', one_of(3,1))
+    skip_corrupt:bool = setting(101, False, 'Train on without records that are damaged, and say how many; otherwise the first one stops the run; not in TAO')
+    num_channels:int = setting(102, 3, 'Channels of the network\'s input: 3 for colour, 1 for grey; pictures of the other kind are converted', 'channels', one_of(3,1))
 
     @property
     def image_hw(self)->tuple:

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from effdet_nb.data import augment as A
@@ -103,3 +104,51 @@ def test_pictures_without_objects_and_of_one_pixel():
         for i in range(5):
             canvas,boxes,labels = A.augment(tf.zeros((*hw,3), tf.uint8), *none, (64,64), (0,i), True)
             assert canvas.shape==(64,64,3) and boxes.shape==(0,4) and labels.shape==(0,)
+
+
+# --- properties, whatever the picture, the boxes and the draw
+
+sides = st.integers(1, 400)
+draws = dict(hw=st.tuples(sides, sides), canvas=st.tuples(st.integers(32, 200), st.integers(32, 200)), scale=st.floats(.125, 3., width=32), place=st.tuples(st.floats(0, 1, width=32), st.floats(0, 1, width=32)),
+             seed=st.integers(0, 2**31))
+
+
+def some_boxes(hw, seed, n=5):
+    return np.sort(np.random.default_rng(seed).random((n,2,2))*hw, 1).reshape(-1,4).astype('float32')
+
+
+@settings(max_examples=60, deadline=None)
+@given(**draws)
+def test_any_crop_maps_back_to_what_it_showed_and_conserves_area(hw, canvas, scale, place, seed):
+    corner,size,shown = (o.numpy() for o in A.window(hw, canvas, scale, np.float32(place)))
+    boxes = some_boxes(hw, seed)
+    moved,left = (o.numpy() for o in A.move_boxes(tf.constant(boxes), tf.range(len(boxes)), corner, size, shown))
+    factor = np.tile(shown/size, 2)
+    seen = np.clip(boxes, np.tile(corner, 2), np.tile(corner+size, 2))
+    np.testing.assert_allclose(moved/factor + np.tile(corner, 2), seen[left], atol=2e-2)                    # crop, then map back
+    area = lambda b: np.prod(b[:,2:]-b[:,:2], 1)
+    np.testing.assert_allclose(area(moved), area(seen[left])*np.prod(shown/size), rtol=1e-3, atol=.1)        # what was cut off is all that is lost
+    assert (moved >= 0).all() and (moved <= np.tile(shown, 2)).all() and (moved[:,2:] > moved[:,:2]).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(hw=draws['hw'], seed=draws['seed'])
+def test_any_flip_twice_is_nothing_and_conserves_area(hw, seed):
+    image, boxes = tf.zeros((*hw,3), tf.uint8), some_boxes(hw, seed)
+    once = A.flip(image, tf.constant(boxes))[1].numpy()
+    np.testing.assert_allclose(A.flip(image, tf.constant(once))[1], boxes, atol=1e-3)
+    np.testing.assert_allclose(np.prod(once[:,2:]-once[:,:2], 1), np.prod(boxes[:,2:]-boxes[:,:2], 1), rtol=1e-3, atol=.1)
+    assert (once[:,1] >= -1e-3).all() and (once[:,3] <= hw[1]+1e-3).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(canvas=draws['canvas'], seed=draws['seed'])
+def test_any_draw_keeps_the_box_on_its_pixels(canvas, seed):
+    rng = np.random.default_rng(seed)
+    h,w = rng.integers(40, 160, 2)
+    y1,x1 = rng.integers(0, (h-20, w-20)); y2,x2 = y1+rng.integers(12, h-y1), x1+rng.integers(12, w-x1)
+    image,boxes,labels = marked(h, w, (int(y1),int(x1),int(y2),int(x2)))
+    out,moved,left = A.augment(image, boxes, labels, canvas, (seed, 1), True, .5, 2.5)
+    found = red_box(out)
+    if found is None: assert len(left) == 0 or np.min(moved[0,2:]-moved[0,:2]) < 2
+    else: assert np.abs(moved[0].numpy()-found).max() <= 1.6

@@ -86,7 +86,8 @@ def test_flags_of_both_tao_versions_are_understood(task, line):
 
 @pytest.mark.parametrize('line, words', [
     ('dataset_convert -i data/train -a data/nope.json -o out', ['nope.json']),
-    ('dataset_convert -i data/val -a data/train.json -o out', ['pictures are missing']),
+    ('dataset_convert -i rec -a data/train.json -o out', ['all 12 pictures are missing']),
+    ('dataset_convert -i data/train -a data/train.json -o out --strict', ['--strict', 'listed above']),
     ('dataset_convert -i data/train -a bad.json -o out', ['bad.json', 'line 2']),
     ('dataset_convert -i data/train -a data/train.json -o spec.txt', ['spec.txt']),
     ('train -e typo.txt -d out', ['learning_rat', 'Did you mean learning_rate?', 'typo.txt:2:']),

@@ -141,7 +141,7 @@ def test_exactly_max_instances_fit_and_one_more_is_named(tmp_path):
     assert batches(1, make_spec(pattern, 1, aug='random_crop_min_scale: 1 random_crop_max_scale: 1'))[0]['num_boxes'] == 5
     pattern = write(tmp_path, [foreign('crowded', five(6))], 1)
     with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1))
-    assert D.reason(e.value) == 'train-00000-of-00001, image crowded: 6 objects, max_instances_per_image is 5. Raise it in dataset_config'
+    assert D.reason(e.value) == 'train-00000-of-00001, record 0, image crowded: 6 objects, max_instances_per_image is 5. Raise it in dataset_config'
 
 
 def test_the_spec_decides_whether_crowds_are_trained_on(tmp_path):
@@ -155,7 +155,7 @@ def test_the_spec_decides_whether_crowds_are_trained_on(tmp_path):
 def test_an_id_without_a_channel_is_an_error(tmp_path, label):
     pattern = write(tmp_path, [foreign('odd', labels=[label])], 1)
     with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1))
-    assert f'train-00000-of-00001, image odd: category id {label}' in D.reason(e.value)
+    assert f'train-00000-of-00001, record 0, image odd: category id {label}' in D.reason(e.value)
 
 
 def test_a_damaged_picture_is_named(tmp_path):
@@ -165,7 +165,7 @@ def test_a_damaged_picture_is_named(tmp_path):
 
 
 def test_real_pictures_make_batches_with_targets(shared, tmp_path):
-    from effdet_nb.data.tfrecord import dataset_convert
+    from effdet_nb.data.convert import dataset_convert
     from effdet_nb.learn.targets import assign
     from effdet_nb.model.anchors import all_anchors
     dataset_convert(shared/'data/coco_mini/images', shared/'data/coco_mini/val.json', tmp_path, 'val', num_shards=2, workers=1)
@@ -176,3 +176,113 @@ def test_real_pictures_make_batches_with_targets(shared, tmp_path):
         alone = assign(anchors, batch['gt_boxes'][k], batch['gt_classes'][k])
         assert np.array_equal(batch['cls_targets'][k], alone[0]) and np.allclose(batch['box_targets'][k], alone[1], atol=1e-5) and batch['num_positives'][k]==alone[2]
     assert batch['num_positives'].sum() >= batch['num_boxes'].sum() > 0
+
+
+# --- what the pictures are
+
+def encoded(image, format, **kw):
+    out = io.BytesIO()
+    image.save(out, format, **kw)
+    return out.getvalue()
+
+
+smooth = Image.fromarray(np.random.default_rng(5).integers(0, 256, (4,5,3), dtype=np.uint8)).resize((60,40), Image.Resampling.BICUBIC)
+kinds = {
+    'grey jpeg': lambda: encoded(smooth.convert('L'), 'JPEG'), 'CMYK jpeg': lambda: encoded(smooth.convert('CMYK'), 'JPEG', quality=95), 'grey png': lambda: encoded(smooth.convert('L'), 'PNG'),
+    'png with alpha': lambda: encoded(smooth.convert('RGBA'), 'PNG'), 'grey png with alpha': lambda: encoded(smooth.convert('LA'), 'PNG'), 'png with palette': lambda: encoded(smooth.convert('P'), 'PNG'),
+    'one bit png': lambda: encoded(smooth.convert('1'), 'PNG'), 'webp': lambda: encoded(smooth, 'WEBP', lossless=True), 'bmp': lambda: encoded(smooth, 'BMP'), 'gif': lambda: encoded(smooth.convert('P'), 'GIF'),
+    '16 bit png': lambda: encoded(Image.fromarray((np.asarray(smooth.convert('L')).astype(np.uint16)*257)), 'PNG'), 'progressive jpeg': lambda: encoded(smooth, 'JPEG', progressive=True),
+}
+
+
+@pytest.mark.parametrize('kind', kinds)
+def test_every_kind_of_picture_is_seen_as_evaluation_sees_it(kind, tmp_path):
+    data = kinds[kind]()
+    seen, meant = D.decode(data).numpy().astype(int), read_image(data).astype(int)
+    assert seen.shape == (40,60,3) and np.abs(seen-meant).mean() < 3
+    assert np.abs(seen-np.asarray(smooth.convert('1') if kind.startswith('one') else smooth.convert('L') if 'grey' in kind or '16' in kind else smooth).reshape(40,60,-1)*(255 if kind.startswith('one') else 1)).mean() < 18
+    pattern = write(tmp_path, [foreign('a', encoded=data)], 1)
+    batch, = batches(1, make_spec(pattern, 1, aug='random_crop_min_scale: 1 random_crop_max_scale: 1'))
+    assert batch['num_boxes'] == 1 and batch['images'].std() > 5
+
+
+def test_a_tiff_is_refused_by_name(tmp_path):
+    pattern = write(tmp_path, [foreign('a', encoded=encoded(smooth, 'TIFF'))], 1)
+    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1))
+    assert 'record 0, image a: not readable as an image' in D.reason(e.value) and 'JPEG, PNG, BMP, GIF and WebP are allowed' in D.reason(e.value)
+
+
+def test_boxes_fit_the_pixels_even_if_the_record_gives_another_size(tmp_path):
+    "Boxes are shares of the picture, whatever height and width stand beside them."
+    pattern = write(tmp_path, [foreign('a', [(.25,.5,.75,1.)], hw=(80,160), encoded=picture(1, (40,80)))], 1)
+    batch, = batches(1, make_spec(pattern, 1, aug='random_crop_min_scale: 1 random_crop_max_scale: 1'))
+    np.testing.assert_allclose(batch['gt_boxes'][0,0], [16,64,48,128], atol=.51)
+
+
+# --- damage
+
+def damaged_set(folder):
+    records = [foreign(f'i{k}') for k in range(6)]
+    records[1] = foreign('cut', encoded=picture(1)[:100])
+    pattern = write(folder, records, 2)
+    shard = folder/'train-00000-of-00002'                       # holds 0, 2, 4
+    data = bytearray(shard.read_bytes())
+    data[-30] ^= 1
+    shard.write_bytes(data)
+    return pattern
+
+
+def test_damaged_records_are_skipped_and_counted(tmp_path, capfd):
+    pattern = damaged_set(tmp_path)
+    with pytest.raises(Exception) as e: batches(6, make_spec(pattern, 2))
+    assert 'record ' in D.reason(e.value) and 'train-0000' in D.reason(e.value)
+    spec = make_spec(pattern, 2, 'skip_corrupt: True')
+    whole = batches(6, spec)
+    said = capfd.readouterr().err
+    assert 'train-00000-of-00002, record 2: damaged' in said and 'train-00001-of-00002, record 0, image cut: not readable as an image' in said
+    assert '(2 of 6 records skipped so far)' in said and said.count('skip_corrupt:') == 2           # each once
+    assert same(whole[3:], batches(3, spec, start_step=3))                                          # and the order can still be continued
+    (tmp_path/'all').mkdir()
+    nothing = write(tmp_path/'all', [foreign('cut', encoded=b'\xff\xd8 no')]*2, 1)
+    with pytest.raises(Exception) as e: batches(1, make_spec(nothing, 2, 'skip_corrupt: True'))
+    assert 'all 2 records are damaged' in D.reason(e.value)
+
+
+def test_skip_corrupt_does_not_hide_mistakes_of_the_spec(tmp_path):
+    pattern = write(tmp_path, [foreign('odd', labels=[7])], 1)
+    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1, 'skip_corrupt: True'))
+    assert 'category id 7' in D.reason(e.value)
+
+
+def test_training_verifies_the_counts_of_the_conversion(tmp_path):
+    import json
+    from effdet_nb.data.convert import dataset_convert
+    from effdet_nb.data.shapes import draw_dataset
+    data = draw_dataset(tmp_path/'s', 6, 4)
+    summary = dataset_convert(data/'train', data/'train.json', tmp_path, num_shards=2)
+    spec = make_spec(tmp_path/'train-*', more='').replace(dataset_config=dict(num_classes=4, max_instances_per_image=100))
+    assert len(D.make_loader(spec).records) == 6
+    side = json.loads((tmp_path/'train_records.json').read_text())
+    side['shards'][0]['records'] += 1
+    (tmp_path/'train_records.json').write_text(json.dumps(side))
+    with pytest.raises(ValueError, match='6 records, but 7 were written'): D.make_loader(spec)
+
+
+# --- targets and pictures of them
+
+def test_quick_targets_in_the_pipeline_equal_the_plain_ones(pattern):
+    from effdet_nb.learn.targets import anchor_grid, assign, assign_likely
+    from effdet_nb.model.anchors import all_anchors
+    plain, = batches(1, make_spec(pattern), anchors_fn=all_anchors, assign=assign)
+    quick, = batches(1, make_spec(pattern), anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign=assign_likely)
+    for k in plain: np.testing.assert_allclose(plain[k], quick[k], atol=1e-5)
+    assert plain['num_positives'].sum() > 0
+
+
+def test_show_batch_draws_boxes_names_and_matched_anchors(pattern):
+    from effdet_nb.learn.targets import anchor_grid, assign_likely
+    from effdet_nb.model.anchors import all_anchors
+    batch, = batches(1, make_spec(pattern), anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign=assign_likely)
+    ax = D.show_batch(batch, ['thing','other'], anchors=all_anchors((128,128)))[0,0]
+    assert [t.get_text() for t in ax.texts] == ['thing']*batch['num_boxes'][0] and ax.get_title() == f"{batch['num_positives'][0]} anchors"
+    assert len(ax.patches) == batch['num_boxes'][0] + batch['num_positives'][0]

@@ -206,7 +206,7 @@ def test_channels_beyond_the_table_have_no_category():
 
 
 def test_a_spec_names_records_and_file(pictures):
-    from effdet_nb.data.tfrecord import dataset_convert
+    from effdet_nb.data.convert import dataset_convert
     from effdet_nb.spec import Spec
     dataset_convert(pictures, pictures/'a.json', pictures/'records', 'val', num_shards=3)
     spec = Spec().replace(dataset_config=dict(validation_file_pattern=str(pictures/'records/val*')))

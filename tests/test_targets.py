@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from effdet_nb.learn import targets as T
+from effdet_nb.model.anchors import all_anchors
 
 
 def plain_assign(anchors, boxes, classes):
@@ -104,3 +105,50 @@ def test_a_compiled_batch_equals_its_images(jit):
 def test_chapter_needs_no_tensorflow_by_name():
     from pathlib import Path
     assert 'tensorflow' not in Path(T.__file__).read_text()
+
+
+def sizes_and_places(draw, hw):
+    "Boxes of all kinds: tiny, huge, thin, cut at the edge, outside, equal to one another."
+    rng = np.random.default_rng(draw)
+    count, (height, width) = rng.integers(0, 30), hw
+    centre = rng.uniform(-.1, 1.1, (count, 2))*hw
+    size = np.exp(rng.uniform(np.log(.01 if draw%5 == 1 else 3), np.log(height), (count, 2)))
+    if draw%5 == 2: size[:, 0] = np.exp(rng.uniform(-3, 3, count))
+    boxes = np.concatenate([centre-size/2, centre+size/2], 1)
+    if draw%5 != 3: boxes = np.clip(boxes, 0, [height, width]*2)
+    if draw%5 == 4: boxes = np.round(boxes/8)*8; boxes[:count//2] = boxes[count//2:count//2*2]
+    classes = rng.integers(0, 5, count)
+    classes[rng.random(count) < .1] = -1
+    return boxes.astype('float32'), classes.astype('int32')
+
+
+@pytest.mark.parametrize('hw', [(256, 256), (128, 192), (200, 333)])
+def test_looking_only_where_objects_are_misses_nothing(hw):
+    anchors = all_anchors(hw)
+    grid = T.anchor_grid(anchors)
+    for draw in range(40):
+        boxes, classes = sizes_and_places(draw, hw)
+        for quick, full in zip(T.assign_likely(grid, boxes, classes), run(anchors, boxes, classes)):
+            assert quick.dtype == full.dtype
+            np.testing.assert_allclose(quick, full, atol=2e-5, err_msg=f'draw {draw}') if quick.ndim == 2 else np.testing.assert_array_equal(quick, full, f'draw {draw}')
+
+
+@pytest.mark.parametrize('case', range(6))
+def test_the_quick_way_equals_the_peers_too(oracle, case):
+    numbers, anchors = oracle
+    boxes, classes = numbers[f'case{case}_gt_boxes_abs_yxyx'], numbers[f'case{case}_gt_classes_1based']-1
+    cls, box, count = T.assign_likely(T.anchor_grid(anchors), boxes, classes)
+    part = lambda kind, width: np.concatenate([numbers[f'case{case}_{kind}_targets_{level}'].reshape(-1, width) for level in range(3, 8)])
+    np.testing.assert_array_equal(cls, part('cls', 1)[:, 0])
+    np.testing.assert_allclose(box, part('box', 4), atol=2e-5)
+    assert count == numbers[f'case{case}_num_positives']
+
+
+@pytest.mark.parametrize('image_hw, shapes', [((128, 128), {}), ((256, 384), dict(num_scales=1)), ((512, 512), dict(aspects=((1., 1.), (2., .5)), num_scales=2, anchor_scale=3.))])
+def test_grids_of_any_anchors(image_hw, shapes):
+    anchors = all_anchors(image_hw, **shapes)
+    grid = T.anchor_grid(anchors)
+    assert len(grid.first) == 5 and (grid.cells[0] == np.array(image_hw)//8).all()
+    np.testing.assert_allclose(T._rebuilt(grid), anchors, atol=1e-3)
+    with pytest.raises(ValueError, match='do not stand on grids'): T.anchor_grid(anchors[np.r_[1, 0, 2:len(anchors)]])
+    with pytest.raises(ValueError, match='do not stand on grids'): T.anchor_grid(anchors[:-1])

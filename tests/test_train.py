@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from effdet_nb.data.shapes import draw_dataset
-from effdet_nb.data.tfrecord import dataset_convert
+from effdet_nb.data.convert import dataset_convert
 from effdet_nb.learn import train as T
 from effdet_nb.model import detector
 from effdet_nb.model.detect import KerasDetector, open_detector

@@ -22,7 +22,7 @@ from ..spec import Spec, parse_size
 from ..status import Status, atomic, duration, say
 from ..data.letterbox import read_image, read_letterboxed
 from ..data.shapes import draw_dataset
-from ..data.tfrecord import dataset_convert
+from ..data.convert import dataset_convert
 from ..model.store import load_model
 from ..learn.evaluate import category_ids, samples_from_json, show_predictions, worst_images
 from ..learn.prune import prune

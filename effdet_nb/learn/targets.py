@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['anchor_iou', 'with_nothing', 'forced_anchor', 'match', 'show_positives', 'encode_matched', 'assign',
-           'positives_per_level', 'assign_batch']
+           'positives_per_level', 'assign_batch', 'AnchorGrid', 'anchor_grid', 'pair_iou', 'likely_pairs',
+           'match_likely', 'assign_likely']
 
 # %% ../../nbs/learn/30_targets.ipynb #dea02971
+from dataclasses import dataclass
 import numpy as np
 from keras import ops
+from ..model.anchors import encode
 
 # %% ../../nbs/learn/30_targets.ipynb #98942e89
 def anchor_iou(
@@ -125,3 +128,118 @@ def assign_batch(
 ):                    # cls_targets [N, A], box_targets [N, A, 4], num_positives [N]
     "Says what each anchor of each image of a padded batch should answer."
     return ops.map(lambda image: assign(anchors, *image, iou_threshold=iou_threshold), (gt_boxes, gt_classes))
+
+# %% ../../nbs/learn/30_targets.ipynb #9ac61271
+@dataclass(frozen=True, eq=False)
+class AnchorGrid:
+    "Anchors as what they are: on each of L levels, the same S shapes on every cell of a grid."
+    anchors:np.ndarray # [A, 4] yxyx pixels, level by level, row by row, the shapes of a cell together
+    shapes:np.ndarray  # [L, S, 2] height and width, pixels
+    origin:np.ndarray  # [L, 2] centre of the first cell, pixels
+    stride:np.ndarray  # [L, 2] between neighbouring centres, pixels
+    cells:np.ndarray   # [L, 2] rows and columns
+    first:np.ndarray   # [L] number of the level's first anchor
+
+# %% ../../nbs/learn/30_targets.ipynb #68204686
+def anchor_grid(
+    anchors,      # [A, 4] yxyx pixels, as `all_anchors` makes them
+)->AnchorGrid:
+    "Finds the levels, cells and shapes in a list of anchors."
+    anchors = np.asarray(anchors, np.float32)
+    centre = (anchors[:, :2].astype(float)+anchors[:, 2:])/2
+    shapes = int(np.argmax(np.append(np.abs(centre-centre[0]).max(1) > 1e-3, True)))
+    dy, dx = np.diff(centre[::shapes], axis=0).T
+    starts = np.concatenate([[0], 1+np.flatnonzero((dy < -1e-3) | (np.abs(dy) <= 1e-3) & (dx <= 1e-3))])     # not further down or to the right: a new level
+    levels = np.split(centre[::shapes], starts[1:])
+    columns = [int(np.argmax(np.append(c[:, 0] > c[0, 0]+1e-3, True))) for c in levels]
+    cells = np.array([(len(c)//n, n) for c,n in zip(levels, columns)])
+    stride = np.array([(c[-1]-c[0])/np.maximum(n-1, 1) for c,n in zip(levels, cells)])
+    sides = np.stack([anchors[s*shapes:(s+1)*shapes, 2:] - anchors[s*shapes:(s+1)*shapes, :2] for s in starts])
+    grid = AnchorGrid(anchors, sides, np.array([c[0] for c in levels]), np.where(cells > 1, stride, 1e9), cells, starts*shapes)
+    if cells.prod(1).sum()*shapes == len(anchors) and np.abs(_rebuilt(grid)-anchors).max() < .01: return grid
+    raise ValueError('anchor_grid: these anchors do not stand on grids, row by row; take those of all_anchors, or `assign`, which takes any')
+
+def _rebuilt(grid):
+    "The anchors that a grid describes."
+    centres = [origin + np.stack(np.mgrid[:n[0], :n[1]], -1)[:, :, None]*stride for origin,stride,n in zip(grid.origin, grid.stride, grid.cells)]
+    return np.concatenate([np.concatenate([c-s/2, c+s/2], -1).reshape(-1, 4) for c,s in zip(centres, grid.shapes)])
+
+# %% ../../nbs/learn/30_targets.ipynb #408c06dc
+def pair_iou(
+    boxes,   # [..., 4] yxyx pixels, float32
+    anchors, # [..., 4] yxyx pixels, float32
+):           # [...] IoU
+    "IoU of pairs, rounded exactly as `anchor_iou` rounds."
+    y1,x1,y2,x2 = np.moveaxis(boxes, -1, 0)
+    ay1,ax1,ay2,ax2 = np.moveaxis(anchors, -1, 0)
+    height, width = np.maximum(np.minimum(y2, ay2)-np.maximum(y1, ay1), 0), np.maximum(np.minimum(x2, ax2)-np.maximum(x1, ax1), 0)
+    areas = np.maximum(y2-y1, 0)*np.maximum(x2-x1, 0) + (ay2-ay1)*(ax2-ax1)
+    return height*width/(areas-height*width)
+
+# %% ../../nbs/learn/30_targets.ipynb #cfdba2ca
+def likely_pairs(
+    grid:AnchorGrid,
+    boxes,            # [M, 4] yxyx pixels, float32
+    iou_threshold=.5, # an anchor with this IoU or more is positive
+)->tuple:             # object [P], anchor [P], their IoU [P]; every pair that can matter is among them
+    "The pairs of objects and anchors that overlap enough, or as well as any anchor does."
+    centre, size, shapes = (boxes[:, :2].astype(float)+boxes[:, 2:])/2, boxes[:, 2:].astype(float)-boxes[:, :2], np.arange(grid.shapes.shape[1])
+    nearest = np.clip(np.rint((centre[:, None]-grid.origin)/grid.stride), 0, grid.cells-1).astype(int)
+    best = pair_iou(boxes[:, None, None], grid.anchors[_number(grid, slice(None), nearest[..., 0, None], nearest[..., 1, None], shapes)])
+    enough = np.minimum(best.max((1, 2)), iou_threshold)*.999
+    m, l, s = np.nonzero((best >= enough[:, None, None]) & (best > 0))
+    overlap = (enough[m]/(1+enough[m]) * (size[m].prod(1)+grid.shapes[l, s].prod(1)))[:, None]          # square pixels
+    reach = (size[m]+grid.shapes[l, s])/2 - overlap/np.minimum(size[m], grid.shapes[l, s])[:, ::-1] + .01
+    low = np.maximum(np.ceil((centre[m]-reach-grid.origin[l])/grid.stride[l]), 0).astype(int)
+    high = np.minimum(np.floor((centre[m]+reach-grid.origin[l])/grid.stride[l]), grid.cells[l]-1).astype(int)
+    of, row, column = _unroll(low, np.maximum(high-low+1, 0))
+    a = _number(grid, l[of], row, column, s[of])
+    return m[of], a, pair_iou(boxes[m[of]], grid.anchors[a])
+
+# %% ../../nbs/learn/30_targets.ipynb #34ad4841
+def _number(grid, level, row, column, shape):
+    "The number of an anchor."
+    columns, first = grid.cells[level, 1], grid.first[level]
+    if isinstance(level, slice): columns, first = columns[:, None], first[:, None]
+    return first + (row*columns+column)*grid.shapes.shape[1] + shape
+
+def _unroll(low, count):
+    "All rows and columns of windows: which window, row, column."
+    total = count.prod(1)
+    of = np.repeat(np.arange(len(total)), total)
+    row, column = np.divmod(np.arange(len(of)) - np.repeat(np.cumsum(total)-total, total), count[of, 1])
+    return of, row+low[of, 0], column+low[of, 1]
+
+# %% ../../nbs/learn/30_targets.ipynb #eafbab4d
+def match_likely(
+    grid:AnchorGrid,
+    boxes,            # [M, 4] yxyx pixels, float32
+    iou_threshold=.5, # an anchor with this IoU or more is positive
+):                    # [A] object each anchor answers for; -1 for background
+    "Picks the object of each anchor, as `match` does."
+    m, a, iou = likely_pairs(grid, boxes, np.float32(iou_threshold))
+    rows, best, most = np.full(len(grid.anchors), -1), np.zeros(len(grid.anchors), np.float32), np.zeros(len(boxes), np.float32)
+    np.maximum.at(best, a, iou)
+    np.maximum.at(most, m, iou)
+    good = (iou == best[a]) & (iou >= np.float32(iou_threshold))
+    rows[a[good][::-1]] = m[good][::-1]                                  # backwards: the lower object is written last
+    forced = np.full(len(boxes), len(grid.anchors))
+    np.minimum.at(forced, m[iou == most[m]], a[iou == most[m]])
+    for k in np.flatnonzero(forced < len(grid.anchors))[::-1]: rows[forced[k]] = k
+    return rows
+
+# %% ../../nbs/learn/30_targets.ipynb #ce0a5e6f
+def assign_likely(
+    grid:AnchorGrid,
+    gt_boxes,         # [M, 4] yxyx pixels
+    gt_classes,       # [M] channel of each object, -1 marks padding
+    iou_threshold=.5, # an anchor with this IoU or more is positive
+):                    # as `assign`, NumPy arrays
+    "Says what each anchor of one image should answer, looking only where the objects are."
+    gt_classes = np.asarray(gt_classes, np.int32)
+    real = gt_classes >= 0
+    boxes, classes = np.asarray(gt_boxes, np.float32)[real], gt_classes[real]
+    rows, box_targets = match_likely(grid, boxes, iou_threshold), np.zeros(grid.anchors.shape, np.float32)
+    positive = np.flatnonzero(rows >= 0)
+    box_targets[positive] = encode(boxes[rows[positive]], grid.anchors[positive])
+    return np.append(classes, np.int32(-1))[rows], box_targets, np.int32(len(positive))

@@ -27,7 +27,7 @@ from ..model.weights_in import fill, read_weights, suited
 from .evaluate import evaluate, samples_from_spec
 from .loss import detection_loss
 from .optim import Ema, clip_by_global_norm, l1_l2_penalty, make_optimizer, make_schedule
-from .targets import assign
+from .targets import anchor_grid, assign_likely
 
 # %% ../../nbs/learn/34_train.ipynb #efd8c157
 @dataclass(frozen=True)
@@ -500,7 +500,7 @@ def endless_batches(
     trainer:Trainer, # a run, standing at its step
 ):                   # iterator of batches, distributed over the replicas
     "Training batches with targets from the trainer's step on."
-    data = train_dataset(trainer.spec, anchors_fn=lambda hw: arch_anchors(trainer.arch), assign=assign, seed=trainer.config.tf_random_seed,
+    data = train_dataset(trainer.spec, anchors_fn=lambda hw: anchor_grid(arch_anchors(trainer.arch)), assign=assign_likely, seed=trainer.config.tf_random_seed,
                          start_step=trainer.step, batch_size=trainer.plan.batch_size*trainer.num_replicas)
     return iter(trainer.strategy.experimental_distribute_dataset(data) if trainer.num_replicas > 1 else data)
 

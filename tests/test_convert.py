@@ -1,0 +1,498 @@
+"Guards for effdet_nb.data.faults and convert: every fault named and counted, nothing lost, nothing half-written, nothing done twice."
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from PIL import Image
+
+from effdet_nb.data import convert
+from effdet_nb.data.coco import CocoError
+from effdet_nb.data.convert import dataset_convert
+from effdet_nb.data.faults import judge_box, worst_image
+from effdet_nb.data.shapes import draw_dataset
+from effdet_nb.data.tfrecord import KEYS, load_sidecar, parse_example, read_example, read_records, record_files
+
+
+# --- boxes ---
+
+finite = st.floats(-1e6, 1e6)
+
+
+@given(st.tuples(finite, finite, finite, finite), st.booleans())
+def test_judged_boxes_lie_inside(bbox, clip):
+    box, wrong = judge_box(bbox, (100, 150), clip)
+    if box is None: assert wrong
+    else:
+        y1, x1, y2, x2 = box
+        assert -1e-5 <= y1 < y2 <= 100 + 1e-5 and -1e-5 <= x1 < x2 <= 150 + 1e-5
+        assert (wrong == '') or (clip and wrong == 'out of bounds')
+
+
+@pytest.mark.parametrize('bbox,wrong', [([0, 0, 150, 100], ''), ([0, 0, 150.01, 100], 'out of bounds'), ([-.01, 0, 9, 9], 'out of bounds'), ([0, -1, 9, 9], 'out of bounds'),
+                                        ([0, 99, 9, 2], 'out of bounds'), ([1, 1, 0, 5], 'no size'), ([1, 1, 5, 0], 'no size'), ([1, 1, -5, 5], 'no size'), ([1, 1, 5, 1e-12], 'no size'),
+                                        ([float('nan'), 1, 5, 5], 'not finite'), ([1, 1, float('inf'), 5], 'not finite'), ([149.7, 0, .1 + .2, 9], '')])
+def test_boxes_left_out(bbox, wrong): assert judge_box(bbox, (100, 150))[1] == wrong
+
+
+# --- conversion ---
+
+@pytest.fixture(scope='session')
+def drawn_once(tmp_path_factory): return draw_dataset(tmp_path_factory.mktemp('drawn'), 14, 4)
+
+
+@pytest.fixture
+def drawn(tmp_path, drawn_once):
+    folder = Path(shutil.copytree(drawn_once, tmp_path/'drawn'))
+    return folder/'train', folder/'train.json', tmp_path/'out'
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def examples(files): return [read_example(r) for f in files for r in read_records(f)]
+def listing(folder): return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob('*')) if Path(folder).exists() else None
+
+
+def test_every_picture_and_box_arrives(drawn):
+    images, annotations, out = drawn
+    truth = json.loads(annotations.read_text())
+    summary = dataset_convert(images, annotations, out, tag='t', num_shards=3)
+    assert listing(out) == ['t-00000-of-00003.tfrecord', 't-00001-of-00003.tfrecord', 't-00002-of-00003.tfrecord', 't_records.json', 't_report.json', 't_report.png', 't_warnings.json']
+    for k, f in enumerate(summary.files):
+        assert [read_example(r)['source_id'] for r in read_records(f)] == [str(i['id']) for i in truth['images'][k::3]]
+    for e in examples(summary.files):
+        info = next(i for i in truth['images'] if str(i['id']) == e['source_id'])
+        anns = [a for a in truth['annotations'] if a['image_id'] == info['id'] and a['bbox'][0] + a['bbox'][2] <= 128]
+        assert e['image'] == (images/info['file_name']).read_bytes() and e['filename'] == info['file_name']
+        assert e['format'] == ('png' if info['file_name'].endswith('png') else 'jpeg') and (e['height'], e['width']) == (128, 128)
+        x, y, w, h = np.array([a['bbox'] for a in anns]).reshape(-1, 4).T
+        np.testing.assert_allclose(e['boxes'], np.stack([y, x, y + h, x + w], -1), atol=1e-4)
+        assert e['labels'].tolist() == [a['category_id'] for a in anns] and e['is_crowd'].tolist() == [bool(a['iscrowd']) for a in anns]
+        np.testing.assert_allclose(e['area'], [a['area'] for a in anns])
+    raw = parse_example(next(read_records(summary.files[0])))
+    assert set(raw) == set(KEYS) - {'image/object/mask'} and raw['image/key/sha256'] == [hashlib.sha256(raw['image/encoded'][0]).hexdigest().encode()]
+
+
+def test_workers_and_repeats_give_the_same_bytes(drawn, tmp_path):
+    images, annotations, out = drawn
+    digests = []
+    for i, workers in enumerate((1, 2, 3, 1)):
+        dataset_convert(images, annotations, tmp_path/str(i), num_shards=5, include_masks=True, workers=workers)
+        digests.append({n: hashlib.sha256((tmp_path/str(i)/n).read_bytes()).hexdigest() for n in listing(tmp_path/str(i))})
+    assert digests[0] == digests[1] == digests[2] == digests[3] and len(digests[0]) == 9
+
+
+def test_a_script_without_main_guard_may_use_workers(drawn, tmp_path):
+    images, annotations, out = drawn
+    script = tmp_path/'script.py'
+    script.write_text(f'from effdet_nb.data.convert import dataset_convert\nprint("once")\nprint(dataset_convert({str(images)!r}, {str(annotations)!r}, {str(out)!r}, num_shards=4, workers=2).images)\n')
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.stdout.split() == ['once', '14'], done.stderr
+
+
+def test_masks_come_back(drawn):
+    images, annotations, out = drawn
+    summary = dataset_convert(images, annotations, out, include_masks=True, num_shards=1)
+    for e in examples(summary.files):
+        assert len(e['masks']) == len(e['boxes'])
+        for png, area in zip(e['masks'], e['area']):
+            mask = np.asarray(Image.open(io.BytesIO(png)))
+            assert mask.shape == (128, 128) and set(np.unique(mask)) <= {0, 1} and abs(int(mask.sum()) - area) <= max(20, .08*area)
+    assert not summary.masks_outside
+
+
+def test_warnings_log_is_taos(drawn):
+    images, annotations, out = drawn
+
+    def spoil(d):
+        d['images'][0]['id'] = 200365
+        for a in d['annotations']:
+            if a['image_id'] == 1: a['image_id'] = 200365
+        first = d['annotations'][0]
+        first['bbox'][0] = -4
+        d['annotations'][1] |= dict(segmentation=[[5, 5, 100, 5, 100, 100]], bbox=[5, 5, 20, 95])
+        d['annotations'].append(first | dict(id=918, bbox=[120, 5, 9, 9]))
+    edit(annotations, spoil)
+    summary = dataset_convert(images, annotations, out, include_masks=True, num_shards=2)
+    log = json.loads((out/'train_warnings.json').read_text())
+    assert log['200365'] == {'box': [1, 918], 'mask': [2]} and set(log) == {'200365', '4'} and log['4']['mask'] == []
+    assert summary.dropped['out of bounds'][0][0] in (200365, 4) and len(summary.dropped['out of bounds']) == 3
+    assert summary.masks_outside == [(200365, 2)]
+    assert 'masks outside their box (kept)' in repr(summary)
+
+
+def test_no_log_without_warnings_and_an_old_one_goes(drawn):
+    images, annotations, out = drawn
+    dataset_convert(images, annotations, out, num_shards=2)
+    assert (out/'train_warnings.json').exists()
+    edit(annotations, lambda d: d.update(annotations=[a for a in d['annotations'] if a['bbox'][0] + a['bbox'][2] <= 128]))
+    assert dataset_convert(images, annotations, out, num_shards=2).warnings_file is None
+    assert not (out/'train_warnings.json').exists()
+
+
+def test_missing_crowd_and_area_are_derived(drawn):
+    images, annotations, out = drawn
+    edit(annotations, lambda d: [a.pop(k) for a in d['annotations'] for k in ('area', 'iscrowd')])
+    for e in examples(dataset_convert(images, annotations, out, num_shards=1).files):
+        np.testing.assert_allclose(e['area'], np.prod(e['boxes'][:, 2:] - e['boxes'][:, :2], -1), rtol=1e-4)
+        assert not e['is_crowd'].any()
+
+
+def test_other_formats_and_oddities_are_told(drawn):
+    images, annotations, out = drawn
+    with Image.open(images/'000001.jpg') as im:
+        im.save(images/'a.bmp'), im.convert('L').save(images/'g.jpg'), im.resize((64, 64)).save(images/'s.jpg')
+        exif = Image.Exif()
+        exif[0x112] = 6
+        im.save(images/'e.jpg', exif=exif)
+    edit(annotations, lambda d: [d['images'][5 + i].update(file_name=n) for i, n in enumerate(('a.bmp', 'g.jpg', 's.jpg', 'e.jpg'))])
+    summary = dataset_convert(images, annotations, out, num_shards=1)
+    assert summary.notes == {'BMP turned into PNG': ['a.bmp'], 'L instead of RGB, converted when read': ['g.jpg'], 'JSON and file disagree about the size': ['s.jpg'],
+                             'turned by an EXIF flag, which is ignored': ['e.jpg']}
+    bmp = next(e for e in examples(summary.files) if e['filename'] == 'a.bmp')
+    assert bmp['format'] == 'png' and np.array_equal(np.asarray(Image.open(io.BytesIO(bmp['image']))), np.asarray(Image.open(images/'a.bmp')))
+
+
+def truncate(path): path.write_bytes(path.read_bytes()[:-200])
+
+
+nan, inf = float('nan'), float('inf')
+
+
+def box(i=0, **kw): return lambda images, d: d['annotations'][i].update(kw)
+def entry(i=0, **kw): return lambda images, d: d['images'][i].update(kw)
+def lost(name): return lambda images, d: (images/name).unlink()
+def file(name, change): return lambda images, d: change(images/name)
+def copy(part, i=0, **kw): return lambda images, d: d[part].append({**d[part][i], **kw})
+def lacks(part, key, i=0): return lambda images, d: d[part][i].pop(key)
+
+
+def shrink(path):
+    with Image.open(path) as im: small = im.resize((64, 64))
+    small.save(path)
+
+
+def lie_down(path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    with Image.open(path) as im: im.load()
+    im.save(path, exif=exif)
+
+
+def as_mode(mode, **kw):
+    def change(path):
+        with Image.open(path) as im: other = im.convert(mode)
+        other.save(path, **kw)
+    return change
+
+
+# what is done to the file -> where the summary must have it, under which reason, with which items
+faults = {
+    'box beyond the right edge': (box(bbox=[100, 5, 40, 9]), 'dropped', 'out of bounds', [(1, 1)]),
+    'box beyond the lower edge': (box(bbox=[5, 100, 9, 40]), 'dropped', 'out of bounds', [(1, 1)]),
+    'negative x': (box(bbox=[-1, 5, 9, 9]), 'dropped', 'out of bounds', [(1, 1)]),
+    'negative y': (box(bbox=[5, -.5, 9, 9]), 'dropped', 'out of bounds', [(1, 1)]),
+    'zero width': (box(bbox=[5, 5, 0, 9]), 'dropped', 'no size', [(1, 1)]),
+    'negative height': (box(bbox=[5, 5, 9, -2]), 'dropped', 'no size', [(1, 1)]),
+    'NaN': (box(bbox=[nan, 5, 9, 9]), 'dropped', 'not finite', [(1, 1)]),
+    'infinite': (box(bbox=[5, 5, inf, 9]), 'dropped', 'not finite', [(1, 1)]),
+    'three numbers': (box(bbox=[5, 5, 9]), 'dropped', 'not four numbers', [(1, 1)]),
+    'no bbox': (lacks('annotations', 'bbox'), 'dropped', 'incomplete', [(1, 1)]),
+    'annotation twice': (copy('annotations'), 'dropped', 'annotation stands twice', [(1, 1)]),
+    'annotation id shared': (copy('annotations', bbox=[5, 5, 9, 9]), 'notes', 'annotation id of different objects', [1]),
+    'unknown category': (box(category_id=7), 'dropped', 'unknown category', [(1, 1)]),
+    'category is a list': (box(category_id=[1]), 'dropped', 'unknown category', [(1, 1)]),
+    'unknown image': (box(image_id=99), 'dropped', 'unknown image', [(99, 1)]),
+    'image id twice': (copy('images', 1, file_name='000001.jpg'), 'pictures', 'image id used twice', [(2, '000001.jpg')]),
+    'image without file name': (lacks('images', 'file_name', 1), 'pictures', 'incomplete', [(2, None)]),
+    'file name is a number': (entry(1, file_name=3), 'pictures', 'file name is no text', [(2, 3)]),
+    'missing picture': (lost('000002.jpg'), 'pictures', 'file missing', [(2, '000002.jpg')]),
+    'not a picture': (file('000002.jpg', lambda p: p.write_bytes(b'hello')), 'pictures', 'not a picture', [(2, '000002.jpg')]),
+    'empty picture': (file('000002.jpg', lambda p: p.write_bytes(b'')), 'pictures', 'not a picture', [(2, '000002.jpg')]),
+    'broken jpeg': (file('000002.jpg', truncate), 'pictures', 'file damaged', [(2, '000002.jpg')]),
+    'broken png': (file('000005.png', truncate), 'pictures', 'file damaged', [(5, '000005.png')]),
+    'size disagrees': (file('000002.jpg', shrink), 'notes', 'JSON and file disagree about the size', ['000002.jpg']),
+    'size missing': (lacks('images', 'width', 1), 'notes', 'size missing in the JSON', ['000002.jpg']),
+    'size is text': (entry(1, height='128'), 'notes', 'size missing in the JSON', ['000002.jpg']),
+    'EXIF': (file('000002.jpg', lie_down), 'notes', 'turned by an EXIF flag, which is ignored', ['000002.jpg']),
+    'grey': (file('000002.jpg', as_mode('L')), 'notes', 'L instead of RGB, converted when read', ['000002.jpg']),
+    'CMYK': (file('000002.jpg', as_mode('CMYK')), 'notes', 'CMYK instead of RGB, converted when read', ['000002.jpg']),
+    '16 bit': (file('000005.png', as_mode('I;16')), 'notes', 'I;16 instead of RGB, converted when read', ['000005.png']),
+    'BMP': (file('000002.jpg', as_mode('RGB', format='BMP')), 'notes', 'BMP turned into PNG', ['000002.jpg']),
+    'WebP': (file('000002.jpg', as_mode('RGB', format='WEBP')), 'notes', 'WEBP turned into PNG', ['000002.jpg']),
+    'no crowd flag': (lacks('annotations', 'iscrowd'), 'notes', 'iscrowd missing, taken as 0', [1]),
+    'no area': (lacks('annotations', 'area'), 'notes', 'area missing, taken from the box', [1]),
+    'area is NaN': (box(area=nan), 'notes', 'area missing, taken from the box', [1]),
+    'no mask': (box(3, segmentation=[]), 'notes', 'no usable mask, an empty one written', [4]),
+    'odd mask': (box(3, segmentation='x'), 'notes', 'no usable mask, an empty one written', [4]),
+    'mask of numbers': (box(3, segmentation=[3, 4]), 'notes', 'no usable mask, an empty one written', [4]),
+    'mask of another size': (box(3, segmentation=dict(size=[9, 9], counts=[81])), 'notes', 'no usable mask, an empty one written', [4]),
+    'short polygon': (box(3, segmentation=[[5, 5, 9, 9]]), 'notes', 'polygons of fewer than three points, left out', [4]),
+}
+
+
+@pytest.mark.parametrize('spoil,where,reason,items', faults.values(), ids=faults)
+def test_every_fault_costs_what_it_must_and_is_named(drawn, spoil, where, reason, items):
+    images, annotations, out = drawn
+    edit(annotations, lambda d: d.update(annotations=[a for a in d['annotations'] if a['bbox'][0] + a['bbox'][2] <= 128]))    # without the drawn oddity
+    edit(annotations, lambda d: spoil(images, d))
+    summary = dataset_convert(images, annotations, out, num_shards=2, include_masks=True)
+    assert getattr(summary, where) == {reason: items}
+    lost_images = len(items) if where == 'pictures' and reason != 'image id used twice' else 0
+    left_out = sum(map(len, summary.dropped.values()))
+    assert summary.images == 14 - lost_images == len(examples(summary.files))
+    assert sum(summary.boxes.values()) == len(json.loads(annotations.read_text())['annotations']) - left_out
+    said = repr(summary)
+    assert reason in said and f'{len(items):>9,}  such as' in said
+    report = json.loads((out/'train_report.json').read_text())
+    of_it, = (o for o in report['reasons'] if o['reason'] == reason)
+    assert of_it['count'] == len(items) and report['images'] == summary.images
+    if where != 'notes': assert of_it['cure'] and of_it['serious']
+    serious = [o for o in report['reasons'] if o['serious']]
+    if serious:
+        before = {n: (out/n).read_bytes() for n in listing(out)}
+        with pytest.raises(ValueError, match='--strict allows none. Nothing was written') as e: dataset_convert(images, annotations, out, num_shards=3, include_masks=True, strict=True)
+        assert reason in str(e.value) and {n: (out/n).read_bytes() for n in listing(out)} == before
+    else: assert dataset_convert(images, annotations, out, num_shards=2, strict=True, include_masks=True).images == 14
+
+
+hopeless = {
+    'all pictures missing': (lambda i, a: shutil.rmtree(i) or i.mkdir(), FileNotFoundError, 'all 14 pictures are missing, such as 000001.jpg'),
+    'malformed JSON': (lambda i, a: a.write_text('{"images": ['), CocoError, 'not valid JSON'),
+    'no list': (lambda i, a: edit(a, lambda d: d.pop('categories')), CocoError, '"categories" is missing'),
+    'no images': (lambda i, a: edit(a, lambda d: d.update(images=[], annotations=[])), ValueError, 'no images'),
+    'no annotations file': (lambda i, a: a.unlink(), FileNotFoundError, 'train.json: no such file'),
+    'no box left': (lambda i, a: edit(a, lambda d: [o.update(bbox=[5, 5, 0, 0]) for o in d['annotations']]), ValueError, 'nothing usable is left, 14 images with 0 boxes'),
+    'no picture left': (lambda i, a: [p.write_bytes(b'x') for p in i.iterdir()], ValueError, 'nothing usable is left, 0 images'),
+}
+
+
+@pytest.mark.parametrize('spoil,error,message', hopeless.values(), ids=hopeless)
+@pytest.mark.parametrize('earlier', [False, True], ids=['fresh', 'over-an-earlier-one'])
+def test_the_hopeless_leave_everything_as_it_was(drawn, spoil, error, message, earlier):
+    images, annotations, out = drawn
+    out = out/'deep'/'er'
+    if earlier: dataset_convert(images, annotations, out, num_shards=3, include_masks=True)
+    before = {n: (out/n).read_bytes() for n in listing(out)} if earlier else None
+    spoil(images, annotations)
+    with pytest.raises(error, match=message): dataset_convert(images, annotations, out, num_shards=2, include_masks=True)
+    if earlier: assert {n: (out/n).read_bytes() for n in listing(out)} == before
+    else: assert not out.parents[0].exists()
+
+
+def test_many_faults_at_once_are_all_known_also_by_workers(drawn):
+    images, annotations, out = drawn
+    for n in (1, 6, 9): (images/f'{n:06d}.jpg').write_bytes(b'x')
+    (images/'000003.jpg').unlink()
+    edit(annotations, lambda d: [box(i, bbox=[0, 0, 999, 9])(images, d) for i, a in enumerate(d['annotations']) if a['image_id'] == 7])
+    summary = dataset_convert(images, annotations, out, num_shards=4, workers=2)
+    assert {k: len(v) for k, v in summary.pictures.items()} == {'not a picture': 3, 'file missing': 1} and summary.images == 10
+    assert {i for i, _ in summary.dropped['out of bounds']} == {4, 7} and {i for i, _ in summary.dropped['of a picture left out']} == {1, 3, 6, 9} - {2}
+    with Image.open(out/'train_report.png') as im: assert im.size == (166, 166)             # image 7 or 4, and a margin
+    assert 'not a picture' in repr(summary) and summary.counts['images_left_out'] == 4
+
+
+def test_the_picture_of_the_worst_is_the_worst(drawn):
+    images, annotations, out = drawn
+    edit(annotations, lambda d: [a.update(bbox=[-20, -20, 30, 30]) for a in d['annotations'] if a['image_id'] == 9])
+    many = dataset_convert(images, annotations, out, num_shards=1)
+    assert worst_image(many.findings) == 9
+    drawn_png = np.asarray(Image.open(out/'train_report.png')).astype(int)
+    red = (drawn_png[..., 0] > 180) & (drawn_png[..., 1] < 80)
+    assert red[:19].any() and red[:, :19].any()                                          # outlines in the margin, where the boxes are
+    edit(annotations, lambda d: d.update(annotations=[a for a in d['annotations'] if min(a['bbox']) >= 0 and a['bbox'][0] + a['bbox'][2] <= 128]))
+    dataset_convert(images, annotations, out, num_shards=1)
+    assert not (out/'train_report.png').exists()
+
+
+def test_clip_keeps_what_remains_and_is_not_held_against_you(drawn):
+    images, annotations, out = drawn
+    edit(annotations, lambda d: d['annotations'][0].update(bbox=[-5, 110, 30, 40]))
+    summary = dataset_convert(images, annotations, out, num_shards=1, clip=True, strict=True)
+    assert (1, 1) in summary.clipped and len(summary.clipped) == 2 and not summary.dropped
+    first = next(e for e in examples(summary.files) if e['source_id'] == '1')
+    np.testing.assert_allclose(first['boxes'][0], [110, 0, 128, 25], atol=1e-4)
+    assert json.loads((out/'train_warnings.json').read_text())['1'] == {'box': [1], 'mask': []}
+
+
+@pytest.mark.parametrize('kw,message', [(dict(num_shards=0), 'num_shards: 0'), (dict(tag='a/b'), 'tag'), (dict(tag=''), 'tag'), (dict(tag='a*'), 'tag'), (dict(workers=0), 'workers: 0')])
+def test_bad_arguments(drawn, kw, message):
+    with pytest.raises(ValueError, match=message): dataset_convert(*drawn, **kw)
+    assert not drawn[2].exists()
+
+
+def test_output_path_is_a_file(drawn):
+    images, annotations, out = drawn
+    out.write_text('mine')
+    for path in (out, out/'deeper'):
+        with pytest.raises(ValueError, match='is a file'): dataset_convert(images, annotations, path)
+    assert out.read_text() == 'mine'
+    with pytest.raises(FileNotFoundError, match='no such folder'): dataset_convert(images/'no', annotations, out.parent/'o')
+
+
+def test_number_of_shards(drawn, capsys):
+    images, annotations, out = drawn
+    assert len(dataset_convert(images, annotations, out, tag='auto').files) == 14
+    assert 'fewer than 256 pictures' in capsys.readouterr().err
+    given = dataset_convert(images, annotations, out, tag='given', num_shards=20)
+    assert '6 of the 20 shards will be empty, since there are 14 pictures' in capsys.readouterr().err
+    assert len(given.files) == 20 and given.files[19].stat().st_size == 0 and list(read_records(given.files[19])) == []
+    assert load_sidecar(out/'given-*').images == 14
+
+
+def test_other_shard_counts_do_not_mix(drawn):
+    images, annotations, out = drawn
+    dataset_convert(images, annotations, out, num_shards=6)
+    dataset_convert(images, annotations, out, num_shards=2)                 # ours: replaced
+    assert [n for n in listing(out) if n.endswith('tfrecord')] == ['train-00000-of-00002.tfrecord', 'train-00001-of-00002.tfrecord']
+    (out/'train-00000-of-00009.tfrecord').write_bytes(b'')                  # somebody else's: kept, refused
+    with pytest.raises(ValueError, match='train-00000-of-00009.tfrecord are of another conversion'): dataset_convert(images, annotations, out, num_shards=3)
+    assert (out/'train-00000-of-00009.tfrecord').exists() and load_sidecar(out/'train-*-of-00002*').images == 14
+
+
+def test_sidecar(drawn):
+    images, annotations, out = drawn
+    summary = dataset_convert(images, annotations, out, num_shards=3)
+    known = load_sidecar(out/'train*')
+    assert known.images == 14 and list(known.files) == [str(f) for f in summary.files] == record_files(out/'train*')
+    found = examples(summary.files)
+    assert known.most_boxes == max(len(e['boxes']) for e in found) and sum(known.boxes_by_category.values()) == sum(len(e['boxes']) for e in found)
+    assert [known.classes.name(c) for c in range(3)] == ['circle', 'square', 'triangle'] and known.classes.num_classes == 4
+    for s in json.loads((out/'train_records.json').read_text())['shards']: assert hashlib.sha256((out/s['file']).read_bytes()).hexdigest() == s['sha256']
+    assert str(out.parent) not in (out/'train_records.json').read_text()
+    truncate(summary.files[1])
+    with pytest.raises(ValueError, match='train-00001-of-00003.tfrecord: .* bytes, but'): load_sidecar(out/'train*')
+    (out/'train_records.json').unlink()
+    assert load_sidecar(out/'train*') is None and load_sidecar(out/'nothing*') is None
+
+
+def test_two_conversions_one_pattern(drawn):
+    images, annotations, out = drawn
+    for tag in ('a', 'b'): dataset_convert(images, annotations, out, tag=tag, num_shards=2)
+    assert load_sidecar(out/'[ab]-*').images == 28
+    edit(annotations, lambda d: d['categories'][0].update(name='disc'))
+    dataset_convert(images, annotations, out, tag='b', num_shards=2)
+    with pytest.raises(ValueError, match='different categories'): load_sidecar(out/'[ab]-*')
+
+
+def test_status_tells_success_and_failure(drawn, tmp_path):
+    images, annotations, out = drawn
+    dataset_convert(images, annotations, out, num_shards=2, results_dir=tmp_path/'res')
+    events = [json.loads(o) for o in (tmp_path/'res'/'status.json').read_text().splitlines()]
+    assert [e['status'] for e in events] == ['STARTED', 'RUNNING', 'SUCCESS'] and events[1]['kpi']['images'] == 14 and events[1]['kpi']['boxes_left_out'] == 1
+    annotations.unlink()
+    with pytest.raises(FileNotFoundError): dataset_convert(images, annotations, out, num_shards=2, results_dir=tmp_path/'bad')
+    assert json.loads((tmp_path/'bad'/'status.json').read_text().splitlines()[-1])['status'] == 'FAILURE'
+
+
+def copies(annotations, n):
+    "Makes the 14 pictures n."
+    data = json.loads(annotations.read_text())
+    boxes = {i: [a for a in data['annotations'] if a['image_id'] == i] for i in range(1, 15)}
+    images = [dict(data['images'][i % 14], id=i + 1) for i in range(n)]
+    annotations.write_text(json.dumps(dict(images=images, annotations=[dict(a, id=i*100 + k, image_id=i + 1) for i in range(n) for k, a in enumerate(boxes[i % 14 + 1])],
+                                           categories=data['categories'])))
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='signals differ')
+@pytest.mark.parametrize('how', ['SIGINT', 'SIGKILL'])
+def test_a_killed_conversion_goes_on_and_ends_the_same(drawn, tmp_path, how, capsys):
+    images, annotations, out = drawn
+    copies(annotations, 1500)
+    code = f'from effdet_nb.data.convert import dataset_convert; dataset_convert({str(images)!r}, {str(annotations)!r}, {str(out)!r}, workers=2, num_shards=32)'
+    run = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, start_new_session=True,
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a shell starts background jobs deaf to it, and so their children
+    deadline = time.time() + 60
+    while len(list(out.glob('.train.part/train-0*.json'))) < 3 and time.time() < deadline: time.sleep(.01)
+    os.killpg(run.pid, getattr(signal, how))
+    error = run.communicate(timeout=60)[1]
+    assert run.returncode != 0 and (how == 'SIGKILL' or 'goes on from the shards that are complete' in error)
+    assert [p.name for p in out.iterdir()] == ['.train.part']                           # nothing under a final name
+    done = {p.name: p.with_suffix('.tfrecord').stat().st_ino for p in (out/'.train.part').glob('train-0*.json')}
+    assert 3 <= len(done) < 32
+    summary = dataset_convert(images, annotations, out, num_shards=32, workers=2)
+    assert f'going on, {len(done)} of 32 shards were complete' in capsys.readouterr().err
+    assert all((out/n.replace('.json', '.tfrecord')).stat().st_ino == inode for n, inode in done.items())    # not written again
+    straight = dataset_convert(images, annotations, tmp_path/'straight', num_shards=32, workers=1)
+    for n in listing(out): assert (out/n).read_bytes() == (tmp_path/'straight'/n).read_bytes(), n
+    assert listing(out) == listing(tmp_path/'straight') and repr(summary) == repr(straight)
+
+
+def begin(drawn, num_shards, first):
+    "A conversion that was stopped after its first shards."
+    images, annotations, out = drawn
+    jobs = []
+    def some(path, *rest):
+        if len(jobs) == first: raise KeyboardInterrupt
+        jobs.append(path)
+        return whole(path, *rest)
+    whole = convert._convert_shard
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(convert, '_convert_shard', some)
+        with pytest.raises(KeyboardInterrupt): dataset_convert(images, annotations, out, num_shards=num_shards)
+
+
+@pytest.mark.parametrize('change', ['picture', 'lost picture', 'note', 'shard', 'json', 'shards'])
+def test_what_has_changed_since_is_done_again(drawn, tmp_path, change):
+    images, annotations, out = drawn
+    begin(drawn, 4, 2)
+    part, count = out/'.train.part', 4
+    if change == 'picture': file('000001.jpg', as_mode('L'))(images, None)
+    if change == 'lost picture': (images/'000001.jpg').unlink()
+    if change == 'note': (part/'train-00000-of-00004.json').write_text('{"shard":')
+    if change == 'shard': truncate(part/'train-00000-of-00004.tfrecord')
+    if change == 'json': edit(annotations, lambda d: d['annotations'].pop(0))
+    if change == 'shards': count = 5
+    summary = dataset_convert(images, annotations, out, num_shards=count)
+    straight = dataset_convert(images, annotations, tmp_path/'straight', num_shards=count)
+    assert [f.read_bytes() for f in summary.files] == [f.read_bytes() for f in straight.files] and not part.exists()
+    assert (out/'train_records.json').read_bytes() == (tmp_path/'straight'/'train_records.json').read_bytes()
+
+
+def test_a_full_disk_keeps_what_was_done(drawn, monkeypatch, capsys):
+    images, annotations, out = drawn
+    whole = convert.write_records
+    def full(path, records):
+        if '00002' in path.name[:12]: raise OSError(28, 'No space left on device')
+        return whole(path, records)
+    monkeypatch.setattr(convert, 'write_records', full)
+    with pytest.raises(OSError, match='No space left'): dataset_convert(images, annotations, out, num_shards=4)
+    monkeypatch.undo()
+    assert dataset_convert(images, annotations, out, num_shards=4).images == 14
+    assert 'going on, 2 of 4 shards' in capsys.readouterr().err
+
+
+# --- real pictures ---
+
+@pytest.mark.parametrize('split,image,annotation,kept', [('train', '171', 2288, 2804), ('val', '274', 3692, 1137)])
+def test_bccd_loses_one_box_and_says_which(shared, tmp_path, split, image, annotation, kept):
+    data = shared/'data'/'bccd'
+    summary = dataset_convert(data/'images', data/f'{split}.json', tmp_path, num_shards=4)
+    assert json.loads((tmp_path/f'{split}_warnings.json').read_text()) == {image: {'box': [annotation], 'mask': []}}
+    assert sum(summary.boxes.values()) == kept and {k: len(v) for k, v in summary.dropped.items()} == {'no size': 1}
+
+
+@pytest.mark.parametrize('split,images,objects', [('train', 35, 425), ('val', 32, 359)])
+def test_coco_mini_with_masks(shared, tmp_path, split, images, objects):
+    data = shared/'data'/'coco_mini'
+    summary = dataset_convert(data/'images', data/f'{split}.json', tmp_path, include_masks=True, num_shards=4)
+    assert summary.images == images and sum(summary.boxes.values()) == objects and not summary.dropped and not summary.masks_outside
+    found = examples(summary.files)
+    assert sum(len(e['masks']) for e in found) == objects
+    areas = np.array([(np.asarray(Image.open(io.BytesIO(m))).sum(), a, c) for e in found for m, a, c in zip(e['masks'], e['area'], e['is_crowd'])])
+    apart = abs(areas[:, 0] - areas[:, 1]) > np.maximum(50, .1*areas[:, 1])
+    assert apart.sum() <= 3 and areas[apart, 2].all()                      # three crowds with a published area that is larger than their mask
+    assert max(max(e['labels'], default=0) for e in found) <= 90 and load_sidecar(tmp_path/f'{split}-*').classes.num_classes == 81
