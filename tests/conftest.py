@@ -3,7 +3,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+settings.register_profile('busy machine', deadline=None, suppress_health_check=[HealthCheck.too_slow]) # a slow machine is no fault
+settings.load_profile('busy machine')
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
 
 
