@@ -460,7 +460,8 @@ def _complaint(spec, task, section, f):
     wrong = m['check'] and m['check'].complaint(value)
     if wrong: return wrong + ('' if m['needs'] or f.default=='' or 'such as' in wrong or m['check'].complaint(f.default) else f'. Left out, it is {shown(f.default)}')
     if f.name=='checkpoint' and value and _holds_weights(value): return None
-    return _missing(value) if value and task in m['opens'] else None
+    lost = _missing(value) if value and task in m['opens'] else None
+    return lost and lost + ('. Or take the line out, to start from random weights' if f.name=='checkpoint' else '')
 
 # %% ../nbs/00_spec.ipynb #4ee55ffa
 @patch

@@ -281,8 +281,8 @@ def entropy(
 SIGNATURES = {
     b'\x89HDF\r\n\x1a\n': 'an HDF5 file (Keras weights, or a TAO model saved without a key)',
     b'PK\x03\x04':        'a zip without our meta.json (TAO 5 zips a TensorFlow 1 checkpoint, Keras its .keras files)',
-    b'\x08':              'an ONNX model, it seems',
-    b'\0\0\0\0':          'an exported .etlt, it seems',
+    b'\x08':              'an ONNX model, it seems; what is wanted here is the .tlt it was exported from',
+    b'\0\0\0\0':          'an exported .etlt, it seems; what is wanted here is the .tlt it was exported from',
     b'\x80':              'a pickle, which is never read here because reading it would run code',
     b'version https://git-lfs': 'a Git LFS pointer, not the file itself'}
 
@@ -294,7 +294,7 @@ def foreign(
     kind = next((what for mark,what in SIGNATURES.items() if data.startswith(mark)), 'of a kind unknown here')
     if not data: kind = 'empty'
     elif len(data)>=4096 and entropy(data)>7.9: kind = 'an encrypted file: by NVIDIA TAO, most likely, whose cipher is not published (or it is ours and its first bytes were overwritten)'
-    return StoreError(f'{path}: {kind}. Model files here are those written by effdet_nb; files of NVIDIA TAO cannot be converted, so train again from the same spec and data')
+    return StoreError(f'{path}: {kind}. Model files here are those written by effdet_nb; what NVIDIA TAO encrypted cannot be converted: train again from the same data and spec, without a checkpoint line that names such a file')
 
 # %% ../../nbs/model/26_store.ipynb #dfc696ba
 def existing(
@@ -303,7 +303,7 @@ def existing(
     "The path, if there is a file to read."
     path = Path(path)
     if path.is_file(): return path
-    raise FileNotFoundError(f'{path}: {"is a folder, not a model file" if path.is_dir() else "no such file"}. Give the path of a .tlt or .etlt file written by effdet_nb')
+    raise FileNotFoundError(f'{path}: {"is a folder, not a model file" if path.is_dir() else "no such file"}. Check the path; a relative one is read from the current folder')
 
 # %% ../../nbs/model/26_store.ipynb #3d4adb5a
 def is_sealed(
