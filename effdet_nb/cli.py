@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'spelled', 'Opt', 'last_line', 'Tee', 'logged', 'Terminated', 'stoppable', 'pick_gpus', 'held_back',
-           'QuietTensorFlow', 'command', 'effdet_dataset_convert', 'effdet_train', 'evaluate_model', 'effdet_evaluate',
-           'effdet_prune', 'effdet_inference', 'effdet_export', 'effdet_gen_trt_engine', 'effdet_quickstart',
-           'efficientdet_tf1']
+           'QuietTensorFlow', 'command', 'effdet_dataset_convert', 'effdet_check', 'effdet_train', 'evaluate_model',
+           'effdet_evaluate', 'effdet_prune', 'effdet_inference', 'effdet_export', 'effdet_gen_trt_engine',
+           'effdet_quickstart', 'efficientdet_tf1']
 
 # %% ../nbs/90_cli.ipynb #4b50467b
 import argparse, importlib.abc, importlib.util, os, signal, sys, threading, warnings
@@ -233,6 +233,25 @@ def effdet_dataset_convert(
     from effdet_nb.data.convert import dataset_convert
     return dataset_convert(image_dir, annotations_file, output_dir, tag, num_shards, include_mask, clip, workers, results_dir, strict)
 
+# %% ../nbs/90_cli.ipynb #ab63b1fe
+@command
+def effdet_check(
+    experiment_spec_file:_spec(True)=None,
+    output_path:Opt('HTML page to write, with plots and pictures; none is written if left out', '-o', '--page', metavar='FILE')=None,
+    pictures:Opt('Decode every picture as well', flag=True)=False,
+    sums:Opt('Compute the checksum of every shard as well', flag=True)=False,
+    log_file:_log()=None,
+    verbose:_verbose()=False,
+):
+    "Hold records against the spec: classes, counts, ids, sizes and anchors."
+    from effdet_nb.spec import Spec
+    spec = Spec.load(experiment_spec_file)
+    from effdet_nb.deploy.datapage import check_spec
+    check = check_spec(spec, output_path, pictures, sums)
+    if not check.serious: return check
+    print(check)
+    raise ValueError(f'{len(check.serious)} serious problem{"s"*(len(check.serious)>1)} with the data; all are listed above')
+
 # %% ../nbs/90_cli.ipynb #949be11a
 @command
 def effdet_train(
@@ -439,7 +458,7 @@ def effdet_quickstart(
     return quickstart(folder, key, **settings)
 
 # %% ../nbs/90_cli.ipynb #526d0d84
-TASKS = dict(dataset_convert=effdet_dataset_convert, train=effdet_train, evaluate=effdet_evaluate, prune=effdet_prune, inference=effdet_inference,
+TASKS = dict(dataset_convert=effdet_dataset_convert, check=effdet_check, train=effdet_train, evaluate=effdet_evaluate, prune=effdet_prune, inference=effdet_inference,
              export=effdet_export, gen_trt_engine=effdet_gen_trt_engine, quickstart=effdet_quickstart)
 
 def efficientdet_tf1():
