@@ -225,15 +225,17 @@ def effdet_dataset_convert(
     clip:Opt('Cut boxes that stick out of their picture instead of leaving them out', flag=True)=False,
     strict:Opt('Write nothing if anything is wrong, and list all of it', flag=True)=False,
     workers:Opt('Processes; one a core if left out', type=int, metavar='N')=None,
+    runner:Opt('Convert with Apache Beam: local, or FlinkRunner, SparkRunner, DataflowRunner; without Beam if left out', metavar='NAME')=None,
+    runner_options:Opt('Options of that runner, in quotes', metavar='TEXT')='',
     results_dir:_results('Folder for status.json; none is written if left out')=None,
     log_file:_log()=None,
     verbose:_verbose()=False,
 ):
     "Convert pictures and COCO annotations to TFRecord files."
     from effdet_nb.data.convert import dataset_convert
-    return dataset_convert(image_dir, annotations_file, output_dir, tag, num_shards, include_mask, clip, workers, results_dir, strict)
+    return dataset_convert(image_dir, annotations_file, output_dir, tag, num_shards, include_mask, clip, workers, results_dir, strict, runner, runner_options.split())
 
-# %% ../nbs/90_cli.ipynb #ab63b1fe
+# %% ../nbs/90_cli.ipynb #4ac2e961
 @command
 def effdet_check(
     experiment_spec_file:_spec(True)=None,
