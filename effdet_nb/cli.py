@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'spelled', 'Opt', 'last_line', 'Tee', 'logged', 'Terminated', 'stoppable', 'pick_gpus', 'held_back',
-           'QuietTensorFlow', 'command', 'effdet_dataset_convert', 'effdet_train', 'effdet_evaluate', 'effdet_prune',
-           'effdet_inference', 'effdet_export', 'effdet_gen_trt_engine', 'effdet_quickstart', 'efficientdet_tf1']
+           'QuietTensorFlow', 'command', 'effdet_dataset_convert', 'effdet_check', 'effdet_train', 'effdet_evaluate',
+           'effdet_prune', 'effdet_inference', 'effdet_export', 'effdet_gen_trt_engine', 'effdet_quickstart',
+           'efficientdet_tf1']
 
 # %% ../nbs/90_cli.ipynb #4b50467b
 import argparse, importlib.abc, importlib.util, os, signal, sys, threading, warnings
@@ -231,13 +232,34 @@ def effdet_dataset_convert(
     clip:Opt('Cut boxes that stick out of their picture instead of leaving them out', flag=True)=False,
     strict:Opt('Write nothing if anything is wrong, and list all of it', flag=True)=False,
     workers:Opt('Processes; one a core if left out', type=int, metavar='N')=None,
+    runner:Opt('Convert with Apache Beam: local, or FlinkRunner, SparkRunner, DataflowRunner; without Beam if left out', metavar='NAME')=None,
+    runner_options:Opt('Options of that runner, in quotes', metavar='TEXT')='',
     results_dir:_results('Folder for status.json; none is written if left out')=None,
     log_file:_log()=None,
     verbose:_verbose()=False,
 ):
     "Convert pictures and COCO annotations to TFRecord files."
     from effdet_nb.data.convert import dataset_convert
-    return dataset_convert(image_dir, annotations_file, output_dir, tag, num_shards, include_mask, clip, workers, results_dir, strict)
+    return dataset_convert(image_dir, annotations_file, output_dir, tag, num_shards, include_mask, clip, workers, results_dir, strict, runner, runner_options.split())
+
+# %% ../nbs/90_cli.ipynb #4ac2e961
+@command
+def effdet_check(
+    experiment_spec_file:_spec(True)=None,
+    output_path:Opt('HTML page to write, with plots and pictures; none is written if left out', '-o', '--page', metavar='FILE')=None,
+    pictures:Opt('Decode every picture as well', flag=True)=False,
+    sums:Opt('Compute the checksum of every shard as well', flag=True)=False,
+    log_file:_log()=None,
+    verbose:_verbose()=False,
+):
+    "Hold records against the spec: classes, counts, ids, sizes and anchors."
+    from effdet_nb.spec import Spec
+    spec = Spec.load(experiment_spec_file)
+    from effdet_nb.deploy.datapage import check_spec
+    check = check_spec(spec, output_path, pictures, sums)
+    if not check.serious: return check
+    print(check)
+    raise ValueError(f'{len(check.serious)} serious problem{"s"*(len(check.serious)>1)} with the data; all are listed above')
 
 # %% ../nbs/90_cli.ipynb #949be11a
 @command
@@ -426,7 +448,7 @@ def effdet_quickstart(
     return quickstart(folder, key, **settings)
 
 # %% ../nbs/90_cli.ipynb #526d0d84
-TASKS = dict(dataset_convert=effdet_dataset_convert, train=effdet_train, evaluate=effdet_evaluate, prune=effdet_prune, inference=effdet_inference,
+TASKS = dict(dataset_convert=effdet_dataset_convert, check=effdet_check, train=effdet_train, evaluate=effdet_evaluate, prune=effdet_prune, inference=effdet_inference,
              export=effdet_export, gen_trt_engine=effdet_gen_trt_engine, quickstart=effdet_quickstart)
 
 def efficientdet_tf1():

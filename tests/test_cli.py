@@ -9,7 +9,7 @@ from effdet_nb.data.shapes import draw_dataset
 from effdet_nb.status import read_status
 
 BIN = Path(sys.executable).parent
-TASKS = ['dataset_convert', 'train', 'evaluate', 'prune', 'inference', 'export', 'gen_trt_engine', 'quickstart']
+TASKS = ['dataset_convert', 'check', 'train', 'evaluate', 'prune', 'inference', 'export', 'gen_trt_engine', 'quickstart']
 KEY = 'tl7-geheim'
 ENV = {k:v for k,v in os.environ.items() if k!='EFFDET_KEY'} | dict(OMP_NUM_THREADS='1')
 
@@ -90,6 +90,7 @@ def test_flags_of_both_tao_versions_are_understood(task, line):
     ('dataset_convert -i data/train -a data/train.json -o out --strict', ['--strict', 'listed above']),
     ('dataset_convert -i data/train -a bad.json -o out', ['bad.json', 'line 2']),
     ('dataset_convert -i data/train -a data/train.json -o spec.txt', ['spec.txt']),
+    ('check -e nope.txt', ['nope.txt', 'no such spec']),
     ('train -e typo.txt -d out', ['learning_rat', 'Did you mean learning_rate?', 'typo.txt:2:']),
     ('train -e nope.txt -d out', ['nope.txt', 'no such spec']),
     ('train -e spec.txt -d out --gpus 0', ['--gpus 0']),
@@ -110,6 +111,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(work, tmp_path, line, words):
     before = {p.name for p in tmp_path.iterdir()}
     fails(run(*line.split(), cwd=tmp_path), *words)
     assert {p.name for p in tmp_path.iterdir()}==before
+
+def test_check_prints_all_problems_and_writes_a_page(work, tmp_path):
+    for name in ('data','rec','spec.txt'): (tmp_path/name).symlink_to(work/name)
+    out = run('check', '-e', 'spec.txt', '-o', 'deep/page.html', cwd=tmp_path)
+    assert out.returncode==0, out.stderr
+    assert 'training: 12 pictures' in out.stdout and 'validation: 6 pictures' in out.stdout and (tmp_path/'deep'/'page.html').read_text().count('<img')==6
+    text = (work/'spec.txt').read_text()
+    (tmp_path/'wrong.txt').write_text(re.sub(r'num_classes: *\d+', 'num_classes: 2 max_instances_per_image: 1', text))
+    out = run('check', '-e', 'wrong.txt', cwd=tmp_path)
+    assert out.returncode==1 and '2 serious problems with the data' in out.stderr.splitlines()[-1]
+    assert 'dataset_config.num_classes' in out.stdout and 'max_instances_per_image' in out.stdout
+    assert '2 problems. effdet_check tells more' in run('train', '-e', 'wrong.txt', '-d', 'run', cwd=tmp_path).stderr and not list((tmp_path/'run').glob('*.tlt'))
 
 def test_all_faults_of_a_spec_stand_above_the_last_line(tmp_path):
     (tmp_path/'s.txt').write_text('training_config { learning_rat: 0.1\n num_epochs: -3 }')

@@ -475,6 +475,25 @@ def test_a_full_disk_keeps_what_was_done(drawn, monkeypatch, capsys):
     assert 'going on, 2 of 4 shards' in capsys.readouterr().err
 
 
+# --- beyond one machine ---
+
+@pytest.mark.slow
+def test_beam_writes_identical_records_with_two_workers(drawn, tmp_path):
+    pytest.importorskip('apache_beam', reason='needs the extra [beam]')
+    images, annotations, out = drawn
+    (images/'000003.jpg').unlink()
+    here = dataset_convert(images, annotations, tmp_path/'here', num_shards=5, include_masks=True, workers=1)
+    beam = dataset_convert(images, annotations, out, num_shards=5, include_masks=True, workers=2, runner='local')
+    assert listing(out) == listing(tmp_path/'here') and repr(beam) == repr(here)
+    for n in listing(out): assert (out/n).read_bytes() == (tmp_path/'here'/n).read_bytes(), n
+
+
+def test_without_beam_its_absence_is_told(drawn, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'apache_beam', None)
+    with pytest.raises(ImportError, match=r'Apache Beam is not installed .* pip install "effdet_nb\[beam\]"'): dataset_convert(*drawn, num_shards=2, runner='FlinkRunner')
+    assert convert._beam_options('FlinkRunner', ['--flink_master=h:1'], None) == ['--runner=FlinkRunner', '--flink_master=h:1']
+
+
 # --- real pictures ---
 
 @pytest.mark.parametrize('split,image,annotation,kept', [('train', '171', 2288, 2804), ('val', '274', 3692, 1137)])

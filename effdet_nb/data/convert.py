@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['image_example', 'Summary', 'dataset_convert']
 
-# %% ../../nbs/data/18_convert.ipynb #82bdb90f
+# %% ../../nbs/data/18_convert.ipynb #c65ddbfd
 import hashlib, io, json, math, multiprocessing, os, re, shutil, signal, sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 import numpy as np
@@ -50,20 +51,21 @@ def _mask(a, size, image_id, findings):
     return mask_png(rle)
 
 # %% ../../nbs/data/18_convert.ipynb #efacbc8f
+_edges = ('bbox/ymin','bbox/xmin','bbox/ymax','bbox/xmax')
+
 def _objects(info, size, annotations, names, include_masks, clip, findings):
     "The object part of a record: eight or nine parallel lists."
-    out = {k:[] for k in KEYS if k.startswith('image/object/') and (include_masks or not k.endswith('mask'))}
+    rows = []
     for a in annotations:
         box,wrong = judge_box(a['bbox'], size, clip)
         if wrong: (findings.clipped if box else findings.dropped[wrong]).append((info['id'],a['id']))
         if not box: continue
-        shares = [min(max(edge/side, 0.), 1.) for edge,side in zip(box, (*size,*size))]
-        row = dict(zip(('bbox/ymin','bbox/xmin','bbox/ymax','bbox/xmax'), shares), **{'class/text':names[a['category_id']], 'class/label':a['category_id'],
-            'is_crowd':_crowd(a, findings), 'area':_area(a, box, findings)})
-        if include_masks: row['mask'] = _mask(a, size, info['id'], findings)
-        for k,v in row.items(): out[f'image/object/{k}'].append(v)
+        shares = [0. if edge<0 else 1. if edge>side else edge/side for edge,side in zip(box, size+size)]
+        mask = [_mask(a, size, info['id'], findings)] if include_masks else []
+        rows.append((*shares, names[a['category_id']], a['category_id'], _crowd(a, findings), _area(a, box, findings), *mask))
         findings.boxes[a['category_id']] += 1
-    return out
+    keys = [*_edges, 'class/text', 'class/label', 'is_crowd', 'area', *['mask']*include_masks]
+    return {f'image/object/{k}':v for k,v in zip(keys, zip(*rows) if rows else [()]*len(keys))}
 
 # %% ../../nbs/data/18_convert.ipynb #0e78f1b8
 def image_example(
@@ -92,7 +94,7 @@ def image_example(
     return make_example({'image/height':size[0], 'image/width':size[1], 'image/filename':info['file_name'], 'image/source_id':str(info['id']),
         'image/key/sha256':hashlib.sha256(picture.data).hexdigest(), 'image/encoded':picture.data, 'image/format':picture.kind, **objects})
 
-# %% ../../nbs/data/18_convert.ipynb #f40ba282
+# %% ../../nbs/data/18_convert.ipynb #412f4b6d
 def _note(path): return path.with_suffix('.json')
 
 def _finished(path, images, image_dir):
@@ -145,6 +147,35 @@ def _run_jobs(jobs, workers):
     except BrokenProcessPool:
         raise RuntimeError('dataset_convert: a worker process was killed, most likely for want of memory. Try fewer workers; the same command goes on from the shards that are complete') from None
     finally: pool.shutdown(wait=True, cancel_futures=True)
+
+# %% ../../nbs/data/18_convert.ipynb #b8e8f7d9
+def _write_job(path, images, image_dir, names, include_masks, clip):
+    "Puts the work of one shard into a file beside it."
+    work = dict(images=images, image_dir=str(Path(image_dir).resolve()), names=list(names.items()), include_masks=include_masks, clip=clip)
+    path.with_suffix('.job').write_text(json.dumps(work, default=list))                 # packed polygons are lists in JSON
+
+def _do_job(path):
+    "Does the work of one shard, on whatever machine this is."
+    path = Path(path)
+    work = json.loads(path.with_suffix('.job').read_text())
+    _convert_shard(path, work['images'], work['image_dir'], dict(work['names']), work['include_masks'], work['clip'])
+
+# %% ../../nbs/data/18_convert.ipynb #2126d3a7
+def _beam_options(runner, options, workers):
+    "Command line options for Beam; 'local' is this machine, a process a worker."
+    if runner!='local': return [f'--runner={runner}', *options]
+    return ['--runner=FnApiRunner', f'--direct_num_workers={workers or os.cpu_count() or 1}', '--direct_running_mode=multi_processing', *options]
+
+def _run_beam(jobs, runner, options, workers):
+    "Results of `_convert_shard` for each job, in order; the work is done by Beam."
+    try:
+        import apache_beam as beam
+        from apache_beam.options.pipeline_options import PipelineOptions
+    except ImportError as e: raise ImportError(f'--runner {runner}: Apache Beam is not installed ({e}). pip install "effdet_nb[beam]"') from None
+    for path,*work in jobs: _write_job(path.resolve(), *work)
+    with _without_main(), beam.Pipeline(options=PipelineOptions(_beam_options(runner, options, workers))) as p:
+        _ = p | beam.Create([str(path.resolve()) for path,*_ in jobs]) | beam.Reshuffle() | beam.Map(_do_job)
+    for job in jobs: yield _convert_shard(*job)
 
 # %% ../../nbs/data/18_convert.ipynb #82f5f8db
 def _num_workers(workers, num_images, num_shards):
@@ -208,7 +239,7 @@ def _warnings(coco, findings):
         if any(one.values()): out[str(image)] = one
     return out
 
-# %% ../../nbs/data/18_convert.ipynb #2a3f11ea
+# %% ../../nbs/data/18_convert.ipynb #b064397b
 def _report(tag, coco, findings, names, count):
     "What stands in `<tag>_report.json`."
     reasons = [{**o, 'serious':serious(o), 'examples':o['items'][:100]} for o in found_reasons(findings)]
@@ -270,6 +301,8 @@ def dataset_convert(
     workers:int=None,          # processes; None is one a core, or just this one for fewer than 1,000 pictures
     results_dir=None,          # folder for status.json; None writes none
     strict:bool=False,         # write nothing if anything is wrong
+    runner:str=None,           # Apache Beam runner: 'local', or 'FlinkRunner', 'SparkRunner', 'DataflowRunner', ...; None does without Beam
+    runner_options:tuple=(),   # for that runner, such as '--flink_master=host:8081'
 )->Summary:                    # what was written, left out and noticed
     "Converts pictures and a COCO file to TFRecord shards `<tag>-00000-of-00256.tfrecord`, with a report of everything left out."
     tag = Path(annotations_file).stem if tag is None else tag
@@ -278,27 +311,27 @@ def dataset_convert(
         _check_target(output_dir, tag, num_shards)
         coco,flaws = sift_coco(annotations_file, packed if include_masks else without_masks)
         _check_sources(coco, image_dir)
-        summary = _convert(coco, flaws, image_dir, Path(output_dir), tag, num_shards, include_masks, clip, workers, strict)
+        run = partial(_run_jobs, workers=_num_workers(workers, len(coco.images), num_shards or 256)) if runner is None else partial(_run_beam, runner=runner, options=runner_options, workers=workers)
+        summary = _convert(coco, flaws, image_dir, Path(output_dir), tag, num_shards, include_masks, clip, run, strict)
         if results_dir is not None: status.running(f'Converted {summary.images} images.', kpi=summary.counts)
         return summary
 
 # %% ../../nbs/data/18_convert.ipynb #590b44aa
-def _convert(coco, flaws, image_dir, output_dir, tag, num_shards, include_masks, clip, workers, strict):
+def _convert(coco, flaws, image_dir, output_dir, tag, num_shards, include_masks, clip, run, strict):
     "Writes the shards beside their place and, when all are well, moves them there."
     count = _num_shards(tag, num_shards, len(coco.images))
     old,names = _old_shards(output_dir, tag, count), {c['id']:str(c['name']) for c in coco.categories}
     pairs,what = [(i, coco.annotations[i['id']]) for i in coco.images], _fingerprint(coco.path, image_dir, count, include_masks, clip)
-    workers = _num_workers(workers, len(pairs), count)
     with _scratch(output_dir, tag, what) as scratch:
         jobs = [(scratch/_shard_name(tag, k, count), pairs[k::count], image_dir, names, include_masks, clip) for k in range(count)]
-        done = list(progress(_run_jobs(jobs, workers), total=count, desc=f'{tag} shards'))
+        done = list(progress(run(jobs), total=count, desc=f'{tag} shards'))
         shards,findings = [o[0] for o in done], Findings().add_flaws(flaws)
         for _,more in done: findings.add(more)
         try: _check_result(coco, findings, strict)
         except ValueError: shutil.rmtree(scratch); raise
         return _publish(scratch, output_dir, tag, coco, shards, old, findings, names, image_dir, include_masks, clip)
 
-# %% ../../nbs/data/18_convert.ipynb #554d0031
+# %% ../../nbs/data/18_convert.ipynb #bafbe81d
 def _num_shards(tag, wanted, images):
     "How many shards to write; says so when it is not what one might expect."
     count = min(256, images) if wanted is None else wanted
@@ -306,7 +339,7 @@ def _num_shards(tag, wanted, images):
     elif count>images: say(f'{tag}: {count-images:,} of the {count:,} shards will be empty, since there are {images:,} pictures. With --num_shards {images} or fewer none is')
     return count
 
-# %% ../../nbs/data/18_convert.ipynb #40217d87
+# %% ../../nbs/data/18_convert.ipynb #56ae0c26
 def _fingerprint(annotations, image_dir, count, include_masks, clip):
     "What must be the same for an interrupted conversion to be continued."
     with open(annotations, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
@@ -355,7 +388,7 @@ def _publish(scratch, output_dir, tag, coco, shards, old, findings, names, image
 def _write_json(path, content, indent):
     with atomic(path, 'w') as f: json.dump(content, f, indent=indent, default=str)
 
-# %% ../../nbs/data/18_convert.ipynb #354f4362
+# %% ../../nbs/data/18_convert.ipynb #9093aa69
 def _worst_picture(coco, findings, image_dir):
     "A PNG of the picture with the most boxes in trouble, or None."
     worst = worst_image(findings)

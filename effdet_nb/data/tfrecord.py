@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEYS', 'masked_crc', 'Shard', 'write_records', 'read_records', 'example_class', 'make_example', 'parse_example',
-           'read_example', 'Sidecar', 'record_files', 'load_sidecar']
+           'read_example', 'Sidecar', 'record_files', 'load_sidecar', 'sidecar_parts']
 
 # %% ../../nbs/data/13_tfrecord.ipynb #1b91ac73
 import glob, hashlib, json, os, re, struct
@@ -145,9 +145,10 @@ def parse_example(
 def read_example(
     data:bytes,    # one record
     where:str='record', # how errors should call it
-)->dict: # image (encoded bytes), format, height, width, filename, source_id; for N objects: boxes `[N, 4]` yxyx pixels, labels (category ids), names, is_crowd, area, masks
+)->dict: # image (encoded bytes), format, height, width, filename, source_id, sha256; for N objects: boxes `[N, 4]` yxyx pixels, labels (category ids), names, is_crowd, area, masks
     "Reads one record into the types and units used everywhere else."
-    f = parse_example(data)
+    try: f = parse_example(data)
+    except ValueError as e: raise ValueError(f'{where}: {e}') from None
     lacks = [k for k in ('image/encoded','image/height','image/width') if not f.get(k)]
     if lacks: raise ValueError(f'{where}: has no {", ".join(lacks)}. The records must come from dataset_convert, TAO or the TF Object Detection API')
     h,w = f['image/height'][0], f['image/width'][0]
@@ -157,7 +158,7 @@ def read_example(
         raise ValueError(f'{where}: {[len(o) for o in edges]} box edges for {len(labels)} labels; the lists must be equally long. Convert again')
     boxes = np.stack(edges, -1)*np.float32([h,w,h,w])
     text = lambda key: f[key][0].decode('utf-8', 'replace') if f.get(key) else ''
-    return dict(image=f['image/encoded'][0], format=text('image/format'), height=h, width=w, filename=text('image/filename'), source_id=text('image/source_id'),
+    return dict(image=f['image/encoded'][0], format=text('image/format'), height=h, width=w, filename=text('image/filename'), source_id=text('image/source_id'), sha256=text('image/key/sha256'),
                 boxes=boxes, labels=labels, names=[o.decode('utf-8', 'replace') for o in f.get('image/object/class/text', [])],
                 is_crowd=np.array(f.get('image/object/is_crowd') or np.zeros(len(labels)), bool), masks=f.get('image/object/mask', []),
                 area=np.float32(f.get('image/object/area') or np.prod(boxes[:,2:]-boxes[:,:2], -1)))
@@ -194,6 +195,15 @@ def load_sidecar(
     counts = sum((Counter({int(k):n for k,n in p['boxes_by_category'].items()}) for p in parts.values()), Counter())
     classes,most = ClassTable.from_dict(next(iter(parts.values()))['classes']), max(p['most_boxes_in_an_image'] for p in parts.values())
     return Sidecar(classes, tuple(files), sum(known[f]['records'] for f in files), most, dict(counts))
+
+# %% ../../nbs/data/13_tfrecord.ipynb #ca7f04fd
+def sidecar_parts(
+    file_pattern:str,  # glob pattern of shards
+)->dict:               # sidecar -> {absolute path of a shard: what is known about it}; empty for records by others
+    "All shards that were written together with those a pattern matches, there or not."
+    tags = {re.sub(r'-\d{5}-of-\d{5}(\.tfrecord)?$', '', os.path.abspath(f)) for f in record_files(file_pattern)}
+    known = {t:json.loads(Path(f'{t}_records.json').read_text())['shards'] for t in sorted(tags) if os.path.isfile(f'{t}_records.json')}
+    return {t:{os.path.join(os.path.dirname(t), s['file']):s for s in shards} for t,shards in known.items()}
 
 # %% ../../nbs/data/13_tfrecord.ipynb #91cfe6ff
 def _check_parts(file_pattern, files, known, classes):

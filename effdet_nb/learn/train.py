@@ -17,6 +17,7 @@ import keras, numpy as np, tensorflow as tf
 from fastcore.basics import patch
 from ..spec import Spec
 from ..status import Status, atomic, duration, say
+from ..data.check import check_before_training
 from ..data.coco import ClassTable, load_coco
 from ..data.dataset import count_examples, reason, train_dataset
 from ..data.tfrecord import load_sidecar
@@ -520,6 +521,7 @@ def train(
         spec = with_counts(spec)
         keras.utils.set_random_seed(spec.training_config.tf_random_seed)
         arch, start = start_arch(spec, key, model_dir)
+        check_before_training(spec, arch_anchors(arch))
         trainer, classes = Trainer(spec, arch, strategy or make_strategy(gpus, gpu_index)), spec_classes(spec)
         say(trainer.begin(model_dir, key, start))
         checkpoints = Checkpoints(trainer, model_dir, classes, key)

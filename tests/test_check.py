@@ -1,0 +1,146 @@
+"Guards for effdet_nb.data.check: each mistake, put into records or a spec, is found with its number and a cure; good data passes."
+import json
+import re
+
+import numpy as np
+import pytest
+
+from effdet_nb.data import check as C
+from effdet_nb.data.convert import dataset_convert
+from effdet_nb.data.shapes import draw_dataset
+from effdet_nb.model.anchors import all_anchors
+from effdet_nb.spec import Spec
+from test_dataset import foreign, picture, write
+
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*is given twice')      # a test spec overrides by repeating
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    folder = draw_dataset(tmp_path_factory.mktemp('check'), 20, 8, (128,160))
+    for tag in ('train','val'): dataset_convert(folder/tag, folder/f'{tag}.json', folder/'rec', tag, num_shards=2)
+    return folder
+
+
+def make_spec(folder, more='', training='', rec='rec'):
+    return Spec.parse(f'''training_config {{ train_batch_size: 4 {training} }} dataset_config {{ num_classes: 4  image_size: "256,320"  training_file_pattern: "{folder}/{rec}/train-*"
+        validation_file_pattern: "{folder}/{rec}/val-*"  validation_json_file: "{folder}/val.json" {more} }}''')
+
+
+def look(spec, **kw): return C.check_records(spec, all_anchors(spec.dataset_config.image_hw), **kw)
+def says(check): return '\n'.join(map(str, check.problems))
+
+
+def test_good_data_passes(drawn):
+    check = look(make_spec(drawn), pictures=True, sums=True)
+    assert check.problems == [] and repr(check).endswith('no problems') and check.scans['training'].total == 20
+    assert C.check_before_training(make_spec(drawn)).problems == []
+
+
+mistakes = {
+    'too few channels': (dict(more='num_classes: 2'), 1, r'num_classes 2: 3 categories do not fit'),
+    'too many objects': (dict(more='max_instances_per_image: 2'), 1, r'\d+ training pictures have more than 2 objects, the most is (\d+) in image \d+. Set it to \1'),
+    'no such records': (dict(rec='nowhere'), 2, r'training_file_pattern: no file matches'),
+    'records of another set': (dict(more='validation_json_file: "{}/train.json" validation_file_pattern: "{}/rec/train-*"'), 0, r'20 of 20 pictures are in the training set as well'),
+    'file of another set': (dict(more='validation_file_pattern: "{}/rec/train-*"'), 1, r'12 of 20 validation pictures are not in val.json, such as image'),
+    'a part of the validation': (dict(more='validation_file_pattern: "{}/rec/val-00000*"'), 0, r'4 of its 8 pictures have no record'),
+    'a part of the shards': (dict(more='training_file_pattern: "{}/rec/train-00001*"'), 0, r'"train-00001\*" matches 1 of 2 shards'),
+    'epoch too long': (dict(training='num_examples_per_epoch: 14700'), 0, r'14,700, but there are 20 training pictures: an epoch shows each 735.0 times'),
+    'batch too large': (dict(training='train_batch_size: 64'), 0, r'64 is more than the 20 training pictures'),
+    'no annotation file': (dict(more='validation_json_file: "{}/no.json"'), 1, r'validation_json_file: .*no.json: no such file'),
+}
+
+
+@pytest.mark.parametrize('change, serious, message', mistakes.values(), ids=mistakes)
+def test_mistakes_of_the_spec(drawn, change, serious, message):
+    check = look(make_spec(drawn, **{k: v.replace('{}', str(drawn)) for k,v in change.items()}))
+    assert re.search(message, says(check)), says(check)
+    assert len(check.serious) == serious
+    if serious:
+        with pytest.raises(ValueError, match='the data does not fit the spec'): C.check_before_training(make_spec(drawn, **{k: v.replace('{}', str(drawn)) for k,v in change.items()}))
+
+
+def foreign_spec(folder, records, val=None, more=''):
+    write(folder, records, 1)
+    if val: write(folder, val, 1, 'val')
+    return Spec.parse(f'''training_config {{ train_batch_size: 1 }} dataset_config {{ num_classes: 3 image_size: "128,128" training_file_pattern: "{folder}/train-*" {f'validation_file_pattern: "{folder}/val-*"' if val else ''} {more} }}''')
+
+
+faults = {
+    'unknown ids': (lambda: [foreign('a', labels=[7]), foreign('b', labels=[0]), foreign('c')], 1, r'2 boxes have category ids that have no channel \(0, 7\), the channels are for 1 to 2. Set num_classes to 8'),
+    'all empty': (lambda: [foreign(k, boxes=()) for k in 'abc'], 1, r'none of the 3 pictures has an object'),
+    'mostly empty': (lambda: [foreign(k, boxes=() if k != 'a' else ((.1,.2,.5,.6),)) for k in 'abc'], 0, r'2 of 3 pictures \(67%\) have no object'),
+    'no area': (lambda: [foreign('a', boxes=((.1,.2,.1,.6),))], 1, r'1 boxes have no area, such as one in image a'),
+    'outside': (lambda: [foreign('a', boxes=((.1,.2,1.4,.6),))], 0, r'1 boxes reach out of their picture'),
+    'copies': (lambda: [foreign('a'), foreign('a2', encoded=picture(hash('a')%1000)), foreign('b')], 0, r'1 of 3 pictures are exact copies'),
+    'tiny': (lambda: [foreign('a', boxes=((.1,.1,.11,.11),)*2, hw=(60,60))], 1, r'2 of 2 boxes \(100%\) are smaller than 2 pixels at 128x128'),
+    'small': (lambda: [foreign('a', boxes=((.1,.1,.17,.17),)*2, hw=(60,60))], 0, r'2 of 2 boxes \(100%\) are smaller than half of the smallest anchor .* the median is 9 pixels'),
+    'thin': (lambda: [foreign('a', boxes=((.1,.1,.2,.95),), hw=(60,60))], 0, r'1 of 1 boxes \(100%\) are longer than any anchor .* beyond 8.5 to 1. Add such a pair to aspect_ratios'),
+    'damaged': (lambda: [foreign('a'), b'\x0anothing'], 1, r'1 of 2 records are damaged: train-00000-of-00001, record 1: not a tf.train.Example'),
+}
+
+
+@pytest.mark.parametrize('records, serious, message', faults.values(), ids=faults)
+def test_faults_of_records(tmp_path, records, serious, message):
+    check = look(foreign_spec(tmp_path, records()))
+    assert re.search(message, says(check)), says(check)
+    assert len(check.serious) == serious, says(check)
+
+
+def test_damaged_records_are_no_problem_where_they_are_skipped(tmp_path):
+    spec = foreign_spec(tmp_path, [foreign('a'), b'\x0anothing'], more='skip_corrupt: True')
+    check = look(spec)
+    assert not check.serious and 'skip_corrupt leaves them out' in says(check)
+
+
+def test_pictures_are_decoded_if_asked(tmp_path):
+    spec = foreign_spec(tmp_path, [foreign('a'), foreign('b', encoded=picture(2)[:200])])
+    assert not look(spec).serious
+    assert '1 of 2 records are damaged: train-00000-of-00001, record 1: its picture cannot be decoded' in says(look(spec, pictures=True))
+
+
+def test_lost_and_changed_shards(drawn, tmp_path):
+    import shutil
+    rec = shutil.copytree(drawn/'rec', tmp_path/'rec')
+    shutil.copy(drawn/'val.json', tmp_path/'val.json')
+    (rec/'train-00000-of-00002.tfrecord').unlink()
+    assert '1 of 2 shards are missing, such as train-00000-of-00002.tfrecord' in says(look(make_spec(tmp_path)))
+    shutil.copy(drawn/'rec'/'train-00000-of-00002.tfrecord', rec)
+    shard = rec/'train-00001-of-00002.tfrecord'
+    data = bytearray(shard.read_bytes()); data[-1] ^= 1; shard.write_bytes(data)
+    assert 'train-00001-of-00002.tfrecord is not the file that was written' in says(look(make_spec(tmp_path), sums=True))
+
+
+def test_duplicate_ids_in_validation(tmp_path):
+    spec = foreign_spec(tmp_path, [foreign('a')], [foreign('1'), foreign('1', hw=(50,60))])
+    (tmp_path/'val.json').write_text(json.dumps(dict(images=[dict(id=1, file_name='a', height=40, width=60)], annotations=[], categories=[dict(id=1, name='x')])))
+    spec = spec.replace(dataset_config=dict(validation_json_file=str(tmp_path/'val.json')))
+    assert '1 pictures have the image id of another one' in says(look(spec))
+
+
+def test_a_sample_is_spread_over_all_records(drawn):
+    check = look(make_spec(drawn), limit=4)
+    scan = check.scans['training']
+    assert scan.index.tolist() == [0, 6, 12, 19] and scan.total == 20 and '(looked at 4 of 20)' in repr(check)
+
+
+def test_best_fit_is_the_iou_of_boxes_on_one_centre():
+    from effdet_nb.data.boxes import iou
+    rng = np.random.default_rng(0)
+    sides, anchors = rng.uniform(1, 200, (50,2)), rng.uniform(1, 200, (9,2))
+    centred = lambda s: np.concatenate([-s/2, s/2], 1)
+    np.testing.assert_allclose(C.best_fit(sides, anchors), iou(centred(sides), centred(anchors)).max(1), rtol=1e-4)
+    assert len(C.best_fit(np.zeros((0,2)), anchors)) == 0
+
+
+@pytest.mark.parametrize('name, classes', [pytest.param('bccd', 4, marks=pytest.mark.slow), ('coco_mini', 91)])
+def test_real_sets_pass_and_make_a_page(shared, tmp_path, name, classes):
+    from effdet_nb.deploy.datapage import check_spec
+    data = shared/'data'/name
+    for tag in ('train','val'): dataset_convert(data/'images', data/f'{tag}.json', tmp_path/'rec', tag, num_shards=4)
+    (tmp_path/'val.json').write_bytes((data/'val.json').read_bytes())
+    check = check_spec(make_spec(tmp_path, f'num_classes: {classes} image_size: "512,512"'), tmp_path/'page.html')
+    assert not check.serious, says(check)
+    page = (tmp_path/'page.html').read_text()
+    assert page.count('<image') == 24 and page.count('<img') == 6 and 'src="http' not in page and len(page) < 3_000_000
