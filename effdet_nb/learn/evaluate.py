@@ -309,7 +309,7 @@ def columns(
 def coco_metrics(
     results,               # iterable of (Truth, Detections in pixels of the original), a pair for each picture
     classes:ClassTable,    # category ids and channels
-    pycocotools:bool=False,# count with pycocotools: the same numbers, some fifty times as slowly
+    pycocotools:bool=False,# count with pycocotools: the same numbers, some thirty times as slowly
 )->Metrics:                # its `results` are in the order of the image ids
     "COCO's twelve numbers, and AP by class, for detections beside the truth."
     results = sorted(results, key=lambda r: _order(r[0].image_id))
