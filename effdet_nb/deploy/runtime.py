@@ -125,16 +125,13 @@ class ExportedDetector:
         parts = [{k: v[:n] for k,v in self.run(np.asarray(b, np.float32)).items()} for b,n in batches]
         return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]} if parts else {}
 
-    def answers(self, out):
-        "What the answers of `raw` mean: one `Detections` per picture."
-        return read_answers(out, self.meta['nms'], self.anchors, self.suppress) if out else []
-
     def __call__(self,
         images,             # [N,H,W,3] uint8 of the detector's `image_hw`; or the path of one picture, of any size
         threshold:float=.5, # for a path: lowest score to keep
     ):                      # one `Detections` per picture, boxes in network pixels; for a path one, in the picture's pixels
         if isinstance(images, (str, Path)): return see(self, images, threshold)
-        return self.answers(self.raw(images))
+        out = self.raw(images)
+        return read_answers(out, self.meta['nms'], self.anchors, self.suppress) if out else []
 
 # %% ../../nbs/deploy/41_runtime.ipynb #e3946ef3
 class OnnxDetector(ExportedDetector):
@@ -260,3 +257,14 @@ def load_detector(
     if kind!='tlt': return OnnxDetector(path, key, threads, **suppress)
     from effdet_nb.model.detect import KerasDetector
     return KerasDetector.load(path, resolve_key(key), **suppress)
+
+# %% ../../nbs/deploy/41_runtime.ipynb #c3b549da
+from fastcore.basics import patch
+
+# %% ../../nbs/deploy/41_runtime.ipynb #36bed342
+@patch
+def answers(self:ExportedDetector,
+    out:dict, # what `raw` gave
+)->list:      # one `Detections` per picture, boxes in network pixels
+    "Makes boxes of what a file answered."
+    return read_answers(out, self.meta['nms'], self.anchors, self.suppress) if out else []

@@ -81,12 +81,12 @@ def mean_ap(
     cls:np.ndarray,   # [N] class of each detection
     score:np.ndarray, # [N]
     right:np.ndarray, # [N] bool
-    num:np.ndarray,   # [classes] boxes to be found; negative: all that is left to be found is found
+    num:np.ndarray,   # [classes] boxes to be found
 )->float:             # 0 to 1, -1 if there is nothing to be found
     "Average precision at one IoU threshold, mean over the classes."
     order = np.lexsort((-score, cls))
     rows = np.split(order, np.searchsorted(cls[order], np.arange(1, len(num))))
-    aps = [1. if n<0 else precision_at(np.flatnonzero(right[r])+1, n).mean() for r,n in zip(rows, num) if n]
+    aps = [precision_at(np.flatnonzero(right[r])+1, n).mean() for r,n in zip(rows, num) if n]
     return float(np.mean(aps)) if aps else -1.
 
 # %% ../../nbs/learn/29b_errors.ipynb #b49973b8
@@ -98,8 +98,7 @@ def _mended(j, kind, meant, which):
     if which=='missed':
         lost = free[:-1] & ~j.sought.crowd
         lost[meant[meant>=0]] = False
-        left = num-np.bincount(j.sought.cls[lost], minlength=j.num_classes)
-        return f.cls[j.counts], f.score[j.counts], j.right[j.counts], np.where((num>0) & (left==0), -1, left)
+        return np.r_[f.cls[j.counts], j.sought.cls[lost]], np.r_[f.score[j.counts], np.full(lost.sum(), np.inf)], np.r_[j.right[j.counts], lost[lost]], num
     mine = np.flatnonzero(kind==which)
     best = mine[np.lexsort((-f.score[mine], meant[mine]))]
     best = best[np.r_[True, meant[best][1:]!=meant[best][:-1]][:len(best)] & free[meant[best]]]

@@ -81,16 +81,13 @@ class KerasDetector:
         "The network's answers for uint8 `[N,H,W,3]`: `cls_logits [N,A,C]`, `box_deltas [N,A,4]`."
         return self.model.predict_on_batch(to_channels(np.asarray(images), self.arch.channels))
 
-    def answers(self, out):
-        "What the answers of `raw` mean: one `Detections` per picture."
-        return [postprocess(c, b, self.anchors, **self.suppress) for c,b in zip(out['cls_logits'], out['box_deltas'])]
-
     def __call__(self,
         images,             # [N,H,W,3] uint8 of the detector's `image_hw`; or the path of one picture, of any size
         threshold:float=.5, # for a path: lowest score to keep
     ):                      # one `Detections` per picture, boxes in network pixels; for a path one, in the picture's pixels
         if isinstance(images, (str, Path)): return see(self, images, threshold)
-        return self.answers(self.raw(images))
+        out = self.raw(images)
+        return [postprocess(c, b, self.anchors, **self.suppress) for c,b in zip(out['cls_logits'], out['box_deltas'])]
 
     @classmethod
     def load(cls,
@@ -101,3 +98,14 @@ class KerasDetector:
         "Opens a file as a detector."
         model, arch, stored = open_detector(path, key)
         return cls(model, arch, ClassTable.from_dict(stored.meta['classes']), stored.meta, **suppress)
+
+# %% ../../nbs/model/27_detect.ipynb #abe8e6a6
+from fastcore.basics import patch
+
+# %% ../../nbs/model/27_detect.ipynb #6e9a5d4f
+@patch
+def answers(self:KerasDetector,
+    out:dict, # what `raw` gave
+)->list:      # one `Detections` per picture, boxes in network pixels
+    "Makes boxes of the network's answers."
+    return [postprocess(c, b, self.anchors, **self.suppress) for c,b in zip(out['cls_logits'], out['box_deltas'])]
