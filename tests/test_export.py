@@ -1,5 +1,7 @@
 "A real D0 leaves home: equal to Keras in every ending, precision and batch; sealed, described, refused when wrong."
 import json
+import os
+import subprocess
 
 import numpy as np
 import onnx
@@ -269,3 +271,21 @@ def test_compare_measures(monkeypatch):
     for batch in (1, 3, 9):
         fixed = toy(batch=batch)
         assert max(compare(fixed, lambda x, training: answers(raw, x), images).values()) < 1e-6
+
+
+@pytest.mark.skipif('PEER_PYTHON' not in os.environ, reason='needs another Python that has onnxruntime and openvino, named by PEER_PYTHON')
+def test_openvino_says_what_onnxruntime_says(home, tmp_path):
+    "The file with standard operators, in a second runtime."
+    onnx.save(end_with_operators(home['raw'], score_threshold=.3), tmp_path/'a.onnx')
+    np.save(tmp_path/'x.npy', home['images'].astype(np.float32))
+    code = '''
+import sys, numpy as np, onnxruntime, openvino
+file, x = sys.argv[1], np.load(sys.argv[2])
+session = onnxruntime.InferenceSession(file)
+names = [o.name for o in session.get_outputs()]
+ours = dict(zip(names, session.run(names, {'input': x})))
+theirs = openvino.Core().compile_model(file, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})([x])
+print([float(abs(ours[n].astype(float)-theirs[n].astype(float)).max()) for n in names], int(ours['num_detections'].sum()))'''
+    out = subprocess.run([os.environ['PEER_PYTHON'], '-c', code, tmp_path/'a.onnx', tmp_path/'x.npy'], capture_output=True, text=True, check=True).stdout
+    worst, found = json.loads(out[:out.index(']')+1]), int(out.split()[-1])
+    assert found > 20 and max(worst) < 1e-2
