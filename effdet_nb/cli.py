@@ -343,17 +343,18 @@ def effdet_prune(
 @command
 def effdet_inference(
     model_path:Opt('The model: .tlt, .onnx, .etlt or .engine', '-m', '--model', required=True, metavar='FILE')=None,
-    in_image_path:Opt('A picture, or a folder of pictures', '-i', '--image_dir', required=True, metavar='PATH')=None,
+    in_image_path:Opt("A picture, a folder of pictures, or a pattern in quotes such as 'day1/*.png'", '-i', '--image_dir', required=True, metavar='PATH')=None,
     out_image_path:Opt('Folder for the pictures with boxes', '-o', metavar='FOLDER')=None,
     key:_key()=None,
     experiment_spec_file:_spec(False)=None,
     out_label_path:Opt('Folder for KITTI labels', '-l', metavar='FOLDER')=None,
     label_map:Opt("Text file, one class name a line; the model's own names if left out", '-c', '--class_map', metavar='FILE')=None,
-    results_dir:_results('Folder for images_annotated/, labels/ and status.json')=None,
+    results_dir:_results('Folder for images_annotated/, labels/, detections.json and status.json')=None,
     threshold:Opt("Lowest score to keep; min_score_thresh of the spec if left out", '-t', type=float, metavar='SCORE')=None,
     per_class:Opt('Boxes of different classes do not silence each other', flag=True)=False,
     recursive:Opt('Look into the folders inside as well', flag=True)=False,
     batch_size:Opt('Pictures at once; eval_batch_size of the spec if left out, 8 without a spec', type=int, metavar='N')=None,
+    runner:Opt('Run as a pipeline of Apache Beam, by this runner of it, such as DirectRunner; needs --results_dir', metavar='NAME')=None,
     gpu_index:_gpu()=None,
     log_file:_log()=None,
     verbose:_verbose()=False,
@@ -362,11 +363,19 @@ def effdet_inference(
     from effdet_nb.deploy.infer import infer
     from effdet_nb.spec import Spec
     e = (Spec.load(experiment_spec_file, 'inference') if experiment_spec_file else Spec().replace(eval_config=dict(eval_batch_size=8))).eval_config
-    summary = infer(model_path, in_image_path, out_image_path, out_label_path, label_map, e.min_score_thresh if threshold is None else threshold, per_class,
+    if runner: summary = _bulk(model_path, in_image_path, results_dir, label_map, e.min_score_thresh if threshold is None else threshold, per_class, e.max_detections_per_image, recursive, key, runner)
+    else: summary = infer(model_path, in_image_path, out_image_path, out_label_path, label_map, e.min_score_thresh if threshold is None else threshold, per_class,
                     e.max_detections_per_image, e.eval_batch_size if batch_size is None else batch_size, recursive=recursive, key=key, results_dir=results_dir)
     if not summary.unreadable: return summary
     print(summary)
     raise ValueError(f'{len(summary.unreadable):,} of {summary.images+len(summary.unreadable):,} pictures could not be read; they are named above, and all others are done')
+
+def _bulk(model_path, in_image_path, results_dir, label_map, threshold, per_class, max_detections, recursive, key, runner):
+    "Inference as a Beam pipeline; the key goes where its local workers look for it."
+    if not results_dir: raise ValueError('--runner: a pipeline writes into one folder. Give --results_dir')
+    if key: os.environ['EFFDET_KEY'] = key
+    from effdet_nb.deploy.bulk import infer_bulk
+    return infer_bulk(model_path, in_image_path, results_dir, label_map, threshold, per_class, max_detections, recursive, options=[f'--runner={runner}'])
 
 # %% ../nbs/90_cli.ipynb #d0f338b7
 @command
@@ -374,30 +383,44 @@ def effdet_export(
     model_path:Opt('The model (.tlt)', '-m', '--model', required=True, metavar='FILE')=None,
     experiment_spec_file:_spec(False)=None,
     key:_key()=None,
-    output_path:Opt('The file to write: .onnx, or .etlt sealed with the key; beside the model if left out, .etlt if there is a key', '-o', metavar='FILE')=None,
+    output_path:Opt('The file to write: .onnx, .etlt sealed with the key, .tflite, or FOLDER/saved_model.pb; beside the model if left out, .etlt if there is a key', '-o', metavar='FILE')=None,
     nms:Opt("How the graph ends; efficient_nms_trt (TensorRT's plugin) for .etlt and onnx (standard operators) for .onnx if left out", choices=['onnx','efficient_nms_trt','none'])=None,
     opset:Opt("Version of ONNX's operators, 13 to 18", type=int, metavar='N')=17,
     max_batch_size:Opt('Fixes the number of pictures at once; any number if left out', type=int, metavar='N')=None,
     data_type:Opt('Precision', choices=['fp32','fp16','int8'])='fp32',
     cal_image_dir:Opt('For int8: folder of pictures to calibrate with', metavar='FOLDER')=None,
     cal_cache_file:Opt('For int8: ranges; read if the file is there, written otherwise', metavar='FILE')=None,
+    batch_size:Opt('For int8: pictures in a batch; max_batch_size if left out', type=int, metavar='N')=None,
     batches:Opt('For int8: batches to calibrate with, at most', type=int, metavar='N')=10,
     engine_file:Opt('Build this TensorRT engine from the exported file as well', metavar='FILE')=None,
+    max_workspace_size:Opt('Memory TensorRT may use for the engine while building, GB', type=float, metavar='GB')=2.,
+    deepstream:Opt("Write DeepStream's settings, labels and reader of outputs into this folder as well", metavar='FOLDER')=None,
     gpu_index:_gpu()=None,
     log_file:_log()=None,
     verbose:_verbose()=False,
 ):
-    "Write a model as ONNX, open or sealed, after comparing it with the original."
+    "Write a model as ONNX, open or sealed, or for TensorFlow, after comparing it with the original."
     from effdet_nb.spec import Spec
     output_path = output_path or os.path.splitext(model_path)[0] + ('.etlt' if key else '.onnx')
-    nms = nms or ('efficient_nms_trt' if output_path.lower().endswith('.etlt') else 'onnx')
+    nms = nms or {'.etlt': 'efficient_nms_trt', '.onnx': 'onnx'}.get(os.path.splitext(output_path)[1].lower(), 'none')
     spec = Spec.load(experiment_spec_file, 'export') if experiment_spec_file else None
     from effdet_nb.deploy.export import export, spec_thresholds
-    print(export(model_path, output_path, key, nms, opset, max_batch_size, data_type, cal_image_dir=cal_image_dir, cal_cache_file=cal_cache_file, batches=batches,
-                 **(spec_thresholds(dict(spec=spec.to_text()), nms) if spec else {})))
+    made = export(model_path, output_path, key, nms, opset, max_batch_size, data_type, cal_image_dir=cal_image_dir, cal_cache_file=cal_cache_file, batches=batches, batch_size=batch_size,
+                  **(spec_thresholds(dict(spec=spec.to_text()), nms) if spec else {}))
+    print(made, flush=True)
+    if data_type!='fp32': print(_price(spec, model_path, output_path, key), flush=True)
+    if deepstream:
+        from effdet_nb.deploy.deepstream import write_deepstream
+        for path in write_deepstream(made.meta, output_path, deepstream): print(path)
     if engine_file is None: return
     from effdet_nb.deploy.engine import gen_trt_engine
-    return gen_trt_engine(output_path, engine_file, key, max_batch_size=max_batch_size or 1, verbose=verbose)
+    return gen_trt_engine(output_path, engine_file, key, max_batch_size=max_batch_size or 1, max_workspace_size=max_workspace_size, verbose=verbose)
+
+def _price(spec, model_path, output_path, key):
+    "What fewer bits cost in AP, or how to find out."
+    if not (spec and spec.dataset_config.validation_file_pattern): return 'AP was not measured: give -e with a spec that names validation records'
+    from effdet_nb.deploy.runtime import price_of_bits
+    return price_of_bits(spec, model_path, output_path, key)
 
 # %% ../nbs/90_cli.ipynb #2eb95ae1
 @command
@@ -410,6 +433,8 @@ def effdet_gen_trt_engine(
     opt_batch_size:Opt('Pictures at once it shall be fastest with; max_batch_size if left out', type=int, metavar='N')=None,
     max_batch_size:Opt('Most pictures at once', type=int, metavar='N')=1,
     max_workspace_size:Opt('Memory TensorRT may use while building, GB', type=float, metavar='GB')=2.,
+    batch_size:Opt('For int8: pictures in a batch; that of the file, or 1, if left out', type=int, metavar='N')=None,
+    strict_type_constraints:Opt('Has no effect: the types of the graph are always kept', '-s', flag=True)=False,
     cal_image_dir:Opt('For int8: folder of pictures to calibrate with', metavar='FOLDER')=None,
     cal_cache_file:Opt('For int8: ranges; read if the file is there, written otherwise', metavar='FILE')=None,
     batches:Opt('For int8: batches to calibrate with, at most', type=int, metavar='N')=10,
@@ -422,7 +447,7 @@ def effdet_gen_trt_engine(
     from effdet_nb.deploy.engine import gen_trt_engine
     with _status(results_dir, 'gen_trt_engine', key):
         return gen_trt_engine(model_path, engine_file, key, data_type, min_batch_size, opt_batch_size, max_batch_size, max_workspace_size,
-                              cal_image_dir, cal_cache_file, batches, verbose)
+                              cal_image_dir, cal_cache_file, batches, verbose, batch_size=batch_size)
 
 # %% ../nbs/90_cli.ipynb #f2a31bce
 @command

@@ -1,5 +1,7 @@
 "A real D0 leaves home: equal to Keras in every ending, precision and batch; sealed, described, refused when wrong."
 import json
+import os
+import subprocess
 
 import numpy as np
 import onnx
@@ -9,9 +11,10 @@ from PIL import Image
 from effdet_nb.data.coco import ClassTable
 from effdet_nb.data.shapes import SHAPE_NAMES, draw_shapes
 from effdet_nb.deploy import export as chapter
-from effdet_nb.deploy.export import LIMITS, calibrate, check_request, compare, export, prove, spec_thresholds, to_fp16, to_int8
-from effdet_nb.deploy.graph import describe, description, end_with_operators, end_with_plugin, meta_anchors, raw_graph
+from effdet_nb.deploy.export import LIMITS, agreement, calibrate, compare, detections_of, export, prove, spec_thresholds
+from effdet_nb.deploy.graph import description, end_with_operators, end_with_plugin, meta_anchors, raw_graph
 from effdet_nb.deploy.runtime import OnnxDetector, load_detector
+from effdet_nb.model.postprocess import Detections
 from effdet_nb.model.store import load_etlt
 from effdet_nb.spec import Spec
 from onnx_toy import answers, pictures, toy
@@ -96,6 +99,7 @@ def test_export_writes_what_the_name_asks_for(quick, tmp_path):
     assert plain.meta['nms'] == dict(kind='onnx', score_threshold=.001, max_detections=50, iou_threshold=.5, top_k=3000)
     assert sealed.meta['nms'] == dict(kind='efficient_nms_trt', score_threshold=.3, max_detections=50, iou_threshold=.5)
     assert max(plain.difference.values()) < 1e-4 and 'batch any' in repr(plain)
+    for made in (plain, sealed): assert made.agreement[0] == made.agreement[1] > 20 and 'detections are those of our post-processor' in repr(made)
     assert description(onnx.load(tmp_path/'a'/'b.onnx')) == plain.meta
     assert (tmp_path/'c.etlt').read_bytes()[:4] == bytes(4)
     assert onnx.load_model_from_string(load_etlt(tmp_path/'c.etlt', 'Geheim')).graph.node[-1].op_type == 'EfficientNMS_TRT'
@@ -119,6 +123,87 @@ def test_a_wrong_graph_is_never_written(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(chapter, 'raw_graph', spoiled)
     with pytest.raises(ValueError, match='not written.*differs from the Keras model'): export(quick['path'], tmp_path/'a.onnx')
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_ending_is_never_written(quick, tmp_path, monkeypatch):
+    "An attribute, an anchor or a threshold of the ending that is not what the description says."
+    def other(proto, **change):
+        for a in proto.graph.node[-1].attribute:
+            if a.name in change: a.CopyFrom(onnx.helper.make_attribute(a.name, change[a.name]))
+        return proto
+    def moved(proto):
+        t = next(t for t in proto.graph.initializer if t.name == 'nms/anchors:0')
+        t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(t)+np.float32(4), t.name))
+        return proto
+    def loose(proto):
+        t = next(t for t in proto.graph.initializer if t.name == 'nms/iou_threshold')
+        t.CopyFrom(onnx.numpy_helper.from_array(np.float32([.9]), t.name))
+        return proto
+    real = chapter.finish
+    for name, spoil in (('a.etlt', lambda p: other(p, iou_threshold=.9)), ('a.etlt', lambda p: other(p, max_output_boxes=3)), ('a.etlt', moved), ('a.onnx', loose)):
+        monkeypatch.setattr(chapter, 'finish', lambda raw, kind, **how: spoil(real(raw, kind, **how)))
+        with pytest.raises(ValueError, match='not written, because only'): export(quick['path'], tmp_path/name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_agreement_counts_partners():
+    d = lambda *rows: [Detections([[y, 0, y+9, 9] for y, _, _ in rows], [s for _, s, _ in rows], [c for _, _, c in rows])]
+    assert agreement(d((0, .9, 1), (50, .5, 0)), d((50, .5, 0), (0, .9, 1)), 100) == (2, 2)
+    assert agreement(d((0, .9, 1)), d((0, .9, 2)), 100) == agreement(d((0, .9, 1)), d((2, .9, 1)), 100) == agreement(d((0, .9, 1)), d((0, .8, 1)), 100) == (0, 1)
+    assert agreement(d(), d((0, .9, 1)), 100) == (0, 1) and agreement(d(), d(), 100) == (0, 0)
+
+
+def test_the_anchors_are_in_a_file_without_ending(quick, tmp_path):
+    proto = onnx.load(export(quick['path'], tmp_path/'a.onnx', nms='none').path)
+    onnx.checker.check_model(proto, full_check=True)
+    np.testing.assert_array_equal(answers(proto, quick['images'])['anchors'], meta_anchors(description(proto)))
+    assert len(load_detector(tmp_path/'a.onnx')(quick['images'])) == 3
+
+
+@pytest.mark.slow
+def test_tensorflows_formats_say_the_same(home, tmp_path):
+    from effdet_nb.deploy.formats import run_saved_model, run_tflite
+    want, pixels = home['model'](home['images']), home['images'].astype(np.float32)
+    lite = export(home['path'], tmp_path/'deep'/'a.tflite', 'Geheim')
+    saved = export(home['path'], tmp_path/'served'/'saved_model.pb', 'Geheim')
+    again = export(home['path'], tmp_path/'served'/'saved_model.pb', 'Geheim')        # takes the place of the one before
+    assert saved.path == again.path == tmp_path/'served' and sorted(p.name for p in tmp_path.iterdir()) == ['deep', 'served']
+    for made, says in ((lite, run_tflite(lite.path, pixels)), (saved, run_saved_model(saved.path, pixels))):
+        assert max(made.difference.values()) < 1e-3
+        for k in ('cls_logits', 'box_deltas'): np.testing.assert_allclose(says[k], want[k], atol=2e-3, rtol=1e-3)
+    for beside in (tmp_path/'deep'/'a.tflite.json', tmp_path/'served'/'effdet_nb.json'):
+        assert json.loads(beside.read_text())['classes']['names'] == list(SHAPE_NAMES) and 'Geheim' not in beside.read_text()
+    (tmp_path/'full').mkdir(); (tmp_path/'full'/'thesis.txt').write_text('')
+    with pytest.raises(ValueError, match='holds other things'): export(home['path'], tmp_path/'full'/'saved_model.pb', 'Geheim')
+
+
+SPEC = """model_config {{ model_name: "efficientdet-d0" }}
+dataset_config {{ training_file_pattern: "{0}/val-*" validation_file_pattern: "{0}/val-*" validation_json_file: "{1}/val.json" num_classes: 4 image_size: "128,128" }}
+training_config {{ train_batch_size: 8 num_examples_per_epoch: 87 num_epochs: 8 learning_rate: 0.1 lr_warmup_epoch: 1 lr_warmup_init: 0.01 moving_average_decay: 0.9
+  clip_gradients_norm: 5.0 checkpoint_period: 100 tf_random_seed: 42 }}
+eval_config {{ eval_batch_size: 8 eval_epoch_cycle: 100 }}"""
+
+@pytest.mark.slow
+def test_ap_of_the_file_is_that_of_the_model(shared, tmp_path):
+    "A minute of training on real pictures, then the same AP from .tlt and .onnx, soft and hard, and a price for 8 bits."
+    from effdet_nb.data.tfrecord import dataset_convert
+    from effdet_nb.deploy.runtime import price_of_bits
+    from effdet_nb.learn.evaluate import evaluate, samples_from_spec
+    from effdet_nb.learn.train import train
+    bccd = shared/'data'/'bccd'
+    dataset_convert(bccd/'images', bccd/'val.json', tmp_path, 'val', 2)
+    (tmp_path/'spec.txt').write_text(SPEC.format(tmp_path, bccd))
+    spec = Spec.load(tmp_path/'spec.txt')
+    train(spec, tmp_path/'run')
+    tlt = tmp_path/'run'/'model.best.tlt'
+    ap = lambda path, **how: evaluate(load_detector(path, **how), samples_from_spec(spec))['AP']
+    for nms, how in (('none', {}), ('onnx', dict(method='hard', score_threshold=.001, top_k=3000))):
+        export(tlt, tmp_path/f'{nms}.onnx', nms=nms)
+        a, b = ap(tlt, **how), ap(tmp_path/f'{nms}.onnx')
+        assert a > .001 and abs(a-b) < .001, (nms, a, b)
+    export(tlt, tmp_path/'int8.onnx', data_type='int8', cal_image_dir=bccd/'images', batches=16)
+    before, after = (float(w) for w in price_of_bits(spec, tlt, tmp_path/'int8.onnx').replace(',', '').split() if w[0] == '0')
+    assert abs(before-b) < .001 and after > .5*before
 
 
 def test_nan_is_a_difference(home):
@@ -156,7 +241,7 @@ def test_int8_from_pictures_and_from_the_cache(quick, tmp_path):
     assert last and not [n for n in last if made_by.get(n.input[1]) == 'DequantizeLinear']
 
 
-@pytest.mark.parametrize('wrong,words', [(dict(output_path='a.pb'), 'must be .onnx'), (dict(data_type='int4'), 'fp32, fp16, int8'), (dict(opset=12), '13 to 18'), (dict(opset=19), '13 to 18'),
+@pytest.mark.parametrize('wrong,words', [(dict(output_path='a.txt'), 'must be .onnx'), (dict(output_path='a.pb'), 'a/saved_model.pb'), (dict(output_path='a.tflite', data_type='int8', cal_image_dir='.'), 'fp32 without ending only'), (dict(output_path='a.tflite', nms='onnx'), 'fp32 without ending only'), (dict(data_type='int4'), 'fp32, fp16, int8'), (dict(opset=12), '13 to 18'), (dict(opset=19), '13 to 18'),
     (dict(max_batch_size=0), 'at least 1'), (dict(nms='soft'), 'Allowed: onnx'), (dict(data_type='int8'), 'cal_image_dir'), (dict(nms='none', score_threshold=.3), 'nms "none"')])
 def test_what_cannot_be_is_refused_at_the_door(monkeypatch, tmp_path, wrong, words):
     monkeypatch.setattr(chapter, 'raw_graph', lambda *a: pytest.fail('too late'))
@@ -186,3 +271,21 @@ def test_compare_measures(monkeypatch):
     for batch in (1, 3, 9):
         fixed = toy(batch=batch)
         assert max(compare(fixed, lambda x, training: answers(raw, x), images).values()) < 1e-6
+
+
+@pytest.mark.skipif('PEER_PYTHON' not in os.environ, reason='needs another Python that has onnxruntime and openvino, named by PEER_PYTHON')
+def test_openvino_says_what_onnxruntime_says(home, tmp_path):
+    "The file with standard operators, in a second runtime."
+    onnx.save(end_with_operators(home['raw'], score_threshold=.3), tmp_path/'a.onnx')
+    np.save(tmp_path/'x.npy', home['images'].astype(np.float32))
+    code = '''
+import sys, numpy as np, onnxruntime, openvino
+file, x = sys.argv[1], np.load(sys.argv[2])
+session = onnxruntime.InferenceSession(file)
+names = [o.name for o in session.get_outputs()]
+ours = dict(zip(names, session.run(names, {'input': x})))
+theirs = openvino.Core().compile_model(file, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})([x])
+print([float(abs(ours[n].astype(float)-theirs[n].astype(float)).max()) for n in names], int(ours['num_detections'].sum()))'''
+    out = subprocess.run([os.environ['PEER_PYTHON'], '-c', code, tmp_path/'a.onnx', tmp_path/'x.npy'], capture_output=True, text=True, check=True).stdout
+    worst, found = json.loads(out[:out.index(']')+1]), int(out.split()[-1])
+    assert found > 20 and max(worst) < 1e-2

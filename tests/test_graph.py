@@ -6,7 +6,7 @@ import onnx
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from effdet_nb.deploy.graph import (ENDINGS, batch_of, centre_anchors, describe, description, drop_idle_reshapes, end_with_operators, end_with_plugin, finish,
+from effdet_nb.deploy.graph import (ENDINGS, batch_of, centre_anchors, describe, description, drop_idle_reshapes, efficient_nms, end_with_operators, end_with_plugin, finish,
                                     fold_batch_norms, keep_nodes, meta_anchors, raw_twin)
 from effdet_nb.model.postprocess import postprocess
 from onnx_toy import answers, pictures, toy
@@ -159,6 +159,10 @@ def test_the_plugin_file_read_by_us_is_the_plugin_by_the_book():
     proto = end_with_plugin(raw, score_threshold=.4, max_detections=30)
     out, anchors = answers(raw, images), centre_anchors(meta_anchors(description(raw)))[0]
     for i, d in enumerate(OnnxDetector(proto.SerializeToString())(images)):
+        numpy_says = efficient_nms(proto.graph.node[-1], out['box_deltas'][i], out['cls_logits'][i], anchors)
+        np.testing.assert_allclose(numpy_says.boxes, d.boxes, atol=1e-2)
+        np.testing.assert_allclose(numpy_says.scores, d.scores, atol=1e-5)
+        assert numpy_says.classes.tolist() == d.classes.tolist()
         book = plugin_by_the_book(out['cls_logits'][i], out['box_deltas'][i], anchors, .4, .5, 30)
         assert len(d) == len(book) == 30
         np.testing.assert_allclose(d.boxes, [b for b, _, _ in book], atol=1e-2)

@@ -170,3 +170,60 @@ def test_a_keras_detector_finds_its_own_boxes_in_files_of_any_size(tmp_path):
     assert sum(len(o.ids) for o in together)>0
     summary = infer(detector, tmp_path/'in', results_dir=tmp_path/'r', threshold=.005)
     assert summary.counts['boxes']==sum(len(o.ids) for o in together)
+
+
+def test_patterns_choose_pictures_and_keep_their_folders(pictures, tmp_path):
+    summary = infer(Whole(), str(pictures/'*.p[mn]g'), results_dir=tmp_path/'r')
+    assert summary.images==2 and {p.name for p in (tmp_path/'r'/'labels').iterdir()}=={'c.txt', 'é.txt'}
+    infer(Whole(), f'{pictures}/**/a.*', out_label_path=tmp_path/'l')
+    assert {p.relative_to(tmp_path/'l').as_posix() for p in (tmp_path/'l').rglob('*.txt')}=={'a.txt', 'inner/a.txt'}
+    assert [p.name for p in find_images(pictures/'we ird [1].jpg')]==['we ird [1].jpg']              # a name, though it looks like a pattern
+    with pytest.raises(FileNotFoundError, match='between quotes'): find_images(pictures/'*.txt')
+
+
+def test_the_results_folder_holds_one_coco_file(pictures, tmp_path):
+    import json
+    from pycocotools.coco import COCO
+    (pictures/'bad.png').write_bytes(b'?')
+    infer(Whole(), pictures, results_dir=tmp_path/'r', label_map=None)
+    data = json.loads((tmp_path/'r'/'detections.json').read_text())
+    assert len(data['images'])==len(data['annotations'])==10 and data['categories']==[dict(id=7, name='traffic light')]
+    by_id = {i['id']: i for i in data['images']}
+    for a in data['annotations']:
+        w,h = by_id[a['image_id']]['width'], by_id[a['image_id']]['height']
+        assert a['category_id']==7 and a['score']==.9 and np.allclose(a['bbox'], [0,0,min(w,64*w/64),h], atol=1e-2)
+    coco = COCO(tmp_path/'r'/'detections.json')
+    assert len(coco.loadRes(data['annotations']).anns)==10
+
+
+class Alone(Whole):
+    "The same, to be asked from several threads for one picture at a time; slower for some pictures than for others."
+    is_parallel = True
+    def __call__(self, images):
+        import time
+        time.sleep(.02*(int(images[0,0,0,0])//10%3))
+        return super().__call__(images)
+
+
+def test_side_by_side_is_in_order_and_the_same(pictures, tmp_path):
+    (pictures/'b2.png').write_bytes(b'?')
+    detector = Alone()
+    one, many = (infer(d, pictures, results_dir=tmp_path/n, workers=3) for d,n in ((Whole(),'one'), (detector,'many')))
+    assert one.counts==many.counts==dict(images=10, boxes=10, unreadable=1) and detector.batches==[1]*10
+    assert [f.path for f in one.found]==[f.path for f in many.found]
+    for p in (tmp_path/'one').rglob('*.txt'): assert p.read_text()==(tmp_path/'many'/p.relative_to(tmp_path/'one')).read_text()
+    for s in (one, many): assert list(s.stages)==['read','network','choose','write'] and 'ms per picture: read' in repr(s)
+    with pytest.raises(ValueError, match='not readable'): list(predict(detector, find_images(pictures)))
+
+
+def test_onnx_files_work_side_by_side(tmp_path, pictures):
+    import onnx
+    from effdet_nb.deploy.graph import end_with_operators
+    from effdet_nb.deploy.runtime import OnnxDetector
+    from onnx_toy import toy
+    onnx.save(end_with_operators(toy()), tmp_path/'a.onnx')
+    onnx.save(end_with_operators(toy(batch=4)), tmp_path/'b.onnx')
+    assert [OnnxDetector(tmp_path/n, threads=t).is_parallel for n,t in (('a.onnx',1), ('a.onnx',None), ('b.onnx',1))]==[True, False, False]
+    a,b = (infer(tmp_path/n, pictures, out_label_path=tmp_path/n[0], threshold=.3) for n in ('a.onnx','b.onnx'))
+    assert a.boxes==b.boxes and a.images==10
+    for p in (tmp_path/'a').iterdir(): assert p.read_text()==(tmp_path/'b'/p.name).read_text()

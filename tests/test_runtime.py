@@ -200,3 +200,34 @@ def test_cuda_calls_have_the_right_arguments(monkeypatch):
     assert calls[1][1] == [99, a.ctypes.data, 20, 1] and calls[2][1] == [a.ctypes.data, 99, 20, 2] and calls[3][1] == [99]
     monkeypatch.setattr(memory, 'lib', SimpleNamespace(cudaMalloc=lambda *a: 2), raising=False)
     with pytest.raises(RuntimeError, match='error 2'): memory.allocate(8)
+
+
+def test_three_lines_of_python(tmp_path):
+    "A sealed file, a picture of any size, and boxes in its own pixels."
+    from PIL import Image
+    save_etlt(tmp_path/'model.etlt', end_with_plugin(toy()).SerializeToString(), 'k')
+    Image.new('RGB', (256, 200), (90, 20, 20)).save(tmp_path/'street.jpg')
+    det = load_detector(tmp_path/'model.etlt', key='k')
+    d = det(str(tmp_path/'street.jpg'))
+    assert d.show().get_images()[0].get_array().shape == (200, 256, 3)
+    assert len(d) and (d.boxes >= 0).all() and d.boxes[:, [0, 2]].max() <= 200 and d.boxes[:, 2:].max() > 128
+    assert set(d.names) <= {'thing 1', 'thing 2'} and d.scores.min() >= .5 and len(det(tmp_path/'street.jpg', threshold=.97)) < len(d)
+    assert len(d.to_coco(4)) == len(d.to_kitti().splitlines()) == len(d) and d.to_coco(4)[0]['image_id'] == 4
+    assert all(len(line.split()) == 16 for line in d.to_kitti().splitlines())
+    assert json.loads(json.dumps(d.to_coco())) == d.to_coco()
+    assert not np.array_equal(d.draw(), np.asarray(Image.open(tmp_path/'street.jpg'))) and d[:0].to_kitti() == ''
+
+
+def test_tables_need_pandas_and_say_so(monkeypatch):
+    from effdet_nb.model.postprocess import Detections
+    monkeypatch.setitem(sys.modules, 'pandas', None)
+    with pytest.raises(ImportError, match='pip install pandas'): Detections([], [], []).to_pandas()
+    monkeypatch.setitem(sys.modules, 'pandas', SimpleNamespace(DataFrame=dict))
+    table = Detections([[1, 2, 3, 4]], [.5], [1]).to_pandas()
+    assert list(table) == ['name', 'id', 'score', 'y1', 'x1', 'y2', 'x2'] and table['x2'].tolist() == [4] and table['id'] == [2]
+
+
+def test_anchors_of_a_file_without_ending_disturb_nobody():
+    from effdet_nb.deploy.graph import end_with_anchors
+    images = pictures(3)
+    same(OnnxDetector(end_with_anchors(toy()).SerializeToString())(images), OnnxDetector(toy().SerializeToString())(images), 0)

@@ -39,6 +39,7 @@ def graph_for(
     cal_image_dir=None,  # int8: folder of pictures to calibrate with
     cal_cache_file=None, # int8: ranges; read if it exists, written otherwise
     batches:int=10,      # int8: batches to calibrate with, at most
+    batch_size:int=None, # int8: pictures in a batch; None: as many as the file takes, or 1
 ):                       # onnx.ModelProto in that precision, with the same ending
     "Brings an exported file to the precision its engine shall have."
     meta = description(proto)
@@ -47,7 +48,7 @@ def graph_for(
     if data_type==meta['data_type']: return proto
     if meta['data_type']!='fp32': raise ValueError(f"data_type {data_type}: the file is already {meta['data_type']}, and the bits it lost are gone. Export the .tlt again as fp32 or {data_type}")
     nms = dict(meta['nms'])
-    return finish(lower(raw_twin(proto), data_type, cal_image_dir, cal_cache_file, batches), nms.pop('kind'), **nms)
+    return finish(lower(raw_twin(proto), data_type, cal_image_dir, cal_cache_file, batches, batch_size), nms.pop('kind'), **nms)
 
 # %% ../../nbs/deploy/42_engine.ipynb #b0539bb5
 def parse_network(
@@ -105,6 +106,7 @@ def gen_trt_engine(
     batches:int=10,           # int8: batches to calibrate with, at most
     verbose:bool=False,       # let TensorRT tell all
     trt=None,                 # the tensorrt module; imported if absent
+    batch_size:int=None,      # int8: pictures in a batch; None: as many as the file takes, or 1
 )->Path:                      # the engine written
     "Builds a TensorRT engine for the GPU of this machine from an exported file."
     trt, sizes = trt or import_tensorrt(), Batches(min_batch_size, opt_batch_size or max_batch_size, max_batch_size)
@@ -112,7 +114,7 @@ def gen_trt_engine(
     engine_file = Path(engine_file or Path(model_path).with_suffix('.engine'))
     check_target(engine_file)
     import onnx
-    proto = graph_for(onnx.load_model_from_string(onnx_bytes(model_path, key)), data_type, cal_image_dir, cal_cache_file, batches)
+    proto = graph_for(onnx.load_model_from_string(onnx_bytes(model_path, key)), data_type, cal_image_dir, cal_cache_file, batches, batch_size)
     meta, batch = description(proto), batch_of(proto)
     sizes = sizes.fit(batch)
     plan = build_engine(proto.SerializeToString(), meta['arch']['image_hw'], sizes, not isinstance(batch, int), max_workspace_size, verbose, trt, meta['arch'].get('channels', 3))

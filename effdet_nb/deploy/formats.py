@@ -61,10 +61,9 @@ def write_tflite(
     batch_size:int=1, # pictures at once
 ):
     "Writes a detector as a LiteRT (TFLite) file."
-    import tensorflow as tf
-    forward = served(model, batch_size)
-    data = tf.lite.TFLiteConverter.from_concrete_functions([forward.get_concrete_function()], model).convert()
-    Path(path).write_bytes(data)
+    import keras, tensorflow as tf
+    x = keras.Input(batch_shape=(batch_size, *model.input.shape[1:]), dtype='float32', name='input')
+    Path(path).write_bytes(tf.lite.TFLiteConverter.from_keras_model(keras.Model(x, model(x))).convert())
 
 # %% ../../nbs/deploy/38_formats.ipynb #93359dfc
 def run_tflite(

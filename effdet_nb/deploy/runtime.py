@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['onnx_bytes', 'open_session', 'runnable', 'suppression', 'read_answers', 'in_batches', 'check_images',
            'ExportedDetector', 'OnnxDetector', 'import_tensorrt', 'CudaMemory', 'engine_meta', 'TrtDetector', 'kind_of',
-           'load_detector']
+           'load_detector', 'price_of_bits']
 
 # %% ../../nbs/deploy/41_runtime.ipynb #c45b7a5f
 import ctypes, glob, json, sys
@@ -257,6 +257,20 @@ def load_detector(
     if kind!='tlt': return OnnxDetector(path, key, threads, **suppress)
     from effdet_nb.model.detect import KerasDetector
     return KerasDetector.load(path, resolve_key(key), **suppress)
+
+# %% ../../nbs/deploy/41_runtime.ipynb #cfe85b9d
+def price_of_bits(
+    spec,        # the experiment: validation files, eval_config
+    model_path,  # the .tlt a file was exported from
+    exported,    # the .onnx or .etlt
+    key:str='',  # key of both
+)->str:          # a line for people
+    "AP of a model and of the file made from it, on the validation pictures of a spec."
+    from effdet_nb.learn.evaluate import evaluate, samples_from_spec
+    file, e = load_detector(exported, key if kind_of(exported)=='etlt' else ''), spec.eval_config
+    alike = {k:v for k,v in file.meta['nms'].items() if k!='kind'} | (dict(method='hard') if file.meta['nms']['kind']!='none' else {})
+    ap = [evaluate(d, samples_from_spec(spec), batch_size=e.eval_batch_size, eval_samples=e.eval_samples or None)['AP'] for d in (load_detector(model_path, key, **alike), file)]
+    return f"AP {ap[0]:.4f} before, {ap[1]:.4f} after ({file.meta['data_type']}, suppressed alike)"
 
 # %% ../../nbs/deploy/41_runtime.ipynb #c3b549da
 from fastcore.basics import patch

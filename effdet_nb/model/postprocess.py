@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'Detections', 'sigmoid', 'top_pairs', 'box_areas', 'overla
            'nms', 'soft_nms', 'postprocess', 'postprocess_batch', 'see', 'kitti_line']
 
 # %% ../../nbs/model/25_postprocess.ipynb #f7cb9479
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import numpy as np
 from fastcore.basics import patch
 from ..data.boxes import draw_boxes
@@ -22,7 +22,7 @@ class Detections:
     scores:np.ndarray  # [N] float32, 0 to 1
     classes:np.ndarray # [N] int32, channel of the network (category id k is usually channel k-1)
     picture:object=None # the picture they are in: a path, or [H,W,3] uint8; None if unknown
-    table:object=None  # the ClassTable that gives channels their ids and names; None if unknown
+    table:object=field(default=None, repr=False) # the ClassTable that gives channels their ids and names; None if unknown
 
     def __post_init__(self):
         self.boxes = np.asarray(self.boxes, np.float32).reshape(-1, 4)
