@@ -6,8 +6,8 @@
 __all__ = ['CURES', 'judge_box', 'mask_rle', 'mask_png', 'mask_leaves_box', 'Picture', 'look_at', 'why_lost', 'Findings',
            'found_reasons', 'example_of', 'serious', 'worst_image', 'draw_faults']
 
-# %% ../../nbs/data/17_faults.ipynb #ff3c2b3f
-import io, math
+# %% ../../nbs/data/17_faults.ipynb #fdc89a83
+import io, math, struct, zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -64,9 +64,12 @@ def mask_png(
 )->bytes:         # a grey PNG of 0 and 1, of the picture's size
     "A mask as a PNG file."
     from pycocotools import mask as M
-    out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(M.decode([rle])[...,0])).save(out, 'PNG', compress_level=1)
-    return out.getvalue()
+    (h,w),(x,y,bw,bh) = rle['size'], map(int, M.toBbox(rle))
+    rows = np.zeros((h, w+1), np.uint8)                                        # a byte before each row says that it is not filtered
+    if bw*bh: rows[y:y+bh, x+1:x+bw+1] = M.decode(rle)[y:y+bh, x:x+bw]
+    packer = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)             # masks are runs; looking for anything else takes twice as long
+    parts = {b'IHDR':struct.pack('>IIBBBBB', w, h, 8, 0, 0, 0, 0), b'IDAT':packer.compress(rows.data)+packer.flush(), b'IEND':b''}
+    return b'\x89PNG\r\n\x1a\n' + b''.join(struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data)) for kind,data in parts.items())
 
 # %% ../../nbs/data/17_faults.ipynb #1d75c74d
 def mask_leaves_box(
@@ -79,7 +82,7 @@ def mask_leaves_box(
     x,y,w,h = map(float, bbox)
     return mw*mh>0 and (mx<x-1 or my<y-1 or mx+mw>x+w+1 or my+mh>y+h+1)
 
-# %% ../../nbs/data/17_faults.ipynb #7d379d5d
+# %% ../../nbs/data/17_faults.ipynb #cb05abac
 @dataclass(frozen=True)
 class Picture:
     "A picture as it goes into a record, and what is odd about it."
@@ -110,7 +113,7 @@ def _as_png(im):
     im.convert('RGB').save(out, 'PNG')
     return out.getvalue()
 
-# %% ../../nbs/data/17_faults.ipynb #7f5c6b28
+# %% ../../nbs/data/17_faults.ipynb #0f513609
 def why_lost(
     error:Exception, # what reading the picture raised
 )->str:              # the reason, in a few words
@@ -147,7 +150,7 @@ def add(
         for k,v in theirs.items(): mine[k] += v
     return self
 
-# %% ../../nbs/data/17_faults.ipynb #30675172
+# %% ../../nbs/data/17_faults.ipynb #c92206f8
 @patch(cls_method=True)
 def from_dict(
     cls:Findings,
@@ -160,7 +163,7 @@ def from_dict(
         for k,v in theirs.items(): mine[k] += pairs(v)
     return out
 
-# %% ../../nbs/data/17_faults.ipynb #837effe5
+# %% ../../nbs/data/17_faults.ipynb #07db7eca
 @patch
 def add_flaws(
     self:Findings,
@@ -174,7 +177,7 @@ def add_flaws(
         else: self.notes[flaw.reason if flaw.part!='categories' else f'category left out: {flaw.reason}'] += [of(o, 'file_name' if flaw.part=='images' else 'id') for o in entries]
     return self
 
-# %% ../../nbs/data/17_faults.ipynb #babb249c
+# %% ../../nbs/data/17_faults.ipynb #e6d52dd9
 CURES = { # reason -> what to do about it
     'out of bounds':'Draw these boxes again inside their picture, or convert with --clip to cut them at its edge',
     'no size':'Their width or height is 0 or less. Draw them again or remove them',
@@ -203,7 +206,7 @@ CURES = { # reason -> what to do about it
     'area missing, taken from the box':'Nothing, unless you evaluate by size with areas of masks',
 }
 
-# %% ../../nbs/data/17_faults.ipynb #09b6a0b7
+# %% ../../nbs/data/17_faults.ipynb #1a21ce7c
 def found_reasons(
     findings:Findings, # of a whole conversion
 )->list:               # dicts: reason, became, count, cure, items
@@ -213,7 +216,7 @@ def found_reasons(
     return [dict(reason=reason, became=became, count=len(items), cure=CURES.get(reason, ''), items=items)
             for became,reasons in groups for reason,items in sorted(reasons.items(), key=lambda o: -len(o[1])) if items]
 
-# %% ../../nbs/data/17_faults.ipynb #0d58cc0f
+# %% ../../nbs/data/17_faults.ipynb #9a06ed8f
 def example_of(
     found:dict, # as `found_reasons` lists it
 )->str:         # such as 'annotation 918 of image 200365'
@@ -229,7 +232,7 @@ def serious(
     lightly = ('of RGB, converted when read', 'turned into PNG', 'taken as 0', 'taken from the box', 'cut at the edge')
     return not found['reason'].endswith(lightly)
 
-# %% ../../nbs/data/17_faults.ipynb #5950c36d
+# %% ../../nbs/data/17_faults.ipynb #de9867aa
 def worst_image(
     findings:Findings, # of a whole conversion
 ):                     # its id, or None if no box is in trouble
@@ -238,7 +241,7 @@ def worst_image(
     times.update(image for image,_ in findings.clipped+findings.masks)
     return min(times, key=lambda k: (-times[k], str(k)), default=None)
 
-# %% ../../nbs/data/17_faults.ipynb #33ed1339
+# %% ../../nbs/data/17_faults.ipynb #18bcba27
 def draw_faults(
     image,             # [H, W, 3] uint8
     annotations:list,  # COCO's, of this picture
