@@ -160,7 +160,7 @@ class OnnxDetector(ExportedDetector):
 def import_tensorrt():
     "The `tensorrt` module, or how to get it."
     try: import tensorrt
-    except ImportError as e: raise ImportError(f'TensorRT is not installed here ({e}). It needs an NVIDIA GPU and: pip install "effdet_nb[trt]"') from None
+    except ImportError as e: raise ImportError(f'TensorRT is not installed here ({e}). It needs an NVIDIA GPU and: pip install "effdet_nb[trt]" (in a clone of the project: pip install -e ".[trt]")') from None
     return tensorrt
 
 # %% ../../nbs/deploy/41_runtime.ipynb #c1f6b8fc
@@ -171,7 +171,7 @@ class CudaMemory:
         for name in [*places, 'libcudart.so', 'libcudart.so.13', 'libcudart.so.12']:
             try: self.lib = ctypes.CDLL(name); break
             except OSError: pass
-        else: raise ImportError('the CUDA runtime (libcudart) was not found. It needs an NVIDIA GPU and: pip install "effdet_nb[trt]"')
+        else: raise ImportError('the CUDA runtime (libcudart) was not found. It needs an NVIDIA GPU and: pip install "effdet_nb[trt]" (in a clone of the project: pip install -e ".[trt]")')
 
     def check(self, code):
         if code: raise RuntimeError(f'CUDA runtime: error {code}. Is another program using all of the GPU? nvidia-smi shows it')
