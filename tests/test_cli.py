@@ -71,7 +71,7 @@ def test_the_umbrella_knows_every_task(tmp_path):
 SEED = { # flags as NVIDIA's page writes them
     'dataset_convert': ['-i a -a b -o c -t d -s 3 --include_mask', '--image_dir a --annotations_file b --output_dir c --tag d --num_shards 3 --include_masks'],
     'train': ['-e a -d b -k c --gpus 2 --gpu_index 0 1 --log_file d', '--experiment_spec_file a --model_dir b --key c --experiment_spec x'],
-    'evaluate': ['-e a -m b -k c --gpu_index 0 --log_file d', '--experiment_spec_file a --model_path b --key c -r d', '--experiment_spec a -m b'],
+    'evaluate': ['-e a -m b -k c --gpu_index 0 --log_file d', '--experiment_spec_file a --model_path b --key c -r d', '--experiment_spec a -m b', '-e a -m b c -m d --nms soft --iou_threshold .5 --score_threshold .3 --pycocotools'],
     'prune': ['-m a -o b -k c -n L2 -eq intersection -pg 4 -pth 0.7 -nf 8 -el x y z --gpu_index 0 --log_file d', '--model a --output_dir b --normalizer max --equalization_criterion union --pruning_granularity 8 --pruning_threshold .1 --min_num_filters 16 --excluded_layers x'],
     'inference': ['-m a -i b -o c -k d -e e -l f --label_map g --gpu_index 0 --log_file h', '--model_path a --in_image_path b --out_image_path c --out_label_path d', '-m a --image_dir b --class_map c -r d -t 0.4'],
     'gen_trt_engine': ['-m a -k b --data_type fp16 --engine_file c --max_batch_size 4 --min_batch_size 1 --opt_batch_size 2 --batches 3 --cal_image_dir d --cal_cache_file e --max_workspace_size 2 -r f -v --gpu_index 0 --log_file g'],
@@ -203,6 +203,28 @@ def test_evaluate_prints_the_table_and_writes_numbers(trained):
     assert numbers['num_images']==6 and len(numbers['metrics'])==12 and [r['name'] for r in numbers['per_class']]==['circle','square','triangle']
     assert len(json.loads((work/'ev'/'detections.json').read_text()))==numbers['num_detections']
     assert read_status(work/'ev')[-1]['kpi'].keys()==numbers['metrics'].keys() and KEY not in (work/'ev'/'status.json').read_text()
+
+def test_several_models_are_compared_and_each_is_read(trained):
+    work,_ = trained
+    from fastcore.script import anno_parser
+    import effdet_nb.cli as cli
+    assert anno_parser(cli.TASKS['evaluate'], 'x').parse_args('-e a -m b c -m d'.split()).model_path==['b','c','d']
+    out = run('evaluate', '-e', 'spec.txt', '-m', 'run/model.step-3.tlt', '-m', 'run/model.best.tlt', '-k', KEY, '--nms', 'hard', '-r', 'both', cwd=work)
+    assert out.returncode==0, out.stderr
+    assert 'model.step-3.tlt' in out.stdout and 'model.best.tlt' in out.stdout and out.stdout.count(' hard ')==2 and max(map(len, out.stdout.splitlines()))<=100
+    told = json.loads((work/'both'/'metrics.json').read_text())
+    assert [m['model'] for m in told]==['model.step-3.tlt','model.best.tlt'] and all(m['images_per_second']>0 and m['nms']=='hard' for m in told)
+    assert (work/'both'/'report.html').is_file() and KEY not in (work/'both'/'report.html').read_text()
+    again = run('evaluate', '-e', 'spec.txt', '-m', 'both/model.best.tlt/detections.json', cwd=work)
+    assert again.returncode==0 and again.stdout.splitlines()[2:4]==run('evaluate', '-e', 'spec.txt', '-m', 'run/model.best.tlt', '-k', KEY, '--nms', 'hard', '--pycocotools', cwd=work).stdout.splitlines()[2:4], again.stderr
+
+def test_testdev_writes_detections_and_scores_nothing(trained):
+    work,_ = trained
+    (work/'testdev.txt').write_text((work/'spec.txt').read_text().replace('dataset_config {', 'dataset_config { testdev_dir: "sent"', 1))
+    out = run('evaluate', '-e', 'testdev.txt', '-m', 'run/model.step-3.tlt', '-k', KEY, cwd=work)
+    assert out.returncode==0 and 'nothing is scored' in out.stdout and 'AP50' not in out.stdout, out.stderr
+    rows = json.loads((work/'sent'/'detections.json').read_text())
+    assert rows and all(type(r['image_id']) is int and set(r)=={'image_id','category_id','bbox','score'} for r in rows)
 
 def test_inference_writes_pictures_and_labels(trained):
     work,_ = trained

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from itertools import islice
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from effdet_nb.data.coco import ClassTable, load_coco
-from effdet_nb.learn.evaluate import (COCO_NAMES, Metrics, Truth, category_ids, coco_metrics, coco_results, detect, evaluate, image_ap,
+from effdet_nb.learn.evaluate import (COCO_NAMES, Metrics, Truth, category_ids, coco_metrics, coco_results, detect, evaluate, image_ap, image_aps,
                                       samples_from_json, samples_from_records, samples_from_spec, worst_images)
 from effdet_nb.model.postprocess import Detections
 
@@ -222,6 +223,60 @@ def test_a_spec_names_records_and_file(pictures):
 def test_progress_leaves_stdout_alone(pictures, capfd):
     evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures), show_progress=True)
     assert capfd.readouterr().out == ''
+
+
+def test_pycocotools_counts_the_same_when_asked(pictures):
+    samples = list(samples_from_json(pictures/'a.json', pictures))
+    ours, theirs = (evaluate(Fixed(), samples, pycocotools=p) for p in (False, True))
+    assert dict(ours) == dict(theirs) and ours.per_class == theirs.per_class
+    np.testing.assert_array_equal(ours.precision, theirs.precision)
+
+
+def test_suppression_in_a_thread_changes_nothing_and_keeps_order(pictures):
+    class Apart(Fixed):
+        def raw(self, images): return super().__call__(images)
+        def answers(self, out): time.sleep(.01); return out
+        def __call__(self, images): raise AssertionError('the two steps are asked for')
+    samples = list(samples_from_json(pictures/'a.json', pictures))
+    apart, whole = (evaluate(d, samples, batch_size=2) for d in (Apart(), Fixed()))
+    assert dict(apart) == dict(whole) and [t.image_id for t, _ in apart.results] == [t.image_id for t, _ in whole.results]
+    class Broken(Apart):
+        def answers(self, out): raise ValueError('no boxes today')
+    with pytest.raises(ValueError, match='no boxes today'): evaluate(Broken(), samples, batch_size=2)
+
+
+def test_how_many_were_looked_at_is_said(pictures):
+    samples = list(samples_from_json(pictures/'a.json', pictures))
+    said = lambda s, n: str(evaluate(Fixed(), s, eval_samples=n)).split(', ')[0]
+    assert said(samples, None) == '7 images'
+    assert said(samples, 3) == 'the first 3 of 7 images (eval_samples 3)'
+    assert said(iter(samples), 3) == 'the first 3 images (eval_samples 3)'
+    assert said(samples, 5000) == '7 images (all there are; eval_samples asks for 5,000)'
+
+
+def test_a_dash_is_explained_and_only_then(pictures):
+    metrics = evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures))
+    assert metrics['APl'] == -1 and 'there was no such box to find' in str(metrics) and 'there was no such box' in metrics._repr_markdown_()
+    full = Metrics([.5]*12, [dict(id=1, name='a', num_boxes=1, num_detections=1, AP=.5, AP50=.5, AR=.5)], np.zeros((10, 101, 1)), [], ClassTable((1,), ('a',), 2))
+    assert 'no such box' not in str(full)
+
+
+def test_pictures_of_a_spec_come_in_the_order_of_the_file_and_twice(pictures):
+    from effdet_nb.data.tfrecord import dataset_convert
+    from effdet_nb.spec import Spec
+    for shards in (1, 3):
+        dataset_convert(pictures, pictures/'a.json', pictures/f'in{shards}', 'val', num_shards=shards)
+        samples = samples_from_spec(Spec().replace(dataset_config=dict(validation_file_pattern=str(pictures/f'in{shards}/val*'))))
+        for _ in range(2): assert [t.image_id for _, t in samples] == list(range(1000, 1007))
+        assert len(samples) == 7
+
+
+def test_image_ap_of_all_at_once_is_that_of_each(shared):
+    coco = load_coco(shared/'data'/'bccd'/'test.json')
+    classes, rng = ClassTable.make(coco.categories), np.random.default_rng(1)
+    results = [(t, guesses(t, classes, rng)) for _, t in islice(samples_from_json(coco, ''), 12)] + [(Truth('none', [], []), Detections([[0, 0, 9, 9]], [.3], [0]))]
+    np.testing.assert_allclose(image_aps(results, classes), [image_ap(t, d, classes) for t, d in results], rtol=0, atol=1e-12)
+    assert image_aps(results, classes)[-1] == pytest.approx(.7)
 
 
 def test_importing_is_light():

@@ -1,12 +1,12 @@
 "The report: whatever a name or a number may be, the page stays whole, says it, and loads nothing."
-import math, re
+import base64, hashlib, html, math, re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from effdet_nb.deploy.report import boxes_picture, commands, file_size, files, key_numbers, line_chart, page, pairs, side_by_side, table, ticks, write_report
+from effdet_nb.deploy.report import bar_chart, boxes_picture, commands, count_square, file_size, files, key_numbers, line_chart, page, pairs, side_by_side, table, ticks, write_report
 
 VOID = {'meta', 'link', 'br', 'hr', 'img', 'input'}
 texts = st.text(st.characters(exclude_categories=('Cs', 'Cc')), max_size=20)
@@ -103,3 +103,18 @@ def test_a_report_is_whole_or_absent(tmp_path):
     with pytest.raises(AttributeError): write_report(tmp_path/'report.html', 'x', None)
     assert [p.name for p in tmp_path.iterdir()]==['taken']
     assert Reader(write_report(tmp_path/'new'/'ü.html', 'ü', {'ö': ['ä']}).read_text(encoding='utf-8')).of('h1')==['ü']
+
+
+def test_bars_and_squares_hold_any_text_and_number():
+    bad = '</td><script>alert(1)</script>'
+    text = page('x', {'t': [bar_chart({bad: (.5, bad), 'none': (0, ''), 'less': (-1, ''), 'odd': (math.nan, '')}, bad), count_square([[0, 2], [0, 0]], [bad, 'b'], ['c', bad], bad)]})
+    assert 'script' not in Reader(text).names
+    assert [float(w) for w in re.findall(r'<rect[^>]*? width="(.*?)"', text)]==[170, 0, 0, 0]
+    assert 'Nothing' not in bar_chart({}, 'empty') and Reader(bar_chart({}, 'empty'))
+
+
+def test_only_the_script_that_was_given_may_run():
+    text = page('x', {'t': [table([{'a': 1}], sortable=True)]}, script='let a = 1 < 2')
+    digest = base64.b64encode(hashlib.sha256(b'let a = 1 < 2').digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in html.unescape(text) and '<script>let a = 1 < 2</script>' in text
+    assert 'script-src' not in page('x', {'t': [table([{'a': 1}], sortable=True)]})
