@@ -38,6 +38,7 @@ def records(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, size, channels', [('efficientdet-d0', '157,203', 3), ('efficientdet-lite0', '128,192', 1)])
 def test_odd_and_grey_go_all_the_way(small_network, records, tmp_path, name, size, channels):
     spec = Spec().replace(

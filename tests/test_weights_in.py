@@ -3,6 +3,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -123,6 +125,7 @@ def test_a_tf2_checkpoint(shared, reference, model, tmp_path):
     check_reference(W.read_weights(prefix), model, reference, 'TensorFlow 2')
 
 
+@pytest.mark.slow
 def test_a_keras_2_file_of_automl(reference, model, tmp_path):
     with h5py.File(tmp_path/'d0.h5', 'w') as f:
         for n, a in reference.items(): f[f'{n.split("/")[0]}/{n}:0'] = a
@@ -189,7 +192,9 @@ def features_agree(net, arch, weights, atol=2e-3):
     np.testing.assert_allclose(ours, theirs, atol=atol*np.abs(theirs).max())
 
 
-@pytest.mark.parametrize('name', ['b0.weights.h5', 'b0.keras', 'whole.h5', 'legacy.h5', 'renamed.hdf5'])
+slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
+
+@pytest.mark.parametrize('name', ['legacy.h5', 'b0.keras', slow('b0.weights.h5'), slow('whole.h5'), slow('renamed.hdf5')])
 def test_keras_backbones_in_every_format(keras_b0, tmp_path, name):
     if name == 'legacy.h5':
         from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
@@ -236,6 +241,7 @@ def test_imagenet_knows_which_backbone(monkeypatch, name, b):
 
 # --- what a run takes over
 
+@pytest.mark.slow
 def test_a_backbone_for_another_variant_is_refused(keras_b0, tmp_path):
     keras_b0.save_weights(tmp_path/'b0.weights.h5')
     d1 = Arch('d1', HW, 4)
@@ -253,6 +259,7 @@ def test_grey_networks_take_coloured_weights():
     np.testing.assert_allclose(np.array(a)[:, :-1, :-1], np.array(b)[:, :-1, :-1], atol=2e-3)    # the last row and column look over the edge
 
 
+@pytest.mark.slow
 def test_other_anchors_start_both_predictors_afresh(model):
     arch = Arch(image_hw=HW, num_classes=90, num_scales=2)
     report = W.fill(build(arch), W.Weights('c', 'ours', 'ours', weights_of(model)), arch)
@@ -334,9 +341,27 @@ def test_files_of_another_kind_are_named(tmp_path):
     with pytest.raises(FileNotFoundError): W.read_weights(tmp_path/'gone.tlt')
 
 
+@pytest.mark.slow
 def test_our_own_file_and_a_pruned_one(model, tmp_path):
     save_detector(tmp_path/'m.tlt', model, ARCH, W.default_classes(90), 'k')
     assert W.read_weights(tmp_path/'m.tlt', 'k').arch == ARCH
     narrow = Arch(image_hw=HW, num_classes=90, widths={'stem_conv': 24})
     save_detector(tmp_path/'p.tlt', build(narrow), narrow, W.default_classes(90))
     untouched(model, lambda: W.fill(model, W.read_weights(tmp_path/'p.tlt', 'k'), ARCH), 'pruned_model_path')
+
+
+# --- the command, and a run
+
+def command(*args):
+    code = f'import sys; sys.argv = {["effdet_import", *map(str, args)]!r}\nimport effdet_nb.cli as c\nc.effdet_import()'
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_command_says_what_it_took(tf1, tmp_path):
+    out = command('-m', tf1.parent, '-o', tmp_path/'d0.tlt', '--image_size', '128,128', '-k', 'word')
+    assert out.returncode == 0, out.stderr
+    assert 'TensorFlow 1 checkpoint of google/automl' in out.stdout and 'efficientdet-d0, 128x128, 90 classes' in out.stdout and 'word' not in out.stdout
+    assert open_detector(tmp_path/'d0.tlt', 'word')[1] == ARCH
+    out = command('-m', tf1.parent, '-o', tmp_path/'d1.tlt', '--model_name', 'efficientdet-d1')
+    assert out.returncode == 1 and 'backbone has 16 blocks' in out.stderr.strip().splitlines()[-1] and not (tmp_path/'d1.tlt').exists()
