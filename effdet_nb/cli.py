@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'spelled', 'Opt', 'last_line', 'Tee', 'logged', 'Terminated', 'stoppable', 'pick_gpus', 'held_back',
            'QuietTensorFlow', 'command', 'effdet_dataset_convert', 'effdet_check', 'effdet_train', 'effdet_evaluate',
            'effdet_prune', 'effdet_inference', 'effdet_export', 'effdet_gen_trt_engine', 'effdet_quickstart',
-           'efficientdet_tf1']
+           'effdet_import', 'efficientdet_tf1']
 
 # %% ../nbs/90_cli.ipynb #4b50467b
 import argparse, importlib.abc, importlib.util, os, signal, sys, threading, warnings
@@ -472,6 +472,26 @@ def effdet_quickstart(
     from effdet_nb.deploy.quickstart import quickstart
     return quickstart(folder, key, **settings)
 
+# %% ../nbs/90_cli.ipynb #7b006794
+@command
+def effdet_import(
+    model_path:Opt('Weights: a TensorFlow checkpoint (prefix, folder, .tar.gz), a Keras .h5 or .keras, a .tlt of TAO 5 or of effdet_nb, or the word imagenet', '-m', '--model', required=True, metavar='PATH')=None,
+    output_path:Opt('The .tlt to write', '-o', required=True, metavar='FILE')=None,
+    key:_key()=None,
+    experiment_spec_file:_spec(False)=None,
+    model_name:Opt('The variant, such as efficientdet-d7; seen from the weights if left out', metavar='NAME')=None,
+    num_classes:Opt('Channels of the class head; seen from the weights if left out', type=int, metavar='N')=None,
+    image_size:Opt('Input of the network, "height,width"; the size of the published model if left out', metavar='H,W')=None,
+    log_file:_log()=None,
+    verbose:_verbose()=False,
+):
+    "Make a model file of weights from elsewhere."
+    if experiment_spec_file and (model_name or num_classes or image_size): raise ValueError('--experiment_spec_file: describes the model already; leave --model_name, --num_classes and --image_size out')
+    from effdet_nb.spec import Spec
+    spec = Spec.load(experiment_spec_file) if experiment_spec_file else None
+    from effdet_nb.model.weights_in import import_weights
+    return import_weights(model_path, output_path, key, spec, model_name, num_classes, image_size)
+
 # %% ../nbs/90_cli.ipynb #526d0d84
 TASKS = dict(dataset_convert=effdet_dataset_convert, check=effdet_check, train=effdet_train, evaluate=effdet_evaluate, prune=effdet_prune, inference=effdet_inference,
              export=effdet_export, gen_trt_engine=effdet_gen_trt_engine, quickstart=effdet_quickstart)
@@ -487,3 +507,6 @@ def efficientdet_tf1():
     task = p.parse_args(args[:1]).task
     options = vars(anno_parser(TASKS[task], f'efficientdet_tf1 {task}').parse_args(args[1:]))
     TASKS[task](**{k:v for k,v in options.items() if k not in ('pdb','xtra')})
+
+# %% ../nbs/90_cli.ipynb #b5cf72e7
+TASKS['import'] = effdet_import

@@ -9,7 +9,7 @@ from effdet_nb.data.shapes import draw_dataset
 from effdet_nb.status import read_status
 
 BIN = Path(sys.executable).parent
-TASKS = ['dataset_convert', 'check', 'train', 'evaluate', 'prune', 'inference', 'export', 'gen_trt_engine', 'quickstart']
+TASKS = ['dataset_convert', 'check', 'train', 'evaluate', 'prune', 'inference', 'export', 'gen_trt_engine', 'quickstart', 'import']
 KEY = 'tl7-geheim'
 ENV = {k:v for k,v in os.environ.items() if k!='EFFDET_KEY'} | dict(OMP_NUM_THREADS='1')
 

@@ -1,67 +1,81 @@
-"The network against the reference: parameter counts of every variant, and one whole forward pass."
+"The network against the reference: every number of every variant. (The forward pass is in test_weights_in.py, on imported weights.)"
 import json
-import re
 
+import keras
 import numpy as np
 import pytest
 
+from effdet_nb.model.anchors import feature_size
 from effdet_nb.model.backbone import backbone_blocks
 from effdet_nb.model.bifpn import NODES
-from effdet_nb.model.detector import SCALING, Arch, build
+from effdet_nb.model.detector import SCALING, Arch, arch_anchors, arch_from_spec, build, pyramid, scaling, wing_costs
+from effdet_nb.spec import Spec, model_names
 
 
-def reference_name(path):
-    "The reference's name of one of our variables (D0)."
-    layer, var = path.rsplit('/', 1)
-    blocks = [b.name for b in backbone_blocks()]
-    if layer in ('stem_conv', 'stem_bn'): return f'efficientnet-b0|stem|{dict(stem_conv="conv2d", stem_bn="tpu_batch_normalization")[layer]}|{var}'
-    if m := re.match(r'(block\d[a-z]_)(.*)', layer):
-        i, first = blocks.index(m[1]), m[1] == 'block1a_'
-        names = {'expand_conv': 'conv2d', 'expand_bn': 'tpu_batch_normalization', 'dwconv': 'depthwise_conv2d', 'bn': f'tpu_batch_normalization{"" if first else "_1"}',
-                 'se_reduce': 'se|conv2d', 'se_expand': 'se|conv2d_1', 'project_conv': 'conv2d' if first else 'conv2d_1', 'project_bn': f'tpu_batch_normalization_{1 if first else 2}'}
-        return f'efficientnet-b0|blocks_{i}|{names[m[2]]}|{"depthwise_kernel" if m[2] == "dwconv" else var}'
-    if layer in ('p6', 'p6_bn'): return f'resample_p6|{dict(p6="conv2d", p6_bn="bn")[layer]}|{var}'
-    if m := re.match(r'bifpn(\d)_(\d)_(\d+)_(\d)(_bn)?$', layer):
-        return f'fpn_cells|cell_{m[4]}|fnode{m[1]}|resample_{m[2]}_{m[3]}_{int(m[1])+5}|{"bn" if m[5] else "conv2d"}|{var}'
-    if m := re.match(r'(after_combine_dw_conv|bifpn_bn)_(\d+)_(\d)', layer):
-        return f'fpn_cells|cell_{m[3]}|fnode{int(m[2])-5}|op_after_combine{m[2]}|{"bn" if m[1] == "bifpn_bn" else "conv"}|{var}'
-    if m := re.match(r'(class|box)-', layer): return f'{m[1]}_net|{layer}|{var}'
-    raise KeyError(path)
+VARIANTS = 'd0 d1 d2 d3 d4 d5 d6 d7 d7x lite0 lite1 lite2 lite3 lite3x lite4'.split()
 
 
-def load_reference(model, weights):
-    for v in model.weights:
-        if m := re.match(r'weighted_fusion_(\d+)_(\d+)/weights', v.path):
-            node = f'fpn_cells|cell_{m[2]}|fnode{int(m[1])-5}|WSM'
-            v.assign(np.array([weights[node+s] for s in ('', '_1', '_2')[:v.shape[0]]]))
-        else: v.assign(weights[reference_name(v.path)].reshape(v.shape))
-
-
-def test_the_forward_pass_equals_the_reference(shared):
-    ref, weights = np.load(shared/'oracle'/'d0_forward_512.npz', allow_pickle=False), np.load(shared/'oracle'/'d0_weights.npz', allow_pickle=False)
-    model = build(Arch(num_classes=90))
-    load_reference(model, weights)
-    image = ref[[k for k in ref.files if ref[k].dtype == np.uint8][0]]
-    out = model(image.reshape(1, 512, 512, 3))
-    sizes, start = [64, 32, 16, 8, 4], 0
-    for level, n in zip(range(3, 8), sizes):
-        stride = int(ref[f'stride_{level}']) if f'stride_{level}' in ref.files else (7, 5, 1, 1, 1)[level-3]
-        for name, key, c in (('class', 'cls_logits', 90), ('box', 'box_deltas', 4)):
-            ours = np.array(out[key])[0, start:start+n*n*9].reshape(1, n, n, 9*c)
-            theirs = ref[f'{name}_{level}']
-            np.testing.assert_allclose(ours[:, ::stride, ::stride].reshape(theirs.shape), theirs, atol=2e-4, err_msg=f'{name} of P{level}')
-        start += n*n*9
-
-
-@pytest.mark.parametrize('d', range(6))
-def test_parameter_counts_of_every_variant(shared, d):
-    ref = json.loads((shared/'oracle'/'arch.json').read_text())[f'd{d}']
-    model = build(Arch(f'efficientdet-d{d}', (128, 128), 90))
+@pytest.mark.parametrize('v', [v if v in ('d0', 'lite0') else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
+def test_parameter_counts_of_every_variant(shared, v):
+    ref = json.loads((shared/'oracle'/'arch.json').read_text())[v]
+    model = build(Arch(f'efficientdet_{v}', (128, 128), 90))
     count = lambda ws: sum(int(np.prod(w.shape)) for w in ws)
     assert count(model.trainable_weights) == ref['trainable_params']
     assert count(model.weights) == ref['total_params']
-    side, _, _, filters, cells, repeats = SCALING[f'efficientdet-d{d}']
-    assert (side, filters, cells, repeats) == (ref['image_size'], ref['fpn_num_filters'], ref['fpn_cell_repeats'], ref['box_class_repeats'])
+    fused = sum(w.path.startswith('weighted_fusion') for w in model.weights)         # ours keeps the weights of a node together, the reference apart
+    parts = sum(w.shape[0] for w in model.weights if w.path.startswith('weighted_fusion'))
+    assert len(model.weights)-fused+parts == ref['num_variables'] and len(model.trainable_weights)-fused+parts == ref['num_trainable_variables']
+
+
+@pytest.mark.parametrize('v', VARIANTS)
+def test_every_number_of_a_variant_is_the_references(shared, v):
+    every = json.loads((shared/'oracle'/'arch.json').read_text())
+    ref, arch, s = every[v], Arch(f'EfficientDet_{v.upper()}'), scaling(f'efficientdet-{v}')
+    assert list(every) == VARIANTS == [n.removeprefix('efficientdet-') for n in SCALING] == [n.removeprefix('efficientdet-') for n in model_names]
+    assert (s.side, s.fpn_filters, s.fpn_cells, s.head_repeats) == (ref['image_size'], ref['fpn_num_filters'], ref['fpn_cell_repeats'], ref['box_class_repeats'])
+    assert (arch.anchor_scale, arch.levels[0], arch.levels[-1], arch.num_scales) == (ref['anchor_scale'], ref['min_level'], ref['max_level'], ref['num_scales'])
+    np.testing.assert_allclose(arch.mean_rgb, np.broadcast_to(ref['mean_rgb'], 3))
+    np.testing.assert_allclose(arch.std_rgb, np.broadcast_to(ref['stddev_rgb'], 3), rtol=1e-6)
+    assert (s.family == 'weighted') == (ref['fpn_weight_method'] is None) and s.lite == (ref['act_type'] == 'relu6') == (not ref['backbone_global']['use_se'])
+    np.testing.assert_allclose(1-s.drop_connect, ref['backbone_global']['survival_prob'] or 1.)
+    blocks = backbone_blocks(s.width, s.depth, s.drop_connect, s.lite)
+    assert [(b.kernel, b.stride, b.expand, b.out) for b in blocks] == [(r['kernel'], r['stride'][0], r['expand'], r['out']) for r in ref['backbone_blocks']]
+    assert [b.inp for b in blocks[1:]] == [r['inp'] for r in ref['backbone_blocks'][1:]]      # a lite network's first block reads the unscaled stem
+    np.testing.assert_allclose([b.drop for b in blocks], [s.drop_connect*i/len(blocks) for i in range(len(blocks))])
+
+
+def test_batch_norms_have_the_references_constants(shared):
+    ref = json.loads((shared/'oracle'/'arch.json').read_text())['d0']
+    norms = [l for l in build(Arch(image_hw=(128, 128), num_classes=2)).layers if isinstance(l, keras.layers.BatchNormalization)]
+    assert {(l.momentum, l.epsilon) for l in norms} == {(ref['fpn_bn_momentum'], ref['fpn_bn_eps'])} == {(ref['backbone_global']['bn_momentum'], ref['backbone_global']['bn_eps'])}
+
+
+def test_a_p8_is_one_level_more(monkeypatch):
+    monkeypatch.setitem(SCALING, 'efficientdet-d7x', (128, .35, .3, 16, 2, 1, 'sum', 4., 8))
+    arch = Arch('efficientdet-d7x', (300, 260), 2)
+    assert build(arch).output['box_deltas'].shape[1] == len(arch_anchors(arch)) == 9*sum(np.prod(feature_size((300, 260), l)) for l in range(3, 9))
+    assert not [w.path for w in build(arch).weights if 'weighted_fusion' in w.path]
+
+
+def test_spec_fields_shape_the_model():
+    spec = Spec().replace(model_config=dict(model_name='efficientdet_d7', aspect_ratios='[(1.0, 1.0), (2.0, 0.5)]', num_scales=2), dataset_config=dict(num_classes=3, image_size='128,160', num_channels=1))
+    arch = arch_from_spec(spec)
+    assert (arch.name, arch.anchor_scale, len(arch.aspects), arch.num_scales, arch.channels) == ('efficientdet-d7', 5., 2, 2, 1)
+    assert arch_from_spec(spec.replace(model_config=dict(anchor_scale=3.5))).anchor_scale == 3.5
+    small = arch_from_spec(spec.replace(model_config=dict(model_name='efficientdet-d0')))
+    model = build(small)
+    assert model.get_layer('class-predict').filters == 2*2*3 and model.output['box_deltas'].shape[1] == len(arch_anchors(small)) and model.input.shape[-1] == 1
+    for name, level, fine in (('efficientdet-d0', 8, False), ('efficientdet-d7x', 7, False), ('efficientdet-d7x', 8, True), ('efficientdet-d0', 7, True)):
+        found = spec.replace(model_config=dict(model_name=name, max_level=level)).problems()
+        assert (not any('max_level' in p for p in found)) == fine, (name, level)
+
+
+def test_the_summary_adds_up():
+    model = build(Arch(num_classes=90))
+    costs = wing_costs(model)
+    assert sum(p for p, _ in costs.values()) == model.count_params() and 2.48e9 < sum(m for _, m in costs.values()) < 2.5e9
+    assert all(w in repr(model) for w in ('backbone', 'BiFPN', 'class_net', 'box_net', '512x512 colour', '49,104 anchors'))
+    assert [tuple(m.shape[1:3]) for m in pyramid(model).output] == [(64, 64), (32, 32), (16, 16), (8, 8), (4, 4)]
 
 
 def test_every_layer_of_a_pruned_description_gets_its_width():

@@ -99,7 +99,7 @@ def test_starting_from_weights_takes_what_fits(spec, tmp_path):
     assert '4 classes there, 6 here: class-predict is re-initialised' in trainer.begin(tmp_path/'b')    # nothing to be set for that
     skipping = other.replace(training_config=dict(skip_checkpoint_variables='-predict'))
     trainer.config = skipping.training_config
-    assert 'box_net          8                 3' in trainer.begin(tmp_path/'c')
+    assert [l.split() for l in trainer.begin(tmp_path/'c').splitlines() if '_net' in l] == [['class_net', '23', '3'], ['box_net', '23', '3']]
     model, _, stored = open_detector(trained)
     np.testing.assert_array_equal(trainer.model.get_layer('stem_conv').kernel.numpy(), stored.ema['stem_conv/kernel'])
 

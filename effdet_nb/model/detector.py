@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALING', 'MEAN_RGB', 'STD_RGB', 'GREY', 'WINGS', 'Scaling', 'variant_name', 'scaling', 'pixel_scale', 'Arch',
            'arch_to_dict', 'arch_from_dict', 'arch_from_spec', 'arch_anchors', 'Normalize', 'as_input', 'wing_of',
-           'wing_costs', 'EfficientDet', 'build']
+           'wing_costs', 'EfficientDet', 'build', 'variants_table', 'pyramid', 'show_strip']
 
 # %% ../../nbs/model/24_detector.ipynb #2bb81370
 import re
@@ -218,3 +218,36 @@ def build(
     box = head(make, maps, 'box', s.fpn_filters, s.head_repeats, 4, num_anchors)
     outputs = {'cls_logits': to_rows(cls, arch.num_classes, 'cls_logits'), 'box_deltas': to_rows(box, 4, 'box_deltas')}
     return EfficientDet(images, outputs, name=arch.name)
+
+# %% ../../nbs/model/24_detector.ipynb #e3cd2980
+def variants_table(
+    num_classes:int=90, # channels of the class head
+)->str:                 # Markdown
+    "A table of all variants with their parameters; builds each of them, which takes a while."
+    rows = []
+    for name in SCALING:
+        s, model = scaling(name), build(Arch(name, (128,128), num_classes))
+        count = lambda ws: sum(prod(w.shape) for w in ws)
+        rows.append(f'| {name} | {s.side} | {count(model.trainable_weights):,} | {count(model.weights):,} | {"sum" if s.family != "weighted" else "weighted"} | {s.anchor_scale:g} | {s.max_level} |')
+    return '\n'.join(['| variant | side | trainable | all | fusion | anchor_scale | levels to |', '|---|--:|--:|--:|---|--:|--:|', *rows])
+
+# %% ../../nbs/model/24_detector.ipynb #79fba5c5
+def pyramid(
+    model,     # a detector
+)->keras.Model:# images -> maps [N,h,w,F], P3 to P7
+    "The part of a detector before its heads."
+    return keras.Model(model.input, [n.input_tensors[0] for n in model.get_layer('class-0')._inbound_nodes])
+
+# %% ../../nbs/model/24_detector.ipynb #63050d74
+def show_strip(
+    model,              # a detector
+    image:np.ndarray,   # [H,W,3] uint8 of the detector's size
+    fig=None,           # matplotlib figure to draw on
+):                      # its axes
+    "Shows a picture and how strongly each cell of P3 to P7 answers to it."
+    import matplotlib.pyplot as plt
+    maps = [np.asarray(m)[0] for m in pyramid(model)(as_input(image[None], model.input.shape[-1]))]
+    axs = (fig or plt.figure(figsize=(6,1.5), dpi=72)).subplots(1, len(maps)+1)
+    for i,(ax,m) in enumerate(zip(axs, [image, *(np.abs(m).mean(-1) for m in maps)])):
+        ax.imshow(m, cmap='magma'); ax.axis('off'); ax.set_title('picture' if i==0 else f'P{i+2}, {m.shape[0]}x{m.shape[1]}', fontsize=8)
+    return axs

@@ -175,7 +175,7 @@ def read_checkpoint(
         for n in sorted(shapes):
             if (plain := _plain_name(n)) and (plain[1] or plain[0] not in raw): raw[plain[0]] = n
         arrays = {k: reader.get_tensor(n) for k,n in raw.items()}
-    except (tf.errors.OpError, RuntimeError, ValueError, OSError) as e:
+    except (tf.errors.OpError, RuntimeError, ValueError, OSError, IndexError) as e:
         first = str(e).strip().splitlines()[0]
         raise WeightsError(f'{name}: the checkpoint cannot be read ({first[:200]}). Are all its files there, .index and .data-...? Copy or unpack it again') from None
     if not arrays: raise WeightsError(f'{name}: a TensorFlow checkpoint without a single name of an EfficientDet ({len(shapes)} variables, such as {", ".join(sorted(shapes)[:3])}). Give one of google/automl\'s or of TAO\'s efficientdet')
