@@ -138,8 +138,8 @@ class DatasetConfig:
 class TrainingConfig:
     "How long, how fast and from what to train."
     train_batch_size:int = setting(1, 16, 'Pictures per step on each GPU', 'images', at_least(1))
-    iterations_per_loop:int = setting(2, 0, 'Steps run in one call of the compiled loop; 0 lets the trainer choose', 'steps')
-    use_xla:bool = setting(3, False, 'Compile the training step with XLA')
+    iterations_per_loop:int = setting(2, 0, 'Steps run in one call of the compiled loop; 0 is 1, which also shows how long training waits for pictures', 'steps')
+    use_xla:bool = setting(3, False, 'Compile the training step with XLA; for one GPU, on a CPU it is several times slower')
     disable_logging:bool = setting(4, False, 'Say nothing between epochs')
     checkpoint:str = setting(5, '', 'Model or weights to start from: a .tlt, a TensorFlow checkpoint, a Keras .h5 or .keras, or the word imagenet', 'file', opens=learns)
     stop_at_epoch:int = setting(6, 0, 'Stop after this epoch while the learning rate still follows `num_epochs`; 0 goes to the end', 'epochs')
@@ -150,7 +150,7 @@ class TrainingConfig:
     num_epochs:int = setting(11, 300, 'Length of the training', 'epochs', at_least(1))
     skip_checkpoint_variables:str = setting(12, '', 'Weights whose name matches this regular expression are not taken from `checkpoint`', 'regex',
         Check('a regular expression', readable_regex))
-    profile_skip_steps:int = setting(13, 0, 'First steps left out of the reported speed, since they include compilation', 'steps')
+    profile_skip_steps:int = setting(13, 0, 'Record a TensorBoard profile of five steps after this many; 0 records none', 'steps')
     tf_random_seed:int = setting(14, 42, 'Seed of weights, order and augmentation')
     moving_average_decay:float = setting(15, 0.9999, 'Decay of the moving average of the weights; 0 keeps none', '', fraction)
     lr_warmup_epoch:float = setting(16, 5., 'Length of the linear warm-up; 0 starts at the full rate', 'epochs', at_least(0))
@@ -163,13 +163,15 @@ class TrainingConfig:
     clip_gradients_norm:float = setting(23, 5., 'Longest gradient, measured over all weights together; 0 does not clip', '', at_least(0))
     momentum:float = setting(24, 0.9, 'Momentum of SGD', '', fraction)
     logging_frequency:int = setting(25, 10, 'Steps between two lines of the log', 'steps', within(1,1000))
+    gradient_accumulation_steps:int = setting(101, 1, 'Parts in which a step computes its `train_batch_size` pictures, one after the other, to need less memory; not in TAO', 'parts', at_least(1))
+    deterministic:bool = setting(102, False, 'Use only operations that give the same bits every time, which is slower; not in TAO')
 
 # %% ../nbs/00_spec.ipynb #5aa792c5
 @dataclass(frozen=True)
 class EvalConfig:
     "When and how to evaluate, and which detections to show."
-    min_eval_interval:int = setting(1, 0, 'Does nothing, as in TAO', 'seconds')
-    eval_timeout:int = setting(2, 0, 'Does nothing, as in TAO', 'seconds')
+    min_eval_interval:int = setting(1, 0, 'Leave an evaluation out if the one before ended less than this ago; never the last', 'seconds')
+    eval_timeout:int = setting(2, 0, 'End an evaluation during training after this long and judge by the pictures seen; 0 sees all', 'seconds')
     eval_batch_size:int = setting(3, 16, 'Pictures per step in evaluation and inference', 'images', at_least(1))
     eval_epoch_cycle:int = setting(4, 10, 'Epochs between evaluations', 'epochs', at_least(1))
     eval_after_training:bool = setting(5, True, 'Evaluate once more when training ends')

@@ -262,7 +262,7 @@ def test_a_dash_is_explained_and_only_then(pictures):
 
 
 def test_pictures_of_a_spec_come_in_the_order_of_the_file_and_twice(pictures):
-    from effdet_nb.data.tfrecord import dataset_convert
+    from effdet_nb.data.convert import dataset_convert
     from effdet_nb.spec import Spec
     for shards in (1, 3):
         dataset_convert(pictures, pictures/'a.json', pictures/f'in{shards}', 'val', num_shards=shards)

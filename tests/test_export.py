@@ -186,7 +186,7 @@ eval_config {{ eval_batch_size: 8 eval_epoch_cycle: 100 }}"""
 @pytest.mark.slow
 def test_ap_of_the_file_is_that_of_the_model(shared, tmp_path):
     "A minute of training on real pictures, then the same AP from .tlt and .onnx, soft and hard, and a price for 8 bits."
-    from effdet_nb.data.tfrecord import dataset_convert
+    from effdet_nb.data.convert import dataset_convert
     from effdet_nb.deploy.runtime import price_of_bits
     from effdet_nb.learn.evaluate import evaluate, samples_from_spec
     from effdet_nb.learn.train import train

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from effdet_nb.data.shapes import draw_dataset
-from effdet_nb.data.tfrecord import dataset_convert
+from effdet_nb.data.convert import dataset_convert
 from effdet_nb.deploy.export import export
 from effdet_nb.deploy.infer import infer
 from effdet_nb.deploy.runtime import load_detector

@@ -84,9 +84,10 @@ def global_norm(
 def clip_by_global_norm(
     gradients,      # list of tensors
     max_norm:float, # longest allowed; 0 leaves everything as it is
+    norm=None,      # their length, if it is known already
 ):                  # the list, shortened if need be, and the norm before
     "Shortens all gradients by one factor if together they are too long."
-    norm = global_norm(gradients)
+    norm = global_norm(gradients) if norm is None else norm
     if not max_norm: return list(gradients), norm
     factor = max_norm / ops.maximum(norm, max_norm)
     return [g*ops.cast(factor, g.dtype) for g in gradients], norm
