@@ -1,5 +1,8 @@
 "Training keeps its promises: it resumes exactly, counts right, keeps what it should, and says what is wrong."
 import json
+import os
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -145,3 +148,37 @@ def test_mixed_precision_stays_finite(spec, policy, monkeypatch):
     assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer) == (policy == 'mixed_float16')
     batches = T.endless_batches(trainer)
     for _ in range(2): assert np.isfinite(trainer.train_step(next(batches)).numpy()[:4]).all()
+
+
+TWO = '''
+import os, sys, numpy as np, tensorflow as tf
+tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()]*2)
+import keras
+from effdet_nb.model import detector
+detector.SCALING['efficientdet-d0'] = (128, .35, .3, 16, 1, 1)
+from effdet_nb.learn import train as T
+from effdet_nb.spec import Spec
+spec, batch = Spec.load(sys.argv[1]), int(sys.argv[2])
+spec = spec.replace(training_config=dict(train_batch_size=batch, num_examples_per_epoch=3*batch))
+strategy = tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1']) if batch == 2 else tf.distribute.get_strategy()
+keras.utils.set_random_seed(0)
+trainer = T.Trainer(spec, T.start_arch(spec)[0], strategy)
+rng = np.random.default_rng(0)
+for v in trainer.model.weights:
+    if v.path.endswith('kernel'): v.assign(rng.normal(0, .1, v.shape))
+batches = T.endless_batches(trainer)
+parts = trainer.train_step(next(batches))
+np.savez(sys.argv[3], parts=parts.numpy(), **{f'{i}': v.numpy() for i, v in enumerate(trainer.model.weights)}, ema=trainer.ema.vector.numpy())
+'''
+
+
+def test_two_replicas_do_what_one_would_do_with_the_same_pictures(spec, tmp_path):
+    (tmp_path/'spec.txt').write_text(spec.to_text()); (tmp_path/'two.py').write_text(TWO)
+    env = os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3'}
+    for batch in (2, 4):
+        r = subprocess.run([sys.executable, 'two.py', 'spec.txt', str(batch), f'{batch}.npz'], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        assert r.returncode == 0, r.stderr[-3000:]
+    two, one = np.load(tmp_path/'2.npz'), np.load(tmp_path/'4.npz')
+    np.testing.assert_allclose(two['parts'][:4], one['parts'][:4], rtol=1e-5)
+    np.testing.assert_allclose(two['parts'][4], one['parts'][4], rtol=.02)     # the gradient's length gathers the rounding of all layers
+    for k in set(one.files)-{'parts'}: np.testing.assert_allclose(two[k], one[k], rtol=1e-3, atol=5e-4, err_msg=k)

@@ -6,7 +6,7 @@
 __all__ = ['Plan', 'make_plan', 'with_counts', 'machine', 'make_strategy', 'keep_memory', 'amp_policy', 'precision',
            'scaled_loss', 'freeze', 'gradient_group', 'group_squares', 'Trainer', 'times', 'endless_batches']
 
-# %% ../../nbs/learn/33b_step.ipynb #86d9e385
+# %% ../../nbs/learn/33b_step.ipynb #bb01337c
 import ctypes, json, os, re
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def with_counts(
     found = count_examples(spec.dataset_config.training_file_pattern)
     return spec.replace(training_config=dict(num_examples_per_epoch=max(1, found//num_replicas)))
 
-# %% ../../nbs/learn/33b_step.ipynb #201e8149
+# %% ../../nbs/learn/33b_step.ipynb #cda1d1f1
 def machine()->tuple: # (number of this one, how many there are)
     "Which of the machines of a run this process is, by TF_CONFIG or SLURM; (0, 1) when it is alone."
     config = json.loads(os.environ.get('TF_CONFIG') or '{}')
@@ -80,7 +80,7 @@ def make_strategy(
     names = [found[i].name for i in index]
     return tf.distribute.MirroredStrategy(names) if gpus > 1 else tf.distribute.OneDeviceStrategy(names[0])
 
-# %% ../../nbs/learn/33b_step.ipynb #82d95465
+# %% ../../nbs/learn/33b_step.ipynb #25270fb6
 def keep_memory()->bool: # whether the C library understood; only glibc does
     "Asks the C library to keep freed memory for the next map, for the rest of the process."
     try: mallopt = ctypes.CDLL(None).mallopt
@@ -130,7 +130,7 @@ def freeze(
         if (0 if stage[1] else int(stage[2])) in blocks and not is_bn or bn and is_bn: layer.trainable, frozen = False, frozen+1
     return frozen
 
-# %% ../../nbs/learn/33b_step.ipynb #4ade9e4a
+# %% ../../nbs/learn/33b_step.ipynb #6b275d85
 def gradient_group(
     path:str, # path of a variable, such as `block3a_bn/gamma`
 )->str:       # stem, block1 to block7, fpn, class or box
@@ -138,7 +138,7 @@ def gradient_group(
     found = re.match(r'(stem)_|(block\d)|(class|box)-', path)
     return next(filter(None, found.groups())) if found else 'fpn'
 
-# %% ../../nbs/learn/33b_step.ipynb #f9af49be
+# %% ../../nbs/learn/33b_step.ipynb #2e082e38
 def group_squares(
     gradients, # list of tensors
     groups,    # the name of the group of each
@@ -170,7 +170,7 @@ class Trainer:
         self.model.stop_training = False
         self._compile()
 
-# %% ../../nbs/learn/33b_step.ipynb #562227d6
+# %% ../../nbs/learn/33b_step.ipynb #f3249e9d
 @patch
 def _compile(self:Trainer):
     "Makes the compiled functions of a run; they are traced when first called."
@@ -192,7 +192,7 @@ def losses(self:Trainer, batch, num_positives):
     penalty = l1_l2_penalty(self.model.trainable_variables, self.config.l1_weight_decay, self.config.l2_weight_decay)/shares
     return loss['total']+penalty, tf.stack([loss['total']+penalty, loss['cls'], loss['box'], penalty])
 
-# %% ../../nbs/learn/33b_step.ipynb #4bd7f50b
+# %% ../../nbs/learn/33b_step.ipynb #042655cf
 @patch
 def gradients(self:Trainer, batch, num_positives, before=()):
     "Gradients and losses of some pictures, added to those of the pictures before them."
@@ -204,7 +204,7 @@ def gradients(self:Trainer, batch, num_positives, before=()):
     found = [*tape.gradient(scaled, variables), losses]
     return [a+b for a,b in zip(before, found)] if before else found
 
-# %% ../../nbs/learn/33b_step.ipynb #01e42bd2
+# %% ../../nbs/learn/33b_step.ipynb #8b8f9d5e
 @patch
 def accumulated(self:Trainer, batch, num_positives):
     "Gradients and losses of one replica's share of a batch, computed in as many parts as the spec says."
@@ -234,7 +234,7 @@ def _replica_step(self:Trainer, batch):
     if self.ema: self.ema.update(self.model.weights, self.optimizer.iterations)
     return losses, tf.concat([[norm, tf.cast(num_positives, 'float32')], tf.sqrt(squares)], 0)
 
-# %% ../../nbs/learn/33b_step.ipynb #7a1e9ad5
+# %% ../../nbs/learn/33b_step.ipynb #2b3c0123
 @patch(as_prop=True)
 def row_names(self:Trainer)->list:
     "What the numbers of a step are, in their order."

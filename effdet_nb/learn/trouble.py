@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPE', 'doubts', 'largest_that', 'readable_errors', 'why_zero', 'Patience']
 
-# %% ../../nbs/learn/33e_trouble.ipynb #eb6406cc
+# %% ../../nbs/learn/33e_trouble.ipynb #9f1bee41
 import signal, threading, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ from .evaluate import category_ids
 from .step import Trainer, machine
 from .targets import anchor_grid, assign_likely
 
-# %% ../../nbs/learn/33e_trouble.ipynb #640c9f58
+# %% ../../nbs/learn/33e_trouble.ipynb #b97c45d9
 RECIPE = .08/64      # learning rate per picture of a step, by the paper
 
 def doubts(
@@ -33,10 +33,10 @@ def doubts(
     if not usual/100 <= t.learning_rate <= 10*usual: found.append(f'training_config.learning_rate: {t.learning_rate:g} for {batch} pictures a step; the recipe is {usual:.2g}, in proportion to the batch. Set learning_rate: {usual:.2g} unless you know better')
     window = 1/(1-t.moving_average_decay)
     if spec.is_given('training_config', 'moving_average_decay') and window > plan.total_steps:
-        found.append(f'training_config.moving_average_decay: {t.moving_average_decay:g} averages over {window:,.0f} steps, but the run has {plan.total_steps:,}. Set it to {max(0, 1-10/plan.total_steps):.3g} or lower')
+        found.append(f'training_config.moving_average_decay: {t.moving_average_decay:g} averages over {window:,.0f} steps, but the run has {plan.total_steps:,}. Set it to {max(0, 1-10/plan.total_steps):.3g}')
     return found
 
-# %% ../../nbs/learn/33e_trouble.ipynb #024802f3
+# %% ../../nbs/learn/33e_trouble.ipynb #80035ad9
 @patch
 def batch_at(self:Trainer,
     step:int, # counted from 0
@@ -48,7 +48,7 @@ def batch_at(self:Trainer,
     records = [shown_record(first+j, len(load.records), load.seed) for j in range(self.plan.batch_size)]
     return next(iter(data)), [read_objects(load.records, i, load.classes, load.max_instances)['source_id'] for i in records]
 
-# %% ../../nbs/learn/33e_trouble.ipynb #24a18dba
+# %% ../../nbs/learn/33e_trouble.ipynb #0eabe530
 @patch
 def check_finite(self:Trainer,
     rows,           # [n, len(row_names)] the newest rows
@@ -69,7 +69,7 @@ def check_finite(self:Trainer,
     raise ValueError(f'step {step}: the loss is {row["loss"]:g} (class {row["cls_loss"]:g}, box {row["box_loss"]:g}) at learning rate {float(self.schedule(step)):g}; images {", ".join(map(str, ids))}; gradients: {norms}.{where} '
                      f'The weights have run away: lower training_config.learning_rate ({self.config.learning_rate:g}), lengthen lr_warmup_epoch, or set clip_gradients_norm; the last checkpoint is intact')
 
-# %% ../../nbs/learn/33e_trouble.ipynb #5262a2dd
+# %% ../../nbs/learn/33e_trouble.ipynb #370d99d6
 @patch
 def notice_barren(self:Trainer,
     rows,          # [n, len(row_names)] the newest rows
@@ -81,7 +81,7 @@ def notice_barren(self:Trainer,
         self.told_barren = True
         warnings.warn(f'no anchor matched any object in the last {self.barren} steps: there is nothing to learn from. Check that the records hold boxes, that they are not tiny at image_size "{self.spec.dataset_config.image_size}", and random_crop_min_scale {self.spec.augmentation_config.random_crop_min_scale:g}')
 
-# %% ../../nbs/learn/33e_trouble.ipynb #36f200d5
+# %% ../../nbs/learn/33e_trouble.ipynb #2ced127d
 def largest_that(
     passes,    # number -> whether it is small enough
     below:int, # known to be too large
@@ -93,7 +93,7 @@ def largest_that(
         low, high = (middle, high) if passes(middle) else (low, middle)
     return low
 
-# %% ../../nbs/learn/33e_trouble.ipynb #96b7bd09
+# %% ../../nbs/learn/33e_trouble.ipynb #ef77d4c2
 @patch
 def fits(self:Trainer,
     n:int, # pictures
@@ -122,7 +122,7 @@ def readable_errors(
         raise RuntimeError(f'another of the {machine()[1]} machines is gone ({str(e).splitlines()[0][:200]}). Start the same command on all of them: the run goes on from its newest checkpoint') from e
     except tf.errors.OpError as e: raise ValueError(reason(e)) from e
 
-# %% ../../nbs/learn/33e_trouble.ipynb #eaf17e6d
+# %% ../../nbs/learn/33e_trouble.ipynb #98d86347
 def why_zero(
     metrics, # as `evaluate` returned it
 )->str:      # a few lines
@@ -138,7 +138,7 @@ def why_zero(
         f'  boxes of the truth (height x width, pixels): {sides(np.concatenate([t.boxes for t in truths]))}; of the detections: {sides(np.concatenate([d.boxes for d in found]))}',
         '  Scores near 0.01: not enough training yet. Other ids: the class table of the records differs from the annotations. Other sizes: check image_size and the boxes of the annotations'])
 
-# %% ../../nbs/learn/33e_trouble.ipynb #be206ad5
+# %% ../../nbs/learn/33e_trouble.ipynb #49501c06
 class Patience:
     "Keeps SIGINT and SIGTERM waiting while something runs that must not be cut in two; a second signal is obeyed at once."
     def __init__(self): self.before, self.busy, self.waiting = {}, False, None
