@@ -19,6 +19,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 PEER = r'''
 import json, sys, time
 import torch
+from pathlib import Path
 from effdet import get_efficientdet_config
 from effdet.data.loader import DetectionFastCollate
 from effdet.data.transforms import transforms_coco_train
@@ -29,7 +30,7 @@ from effdet.data.parsers.parser_config import CocoParserCfg
 images, annotations, batch, batches = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 config = get_efficientdet_config('tf_efficientdet_d0')
 labeler = AnchorLabeler(Anchors.from_config(config), 3, match_threshold=.5)
-dataset = DetectionDatset(images, parser=create_parser('coco', cfg=CocoParserCfg(ann_filename=annotations)))
+dataset = DetectionDatset(Path(images), parser=create_parser('coco', cfg=CocoParserCfg(ann_filename=annotations)))
 dataset.transform = transforms_coco_train(512, use_prefetcher=True)       # what create_loader does, without the part that needs a GPU
 loader = torch.utils.data.DataLoader(dataset, shuffle=True, batch_size=batch, num_workers=2, collate_fn=DetectionFastCollate(anchor_labeler=labeler), drop_last=True)
 def endless():
