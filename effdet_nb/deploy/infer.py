@@ -129,7 +129,7 @@ def names_of(
 )->dict:                # category id -> name
     "The names of categories: those of the label map, and the model's own where it has none."
     given = read_label_map(label_map) if label_map else {}
-    if given and set(given)!=set(classes.ids): say(f'warning: {label_map}: names {len(given)} categories (ids to {max(given)}), the model knows {len(classes.ids)} (ids to {max(classes.ids)}). Is it the label map of this model? Line i must name category i')
+    if given and set(given)!=set(classes.ids): say(f'warning: {Path(label_map).name}: names {len(given)} categories (ids to {max(given)}), the model knows {len(classes.ids)} (ids to {max(classes.ids)}). Is it the label map of this model? Line i must name category i')
     return dict(zip(classes.ids, classes.names)) | given
 
 # %% ../../nbs/deploy/43_infer.ipynb #95d5e166
