@@ -148,6 +148,8 @@ def anchor_grid(
     anchors = np.asarray(anchors, np.float32)
     centre = (anchors[:, :2].astype(float)+anchors[:, 2:])/2
     shapes = int(np.argmax(np.append(np.abs(centre-centre[0]).max(1) > 1e-3, True)))
+    lost = ValueError('anchor_grid: these anchors do not stand on grids, row by row; take those of all_anchors, or `assign`, which takes any')
+    if len(anchors)%shapes: raise lost
     dy, dx = np.diff(centre[::shapes], axis=0).T
     starts = np.concatenate([[0], 1+np.flatnonzero((dy < -1e-3) | (np.abs(dy) <= 1e-3) & (dx <= 1e-3))])     # not further down or to the right: a new level
     levels = np.split(centre[::shapes], starts[1:])
@@ -157,7 +159,7 @@ def anchor_grid(
     sides = np.stack([anchors[s*shapes:(s+1)*shapes, 2:] - anchors[s*shapes:(s+1)*shapes, :2] for s in starts])
     grid = AnchorGrid(anchors, sides, np.array([c[0] for c in levels]), np.where(cells > 1, stride, 1e9), cells, starts*shapes)
     if cells.prod(1).sum()*shapes == len(anchors) and np.abs(_rebuilt(grid)-anchors).max() < .01: return grid
-    raise ValueError('anchor_grid: these anchors do not stand on grids, row by row; take those of all_anchors, or `assign`, which takes any')
+    raise lost
 
 def _rebuilt(grid):
     "The anchors that a grid describes."
