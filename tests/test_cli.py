@@ -102,7 +102,8 @@ def test_flags_of_both_tao_versions_are_understood(task, line):
     ('inference -m x.tlt -i data/val -o data/val', ['would be replaced']),
     ('inference -m x.tlt -i data/val -o out -t 40', ['threshold', '0 to 1']),
     ('prune -m nope.tlt -o out', ['nope.tlt', 'no such file']),
-    ('export -m nope.tlt -o out.pb', ['out.pb', '.onnx']),
+    ('export -m nope.tlt -o out.txt', ['out.txt', '.onnx']),
+    ('export -m nope.tlt -o out.pb', ['out.pb', 'saved_model.pb']),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(work, tmp_path, line, words):
     for name in ('data','rec','spec.txt'): (tmp_path/name).symlink_to(work/name)
