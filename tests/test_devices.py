@@ -22,6 +22,7 @@ how, folder = sys.argv[1:3]
 if how == 'mirrored': tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()]*2)
 from effdet_nb.model import detector
 detector.SCALING['efficientdet-d0'] = (128, .35, .3, 16, 1, 1)
+detector.Scaling.drop_connect = 0.     # blocks dropped at random would be others on other devices
 from effdet_nb.learn.train import train
 from effdet_nb.spec import Spec
 spec = Spec.load('spec.txt')

@@ -143,7 +143,7 @@ def test_removing_silent_filters_changes_nothing(arch):
     small = build(P.replace(arch, widths={n: len(kept[g.name]) for g in graph.groups for n in g.makers}))
     put_weights(small, C.cut(weights, graph, kept))
     assert np.ptp(answers(model, image), 0).min() > .01
-    np.testing.assert_allclose(answers(small, image), answers(model, image), atol=1e-5)
+    np.testing.assert_allclose(answers(small, image), answers(model, image), atol=2e-5)        # float32: sums of other lengths round otherwise
     assert sum(p for p, _ in C.costs(graph, {k: len(v) for k, v in kept.items()}).values()) == small.count_params() < model.count_params()
     loud = {k: v.copy() for k, v in weights.items()}
     for g in graph.groups:

@@ -97,7 +97,7 @@ def candidates(
     return tuple(np.concatenate(o) for o in zip(*pieces)) if pieces else (np.zeros(0, int), np.zeros(0, int), np.zeros(0))
 
 # %% ../../nbs/learn/29_metric.ipynb #699e9d3f
-IOUS = np.linspace(.5, .95, 10)    # how much a detection must share with a box to be right
+IOUS = tuple(np.linspace(.5, .95, 10)) # how much a detection must share with a box to be right
 RECALLS = np.linspace(0, 1, 101)   # where the curve is read
 AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)) # all, small, medium, large: square pixels
 RANKS = (1, 10, 100)               # detections of a class in a picture that are looked at
