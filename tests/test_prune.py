@@ -387,8 +387,9 @@ def test_retraining_starts_with_the_averaged_weights_a_fresh_optimizer_and_a_hin
 
 def test_a_checkpoint_beside_the_pruned_file_must_fit_it(retraining, trained, tmp_path):
     done, spec, _ = retraining
-    weights = {k: v+1 for k, v in load_model(done.path, 'key').weights.items() if k.startswith('stem')}
-    save_model(tmp_path/'more.tlt', weights, {'arch': arch_to_dict(ARCH)}, 'key')
+    small = load_model(done.path, 'key')
+    weights = {k: v+1 for k, v in small.weights.items() if k.startswith('stem')}
+    save_model(tmp_path/'more.tlt', weights, {'arch': arch_to_dict(ARCH), 'classes': small.meta['classes']}, 'key')
     arch, stored = start_arch(spec, 'key')
     def begin(path):
         trainer = T.Trainer(spec.replace(training_config=dict(checkpoint=str(path))), arch)
@@ -398,26 +399,3 @@ def test_a_checkpoint_beside_the_pruned_file_must_fit_it(retraining, trained, tm
     assert all(np.array_equal(v, weights.get(k, best_weights(stored)[k])) for k, v in got.items())
     assert begin(done.path)[0] == f'retraining the pruned {done.path}'                # named twice, as TAO wants it
     with pytest.raises(ValueError, match='leave checkpoint out'): begin(trained)
-
-
-TWO = """
-import sys, numpy as np, tensorflow as tf
-tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()]*2)
-from effdet_nb.model import detector
-detector.SCALING['efficientdet-d2'] = (128, .5, .5, 48, 2, 2)
-from effdet_nb.learn import train as T
-from effdet_nb.spec import Spec
-T.train(Spec.load(sys.argv[1]), sys.argv[2], 'key', strategy=tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1']))
-"""
-
-
-@pytest.mark.slow
-def test_two_devices_retrain_a_pruned_model(retraining, tmp_path):
-    done, spec, _ = retraining
-    spec = spec.replace(training_config=dict(train_batch_size=2, num_examples_per_epoch=4, num_epochs=1))
-    (tmp_path/'spec.txt').write_text(spec.to_text()); (tmp_path/'two.py').write_text(TWO)
-    r = subprocess.run([sys.executable, 'two.py', 'spec.txt', 'run'], cwd=tmp_path, env=os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3'}, capture_output=True, text=True, timeout=600)
-    assert r.returncode == 0 and 'retraining the pruned' in r.stderr, r.stderr[-3000:]
-    after = load_model(tmp_path/'run'/'model.step-2.tlt', 'key')
-    assert {n: after.meta['arch']['widths'][n] for n in done.widths} == done.widths and all(np.isfinite(v).all() for v in after.weights.values())
-    assert any(not np.array_equal(v, load_model(done.path, 'key').ema[k]) for k, v in after.ema.items())

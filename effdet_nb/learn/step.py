@@ -174,11 +174,11 @@ class Trainer:
 @patch
 def _compile(self:Trainer):
     "Makes the compiled functions of a run; they are traced when first called."
-    xla, alone = self.config.use_xla, self.num_replicas == 1
-    if xla and not alone: say('training_config.use_xla: not with several replicas; training goes on without')
+    alone = self.num_replicas == 1
+    if self.config.use_xla: say('training_config.use_xla: XLA has no gradient of the upsampling between levels (TensorFlow 2.21); training goes on without')
     self.groups = [gradient_group(v.path) for v in self.model.trainable_variables]
     self.group_names = list(dict.fromkeys(self.groups))
-    self._gradients = tf.function(self.gradients, jit_compile=xla or None, autograph=False) if alone else self.gradients
+    self._gradients = tf.function(self.gradients, autograph=False) if alone else self.gradients
     self.train_step = tf.function(self._step, reduce_retracing=True, autograph=False)
     self.train_steps = tf.function(self._steps, reduce_retracing=True)
 
