@@ -1,8 +1,5 @@
 "Pruning: the rule against a plain restatement of it, the surgery against the network, the file against everything that opens files."
 import json
-import os
-import subprocess
-import sys
 
 import keras
 import numpy as np
