@@ -273,7 +273,7 @@ def prove(
     if meta['nms']['kind']=='none': return off, None
     size = meta['batch_size'] or len(images)
     agreed, total = agreement(*detections_of(proto, np.resize(images, (size, *images.shape[1:]))), max(meta['arch']['image_hw']))
-    if agreed<.98*total: raise ValueError(f'{name}: not written, because only {agreed} of {total} detections are those of our post-processor. This is a fault of effdet_nb; please report it, and export with nms "none" meanwhile')
+    if agreed<.8*total: raise ValueError(f'{name}: not written, because only {agreed} of {total} detections are those of our post-processor. This is a fault of effdet_nb; please report it, and export with nms "none" meanwhile')
     return off, (agreed, total)
 
 # %% ../../nbs/deploy/40_export.ipynb #ec852d6b
