@@ -78,7 +78,11 @@ def begin(self:Trainer,
     "Fills the weights: continued, pruned, pretrained or random."
     t = self.config
     last, stored = load_newest(model_dir, key) if t.resume else (None, None)
-    if last: return f'continuing from {last} (step {stored.meta["step"]})' + ''.join(f'; {told}' for told in [self.restore(stored, str(last))] if told)
+    if last:
+        other = arch_from_dict(stored.meta['arch']).widths
+        if other != self.arch.widths: raise ValueError(f'{last}: is of another run, whose network is {"pruned" if other else "not pruned"} otherwise. Give this run a folder of its own with --model_dir, or set training_config.resume: False')
+        done = len(stored.meta['history']) >= self.plan.last_epoch
+        return f'{"finished already:" if done else "continuing from"} {last} (step {stored.meta["step"]})' + ''.join(f'; {told}' for told in [self.restore(stored, str(last))] if told)
     said = []
     if t.pruned_model_path:
         put_weights(self.model, best_weights(start), t.pruned_model_path)
