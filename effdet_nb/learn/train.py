@@ -17,13 +17,13 @@ from ..status import Status, say
 from ..data.check import check_before_training
 from ..data.coco import ClassTable, load_coco
 from ..data.tfrecord import load_sidecar
-from ..model.detect import KerasDetector, put_weights
+from ..model.detect import KerasDetector, keep_memory, put_weights
 from ..model.detector import arch_anchors, arch_from_dict, arch_from_spec
 from ..model.postprocess import Detections, postprocess
 from ..model.store import is_sealed, load_model
 from ..model.weights_in import fill, read_weights, suited
 from .evaluate import evaluate, samples_from_spec
-from .step import Trainer, endless_batches, keep_memory, machine, make_plan, make_strategy, with_counts
+from .step import Trainer, endless_batches, machine, make_plan, make_strategy, with_counts
 from .saving import Checkpoints, load_newest, newest_checkpoint
 from .trouble import Patience, doubts, readable_errors, why_zero
 from .watch import Profile, Report, Scalars, batch_picture, epoch_line, step_bar, step_line, write_setting
