@@ -249,3 +249,43 @@ print([float(abs(ours[n].astype(float)-theirs[n].astype(float)).max()) for n in 
     out = subprocess.run([os.environ['PEER_PYTHON'], '-c', code, tmp_path/'a.onnx', tmp_path/'x.npy'], capture_output=True, text=True, check=True).stdout
     worst, found = json.loads(out[:out.index(']')+1]), int(out.split()[-1])
     assert found > 20 and max(worst) < 1e-2
+
+
+@pytest.mark.slow
+def test_tensorflows_formats_say_the_same(home, tmp_path):
+    from effdet_nb.deploy.formats import run_saved_model, run_tflite
+    want, pixels = home['model'](home['images']), home['images'].astype(np.float32)
+    lite = export(home['path'], tmp_path/'deep'/'a.tflite', 'Geheim')
+    saved = export(home['path'], tmp_path/'served'/'saved_model.pb', 'Geheim')
+    again = export(home['path'], tmp_path/'served'/'saved_model.pb', 'Geheim')        # takes the place of the one before
+    assert saved.path == again.path == tmp_path/'served' and sorted(p.name for p in tmp_path.iterdir()) == ['deep', 'served']
+    for made, says in ((lite, run_tflite(lite.path, pixels)), (saved, run_saved_model(saved.path, pixels))):
+        assert max(made.difference.values()) < 1e-3
+        for k in ('cls_logits', 'box_deltas'): np.testing.assert_allclose(says[k], want[k], atol=2e-3, rtol=1e-3)
+    for beside in (tmp_path/'deep'/'a.tflite.json', tmp_path/'served'/'effdet_nb.json'):
+        assert json.loads(beside.read_text())['classes']['names'] == list(SHAPE_NAMES) and 'Geheim' not in beside.read_text()
+    (tmp_path/'full').mkdir(); (tmp_path/'full'/'thesis.txt').write_text('')
+    with pytest.raises(ValueError, match='holds other things'): export(home['path'], tmp_path/'full'/'saved_model.pb', 'Geheim')
+
+
+@pytest.mark.slow
+def test_ap_of_the_file_is_that_of_the_model(shared, tmp_path):
+    "A minute of training on real pictures, then the same AP from .tlt and .onnx, soft and hard, and a price for 8 bits."
+    from effdet_nb.data.convert import dataset_convert
+    from effdet_nb.deploy.runtime import price_of_bits
+    from effdet_nb.learn.evaluate import evaluate, samples_from_spec
+    from effdet_nb.learn.train import train
+    bccd = shared/'data'/'bccd'
+    dataset_convert(bccd/'images', bccd/'val.json', tmp_path, 'val', 2)
+    (tmp_path/'spec.txt').write_text(SPEC.format(tmp_path, bccd))
+    spec = Spec.load(tmp_path/'spec.txt')
+    train(spec, tmp_path/'run')
+    tlt = tmp_path/'run'/'model.best.tlt'
+    ap = lambda path, **how: evaluate(load_detector(path, **how), samples_from_spec(spec))['AP']
+    for nms, how in (('none', {}), ('onnx', dict(method='hard', score_threshold=.001, top_k=3000))):
+        export(tlt, tmp_path/f'{nms}.onnx', nms=nms)
+        a, b = ap(tlt, **how), ap(tmp_path/f'{nms}.onnx')
+        assert a > .001 and abs(a-b) < .001, (nms, a, b)
+    export(tlt, tmp_path/'int8.onnx', data_type='int8', cal_image_dir=bccd/'images', batches=16)
+    before, after = (float(w) for w in price_of_bits(spec, tlt, tmp_path/'int8.onnx').replace(',', '').split() if w[0] == '0')
+    assert abs(before-b) < .001 and after > .5*before
