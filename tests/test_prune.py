@@ -16,6 +16,7 @@ from effdet_nb.model import detector
 from effdet_nb.model.detect import KerasDetector, open_detector, put_weights, weights_of
 from effdet_nb.model.detector import Arch, arch_to_dict, build
 from effdet_nb.model.store import load_model, save_model
+from effdet_nb.learn.step import precision
 from effdet_nb.spec import Spec
 
 CLASSES = ClassTable.make([{'id': i, 'name': n} for i, n in enumerate(('circle', 'square', 'triangle'), 1)], 3)
@@ -129,18 +130,21 @@ LITE = [n for n in detector.SCALING if 'lite0' in n]
 @pytest.mark.parametrize('arch', [Arch(ARCH.name, (131, 197), num_classes=2), pytest.param(Arch(image_hw=(128, 128), num_classes=3), marks=pytest.mark.slow),
                                   *(pytest.param(Arch(name, (160, 224), num_classes=2), marks=pytest.mark.slow) for name in ['efficientdet-d1', *LITE])])
 def test_removing_silent_filters_changes_nothing(arch):
+    with precision('float64' if arch.name in LITE else 'float32'): check_silent(arch)     # in float32, rounding alone reaches 1.05e-5 in lite0
+
+def check_silent(arch):
     keras.utils.set_random_seed(1)
-    model = build(arch)
+    model = build(arch, synchronized=arch.name in LITE)     # the fused kernel does not know float64
     graph, rng = C.channel_graph(model), np.random.default_rng(3)
     weights, kept = weights_of(model), {}
     for g in graph.groups:
         kept[g.name] = np.sort(rng.permutation(g.size)[:int(rng.integers(g.size//2, g.size+1)) or 1])
     put_weights(model, silence(weights, graph, kept))
     image, weights = wake(model), weights_of(model)
-    small = build(P.replace(arch, widths={n: len(kept[g.name]) for g in graph.groups for n in g.makers}))
+    small = build(P.replace(arch, widths={n: len(kept[g.name]) for g in graph.groups for n in g.makers}), synchronized=arch.name in LITE)
     put_weights(small, C.cut(weights, graph, kept))
     assert np.ptp(answers(model, image), 0).min() > .01
-    np.testing.assert_allclose(answers(small, image), answers(model, image), atol=2e-5)        # float32: sums of other lengths round otherwise
+    np.testing.assert_allclose(answers(small, image), answers(model, image), atol=1e-6 if arch.name in LITE else 1e-5)
     assert sum(p for p, _ in C.costs(graph, {k: len(v) for k, v in kept.items()}).values()) == small.count_params() < model.count_params()
     loud = {k: v.copy() for k, v in weights.items()}
     for g in graph.groups:
