@@ -60,7 +60,7 @@ def _results(does): return Opt(does, '-r', metavar='FOLDER')
 
 # %% ../nbs/90_cli.ipynb #2f2ae66c
 def last_line(
-    prog:str,           # name of the command
+    prog:str,           # the command as it was typed
     error:BaseException,# what went wrong
     key:str='',         # must not be shown
 )->str:                 # one line, or several of which the last tells it
@@ -194,7 +194,7 @@ def _attempt(f, options):
             if result is not None: print(result, flush=True)
             return 0
         except KeyboardInterrupt as e:
-            tell(f'{f.__name__}: ' + ('terminated' if isinstance(e, Terminated) else 'interrupted'))
+            tell(f'{_typed(f)}: ' + ('terminated' if isinstance(e, Terminated) else 'interrupted'))
             return 143 if isinstance(e, Terminated) else 130
         except BrokenPipeError:     # whoever reads our output, `head` perhaps, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
@@ -202,8 +202,12 @@ def _attempt(f, options):
         except Exception as e:
             key = options.get('key') or ''
             if options.get('verbose'): tell(_story(key))
-            tell(last_line(f.__name__, e, key))
+            tell(last_line(_typed(f), e, key))
             return 1
+
+def _typed(f):
+    "A command's name as it was typed: effdet_train, or efficientdet_tf1 train."
+    return f.__name__.replace('effdet_', 'efficientdet_tf1 ') if os.path.basename(sys.argv[0]).startswith('efficientdet_tf1') else f.__name__
 
 def _story(key):
     "The traceback of the present error, without the key."
@@ -320,7 +324,7 @@ def effdet_prune(
     normalizer:Opt('What norms are divided by: the largest of the layer, or the length of all together', '-n', choices=['max','L2'])='max',
     equalization_criterion:Opt('How the layers of a group agree', '-eq', choices=['union','intersection','arithmetic_mean','geometric_mean'])='union',
     pruning_granularity:Opt('Filters are kept in multiples of this', '-pg', type=int, metavar='N')=8,
-    pruning_threshold:Opt('Filters with a norm above this are kept', '-pth', type=float, metavar='X')=0.1,
+    pruning_threshold:Opt('Filters with a norm above this are kept; 0.1 if left out', '-pth', type=float, metavar='X')=None,
     min_num_filters:Opt('Fewest filters a layer keeps', '-nf', type=int, metavar='N')=16,
     excluded_layers:Opt('Names or patterns of layers that are left alone', '-el', nargs='+', metavar='NAME')=None,
     dry_run:Opt('Say what would be left, and write nothing', flag=True)=False,
@@ -334,8 +338,9 @@ def effdet_prune(
     verbose:_verbose()=False,
 ):
     "Remove the filters that matter least from a model."
+    if pruning_threshold is not None and (target_params or target_macs): raise ValueError('--pruning_threshold: a target finds the threshold by itself. Give one of the two')
     from effdet_nb.learn.prune import prune
-    done = prune(model, os.path.join(output_dir, 'model.tlt'), key, normalizer, equalization_criterion, pruning_granularity, pruning_threshold,
+    done = prune(model, os.path.join(output_dir, 'model.tlt'), key, normalizer, equalization_criterion, pruning_granularity, .1 if pruning_threshold is None else pruning_threshold,
                  min_num_filters, excluded_layers or (), dry_run, target_params, target_macs, scope, plot, speed=not (dry_run or no_speed))
     return f'{done}\n\n{done.thresholds()}' if dry_run else done
 

@@ -54,11 +54,9 @@ def trained(work):
 # --- without TensorFlow
 
 @pytest.mark.parametrize('task', TASKS)
-def test_help_is_quick_and_says_what_the_task_does(task, tmp_path):
-    start = time.perf_counter()
+def test_help_needs_no_heavy_import_and_says_what_the_task_does(task, tmp_path):
     out = run(task, '--help', cwd=tmp_path)
     assert out.returncode==0 and 'usage:' in out.stdout and not out.stderr
-    assert time.perf_counter()-start<5                                     # a loaded machine; TensorFlow alone takes longer
     code = f"import sys; sys.argv = ['x','{task}','--help']\nimport effdet_nb.cli as c\ntry: c.efficientdet_tf1()\nexcept SystemExit: pass\nprint([m for m in ('tensorflow','keras','numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=ENV).stdout.strip().endswith('[]')
 
@@ -101,13 +99,17 @@ def test_flags_of_both_tao_versions_are_understood(task, line):
     ('inference -m x.onnx -i data/val', ['nowhere to write']),
     ('inference -m x.tlt -i data/val -o data/val', ['would be replaced']),
     ('inference -m x.tlt -i data/val -o out -t 40', ['threshold', '0 to 1']),
+    ('dataset_convert -i data/train -a odd.json -o out', ['odd.json: 2 problems (listed above)']),
+    ('efficientdet_tf1 prune -m nope.tlt -o out', ['efficientdet_tf1 prune: error: nope.tlt']),
     ('prune -m nope.tlt -o out', ['nope.tlt', 'no such file']),
+    ('prune -m nope.tlt -o out -pth 0.2 --target_params 0.5', ['--pruning_threshold', 'target']),
     ('export -m nope.tlt -o out.txt', ['out.txt', '.onnx']),
     ('export -m nope.tlt -o out.pb', ['out.pb', 'saved_model.pb']),
 ])
 def test_bad_input_is_one_line_and_leaves_nothing(work, tmp_path, line, words):
     for name in ('data','rec','spec.txt'): (tmp_path/name).symlink_to(work/name)
     (tmp_path/'bad.json').write_text('{"images": [],\n oops}')
+    (tmp_path/'odd.json').write_text('{"images": []}')
     (tmp_path/'typo.txt').write_text(SPEC.format(epochs=1).replace('learning_rate', 'learning_rat'))
     before = {p.name for p in tmp_path.iterdir()}
     fails(run(*line.split(), cwd=tmp_path), *words)
@@ -312,6 +314,10 @@ def test_a_pruned_model_is_retrained(trained):
     (work/'again.txt').write_text(SPEC.format(epochs=1).replace('num_epochs', 'pruned_model_path: "pruned2/model.tlt" num_epochs'))
     out = run('train', '-e', 'again.txt', '-d', 'again', '-k', KEY, cwd=work)
     assert out.returncode==0 and 'retraining the pruned pruned2/model.tlt' in out.stderr, out.stderr
+    out = run('train', '-e', 'again.txt', '-d', 'again', '-k', KEY, cwd=work)
+    assert out.returncode==0 and 'finished already: again/model.step-3.tlt' in out.stderr and 'AP' in out.stdout, out.stderr
+    out = run('train', '-e', 'again.txt', '-d', 'run', '-k', KEY, cwd=work)
+    assert 'model.step-3.tlt: is of another run' in fails(out, '--model_dir')
 
 def test_quickstart_offers_every_setting_and_leaves_defaults_to_it():
     import inspect

@@ -23,7 +23,7 @@ class CocoError(ValueError):
     ):
         self.path,self.problems = Path(path),list(problems)
         more = f'\n  ... and {len(self.problems)-20:,} more' if len(self.problems)>20 else ''
-        text = self.problems[0] if len(self.problems)==1 else ''.join(f'\n  {o}' for o in self.problems[:20]) + more
+        text = self.problems[0] if len(self.problems)==1 else f'{len(self.problems):,} problems' + ''.join(f'\n  {o}' for o in self.problems[:20]) + more
         super().__init__(f'{self.path.name}: {text}')
 
 # %% ../../nbs/data/11_coco.ipynb #675d1c5d

@@ -135,7 +135,7 @@ def _ahead(f, items, workers=None, ahead=None):
         while waiting:
             yield waiting.popleft().result()
             waiting.extend(pool.submit(f, o) for o in islice(items, 1))
-    finally: pool.shutdown(wait=False, cancel_futures=True)
+    finally: pool.shutdown(cancel_futures=True)   # what has begun is waited for, so that nothing is written after an error was told
 
 # %% ../../nbs/data/16_letterbox.ipynb #534efc31
 def batched(

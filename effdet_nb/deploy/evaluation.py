@@ -6,10 +6,10 @@
 __all__ = ['NMS', 'ADVICE', 'MEANING', 'images_per_second', 'nms_of', 'short_names', 'Measured', 'differences', 'looked_at',
            'Evaluation', 'advice', 'shrunk', 'truth_picture', 'found_picture', 'drawing_threshold', 'worst_pairs',
            'differing_rows', 'pr_chart', 'error_bars', 'calibration_chart', 'confusion_square', 'one_model',
-           'several_models', 'write_evaluation', 'measure_model', 'write_testdev', 'evaluate_files']
+           'several_models', 'write_evaluation', 'notices', 'measure_model', 'write_testdev', 'evaluate_files']
 
 # %% ../../nbs/deploy/44b_evaluation.ipynb #d12f2b5e
-import json, os, re, time
+import json, os, re, time, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -19,6 +19,7 @@ from PIL import Image
 from ..spec import Spec
 from ..status import Status, atomic, plain, progress
 from ..data.coco import ClassTable, load_coco
+from ..data.tfrecord import load_sidecar
 from ..learn.evaluate import (COCO_NAMES, Metrics, category_ids, coco_metrics, coco_results, detect, evaluate, image_aps, images_of, on_canvas, markdown_table,
                                       results_from_json, samples_from_spec, text_table, worst_images)
 from .report import SORT, bar_chart, boxes_picture, count_square, file_size, key_numbers, line_chart, pairs, side_by_side, table, tag, write_report
@@ -191,7 +192,7 @@ def worst_pairs(
     "The worst pictures of a model, truth beside answer."
     worst,answers = worst_images(m.metrics, num), {t.image_id: (t,d) for t,d in m.metrics.results}
     images = images_of(samples, [i for _,i in worst])
-    draw = lambda ap,i,t,d: (truth_picture(images[i], t, m.metrics.classes, f'image {i}: true'), found_picture(images[i], d, m.metrics.classes, drawing_threshold(m), f'found, AP {ap:.2f}'))
+    draw = lambda ap,i,t,d: (truth_picture(images[i], t, m.metrics.classes, f'image {i}: true'), found_picture(images[i], d, m.metrics.classes, drawing_threshold(m), f'found; all scores: AP {ap:.2f}'))
     return [draw(ap, i, *answers[i]) for ap,i in worst]
 
 # %% ../../nbs/deploy/44b_evaluation.ipynb #430db769
@@ -306,6 +307,22 @@ def write_evaluation(
     made['report'] = write_report(folder/'report.html', title, sections, ' and '.join(m.name for m in models), SORT)
     return made
 
+# %% ../../nbs/deploy/44b_evaluation.ipynb #08505138
+def notices(
+    detector,   # what is going to be measured
+    spec:Spec,  # the experiment
+    path='the model', # its file, for messages
+)->list:        # sentences; mostly none
+    "What a reader should know before believing AP."
+    d, floor = spec.dataset_config, getattr(detector, 'suppress', {}).get('score_threshold', 0)
+    sidecar = load_sidecar(d.validation_file_pattern) if d.validation_file_pattern else None
+    sizes, own = ['{}x{}'.format(*hw) for hw in (detector.image_hw, d.image_hw)], dict(zip(detector.classes.ids, detector.classes.names))
+    other = [(k,own[k],n) for k,n in zip(sidecar.classes.ids, sidecar.classes.names) if k in own and own[k]!=n] if sidecar else []
+    return [f'{path}: {said}' for yes,said in (
+        (spec.is_given('dataset_config', 'image_size') and sizes[0]!=sizes[1], f'looks at {sizes[0]} pixels, and is measured so; dataset_config.image_size says {sizes[1]}'),
+        (floor>=.05, f'gives no scores below {floor:g}, which costs AP; for all of it, export to .onnx, or measure the .tlt'),
+        (other, f'calls category {other[0][0]} {other[0][1]!r}, the records call it {other[0][2]!r}: is it the model of these classes?' if other else '')) if yes]
+
 # %% ../../nbs/deploy/44b_evaluation.ipynb #a35efeae
 def measure_model(
     spec:Spec,        # the experiment: eval_config
@@ -323,6 +340,7 @@ def measure_model(
     e,path = spec.eval_config, Path(path)
     if path.suffix.lower()=='.json': return _measure_file(spec, path, samples, name or path.name, explain, pycocotools)
     detector = load_detector(path, key, **({'method': NMS[nms]} if nms else {}))
+    for notice in notices(detector, spec, path): warnings.warn(notice)
     metrics = evaluate(detector, samples, batch_size=e.eval_batch_size, eval_samples=e.eval_samples or None, show_progress=show_progress, pycocotools=pycocotools)
     rate = images_per_second(detector, _first_canvases(detector, samples, e.eval_batch_size)) if speed else None
     return Measured(name or path.name, metrics, metrics.explain(**explain), nms_of(detector), path.stat().st_size, rate)

@@ -72,7 +72,7 @@ model_config { model_name: "efficientdet-d0" }
 @dataclass(frozen=True)
 class Settings:
     "What a quickstart does, in numbers."
-    size:int=128                  # side of the pictures and of the network's input, pixels; a multiple of 32, at least 128
+    size:int=128                  # side of the pictures and of the network's input, pixels; at least 128
     num_train:int=400             # pictures to train on
     num_val:int=40                # pictures to measure on
     num_epochs:int=12             # of the first training

@@ -457,7 +457,7 @@ def show_predictions(
         t,d = answers[i]
         d = d[d.scores>=score_threshold]
         show_boxes(images[i], t.boxes, t.ids, names=names, title=f'{i}: truth', ax=left)
-        show_boxes(images[i], d.boxes, category_ids(d.classes, metrics.classes), d.scores, names, f'found, AP {image_ap(t, answers[i][1], metrics.classes):.2f}', right)
+        show_boxes(images[i], d.boxes, category_ids(d.classes, metrics.classes), d.scores, names, f'found; all scores: AP {image_ap(t, answers[i][1], metrics.classes):.2f}', right)
     fig.tight_layout()
     return fig
 

@@ -17,13 +17,13 @@ from ..status import Status, say
 from ..data.check import check_before_training
 from ..data.coco import ClassTable, load_coco
 from ..data.tfrecord import load_sidecar
-from ..model.detect import KerasDetector, put_weights
+from ..model.detect import KerasDetector, keep_memory, put_weights
 from ..model.detector import arch_anchors, arch_from_dict, arch_from_spec
 from ..model.postprocess import Detections, postprocess
 from ..model.store import is_sealed, load_model
 from ..model.weights_in import fill, read_weights, suited
 from .evaluate import evaluate, samples_from_spec
-from .step import Trainer, endless_batches, keep_memory, machine, make_plan, make_strategy, with_counts
+from .step import Trainer, endless_batches, machine, make_plan, make_strategy, with_counts
 from .saving import Checkpoints, load_newest, newest_checkpoint
 from .trouble import Patience, doubts, readable_errors, why_zero
 from .watch import Profile, Report, Scalars, batch_picture, epoch_line, step_bar, step_line, write_setting
@@ -78,7 +78,11 @@ def begin(self:Trainer,
     "Fills the weights: continued, pruned, pretrained or random."
     t = self.config
     last, stored = load_newest(model_dir, key) if t.resume else (None, None)
-    if last: return f'continuing from {last} (step {stored.meta["step"]})' + ''.join(f'; {told}' for told in [self.restore(stored, str(last))] if told)
+    if last:
+        other = arch_from_dict(stored.meta['arch']).widths
+        if other != self.arch.widths: raise ValueError(f'{last}: is of another run, whose network is {"pruned" if other else "not pruned"} otherwise. Give this run a folder of its own with --model_dir, or set training_config.resume: False')
+        done = len(stored.meta['history']) >= self.plan.last_epoch
+        return f'{"finished already:" if done else "continuing from"} {last} (step {stored.meta["step"]})' + ''.join(f'; {told}' for told in [self.restore(stored, str(last))] if told)
     said = []
     if t.pruned_model_path:
         put_weights(self.model, best_weights(start), t.pruned_model_path)
