@@ -68,8 +68,8 @@ def finished(process):
 
 def pair(folder, names, *more, slurm=False):
     "Two machines that are one, on free ports; they learn of each other from TF_CONFIG or from SLURM."
-    job = next(n for n in range(os.getpid()%10_000, 10_000) if all(free(20_000+n+i) for i in range(2)))
-    workers = [f'127.0.0.1:{20_000+job+i}' for i in range(2)]
+    job = next(n for n in range(2000+os.getpid()%6000, 10_000) if all(free(8888+n+i) for i in range(2)))
+    workers = [f'127.0.0.1:{8888+job+i}' for i in range(2)]
     if slurm: found = [dict(SLURM_JOB_ID=str(job), SLURM_STEP_NUM_TASKS='2', SLURM_PROCID=str(i), SLURM_STEP_NODELIST='localhost', SLURM_STEP_TASKS_PER_NODE='2') for i in range(2)]
     else: found = [dict(TF_CONFIG=json.dumps(dict(cluster=dict(worker=workers), task=dict(type='worker', index=i)))) for i in range(2)]
     return [start(folder, 'machines', name, *more, **env) for name, env in zip(names, found)]
@@ -155,17 +155,20 @@ def test_slurm_names_the_machine(monkeypatch):
     assert machine() == (1, 2)
 
 
-def test_slurm_makes_the_cluster(monkeypatch):
-    from effdet_nb.learn import step
+def test_slurm_without_nvidia_smi_gives_the_addresses_in_its_order_and_leaves_gpus_alone(monkeypatch, tmp_path):
+    import tensorflow as tf
+    from effdet_nb.learn.step import cluster, slurm_workers
     def put(**variables):
         for k, v in variables.items(): monkeypatch.setenv(k, v)
-    put(SLURM_JOB_ID='70001', SLURM_STEP_NUM_TASKS='3', SLURM_PROCID='1', SLURM_STEP_NODELIST='node[1-2],big', SLURM_STEP_TASKS_PER_NODE='1(x3)')
-    monkeypatch.setattr(step.tf.distribute, 'MultiWorkerMirroredStrategy', lambda cluster_resolver: cluster_resolver)
-    found = step.make_strategy(gpus=1)
-    assert found.cluster_spec().as_dict() == {'worker': ['node1:20001', 'node2:20001', 'big:20001']} and (found.task_type, found.task_id) == ('worker', 1)
-    assert found.num_accelerators() == {'GPU': len(step.tf.config.get_visible_devices('GPU'))}
-    put(SLURM_STEP_NODELIST='gpu-b[08-10,12],login', SLURM_STEP_TASKS_PER_NODE='2,1(x4)')
-    assert step.slurm_workers(5000) == ['gpu-b08:5000', 'gpu-b08:5001', 'gpu-b09:5000', 'gpu-b10:5000', 'gpu-b12:5000', 'login:5000']
+    put(PATH=str(tmp_path), CUDA_VISIBLE_DEVICES=os.environ.get('CUDA_VISIBLE_DEVICES', ''))                     # no nvidia-smi here
+    put(SLURM_JOB_ID='70001', SLURM_STEP_NUM_TASKS='4', SLURM_PROCID='2', SLURM_STEP_NODELIST='node[03-04]', SLURM_STEP_TASKS_PER_NODE='2(x2)')
+    before, found = dict(os.environ), cluster()
+    assert found.cluster_spec().as_dict() == {'worker': ['node03:8889', 'node03:8890', 'node04:8889', 'node04:8890']}
+    assert (found.task_type, found.task_id) == ('worker', 2)
+    assert found.num_accelerators() == {'GPU': len(tf.config.list_physical_devices('GPU'))}
+    assert dict(os.environ) == before
+    put(SLURM_STEP_NODELIST='gpu-b[8-10,12],alone', SLURM_STEP_TASKS_PER_NODE='2,1(x4)')
+    assert slurm_workers(5000) == ['gpu-b8:5000', 'gpu-b8:5001', 'gpu-b9:5000', 'gpu-b10:5000', 'gpu-b12:5000', 'alone:5000']
 
 
 def test_machines_that_stand_at_different_steps_do_not_start(monkeypatch):
