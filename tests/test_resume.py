@@ -193,6 +193,7 @@ def test_what_may_change_on_the_way(spec, tmp_path):
     process.start(tmp_path)
     trainer = process.trainer
     trainer.spec = spec.replace(training_config=dict(num_epochs=9, learning_rate=.01))
+    trainer.plan = T.make_plan(trainer.spec)
     told = trainer.begin(tmp_path)
     assert 'continuing from' in told and 'training_config.learning_rate 0.05 -> 0.01' in told and 'num_epochs 1 -> 9' in told
     trainer.spec = spec.replace(dataset_config=dict(num_classes=5), model_config=dict(anchor_scale=3.))
