@@ -139,7 +139,7 @@ class TrainingConfig:
     "How long, how fast and from what to train."
     train_batch_size:int = setting(1, 16, 'Pictures per step on each GPU', 'images', at_least(1))
     iterations_per_loop:int = setting(2, 0, 'Steps run in one call of the compiled loop; 0 is 1, which also shows how long training waits for pictures', 'steps')
-    use_xla:bool = setting(3, False, 'Declined with a word: XLA has no gradient of the upsampling between levels (TensorFlow 2.21)')
+    use_xla:bool = setting(3, False, 'Compile forward and backward pass with XLA; for one GPU, as on a CPU it is several times slower')
     disable_logging:bool = setting(4, False, 'Say nothing between epochs')
     checkpoint:str = setting(5, '', 'Model or weights to start from: a .tlt, a TensorFlow checkpoint, a Keras .h5 or .keras, or the word imagenet', 'file', opens=learns)
     stop_at_epoch:int = setting(6, 0, 'Stop after this epoch while the learning rate still follows `num_epochs`; 0 goes to the end', 'epochs')

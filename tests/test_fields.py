@@ -84,9 +84,18 @@ def test_several_steps_in_one_call_do_the_same(spec):
     assert int(three.optimizer.iterations) == 3
 
 
-def test_xla_is_declined_in_words(spec, capfd):
-    trainer_of(spec, use_xla=True)
-    assert 'use_xla: XLA has no gradient' in capfd.readouterr().err
+@pytest.mark.slow
+def test_xla_takes_the_same_step(spec, monkeypatch):
+    monkeypatch.setattr(detector.Scaling, 'drop_connect', 0.)          # XLA draws other random numbers
+    spec = spec.replace(dataset_config=dict(image_size='136,152'))      # maps of 5 and 9 rows, 5 and 10 columns: copies of unequal number
+    ways = [trainer_of(spec, use_xla=x) for x in (False, True)]
+    batch = next(S.endless_batches(ways[0]))
+    rows = [t.train_step(batch).numpy() for t in ways]
+    np.testing.assert_allclose(rows[1][:4], rows[0][:4], rtol=1e-4)
+    np.testing.assert_allclose(rows[1][4:], rows[0][4:], rtol=5e-3)       # sums in another order, once more for each layer backwards
+    for a, b in zip(*(t.model.weights for t in ways), strict=True): np.testing.assert_allclose(np.array(b), np.array(a), atol=5e-5, err_msg=a.path)
+    def compiled(t): return any(f.attr['_XlaMustCompile'].b for f in t.train_step.get_concrete_function(batch).graph.as_graph_def().library.function)
+    assert [compiled(t) for t in ways] == [False, True]
 
 
 def test_what_is_said_while_an_epoch_runs(spec, monkeypatch, capfd):

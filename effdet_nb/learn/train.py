@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_model', 'start_arch', 'best_weights', 'decay_hint', 'spec_classes', 'Clock', 'evaluate_spec', 'in_time',
-           'Spread', 'packed', 'unpacked', 'prepare', 'watchers', 'train']
+           'Spread', 'packed', 'unpacked', 'same_start', 'prepare', 'watchers', 'train']
 
 # %% ../../nbs/learn/34_train.ipynb #52a58f7c
 import sys, time, warnings
@@ -305,6 +305,17 @@ def fit(self:Trainer,
         if self.model.stop_training: break
     return self.history
 
+# %% ../../nbs/learn/34_train.ipynb #ada96fcc
+def same_start(
+    trainer,   # a `Trainer`, at its next step
+    model_dir, # folder of the run
+):
+    "Stops a run of several machines that do not stand at the same step."
+    if machine()[1] == 1: return
+    mine = trainer.strategy.experimental_distribute_values_from_function(lambda context: tf.constant([float(trainer.step)]))
+    steps = sorted({int(s) for s in np.asarray(trainer.strategy.gather(mine, 0))})
+    if len(steps) > 1: raise ValueError(f'{model_dir}: the machines stand at steps {", ".join(map(str, steps))}. --model_dir must be one folder that all of them see; copy the newest checkpoint to where it is missing, or start anew in another')
+
 # %% ../../nbs/learn/34_train.ipynb #ce2a28e5
 def prepare(
     spec:Spec,     # the experiment
@@ -321,6 +332,7 @@ def prepare(
     check_before_training(spec, arch_anchors(arch))
     trainer = Trainer(spec, arch, strategy)
     told = trainer.begin(model_dir, key, start)
+    same_start(trainer, model_dir)
     if machine()[0]: return trainer, spec_classes(spec)
     say(told)
     say(f'{trainer.plan.steps_per_epoch:g} steps per epoch, {trainer.pace()["global_batch"]} pictures per step' + (f' on {trainer.num_replicas} replicas' if trainer.num_replicas > 1 else ''))

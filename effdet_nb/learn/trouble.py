@@ -119,7 +119,7 @@ def readable_errors(
         raise ValueError(f'out of memory with train_batch_size {t.train_batch_size} at image_size "{d.image_size}". {fit}; amp: True halves activations on a GPU') from e
     except (tf.errors.UnavailableError, tf.errors.AbortedError) as e:
         if machine()[1] == 1: raise ValueError(reason(e)) from e
-        raise RuntimeError(f'another of the {machine()[1]} machines is gone ({str(e).splitlines()[0][:200]}). Start the same command on all of them: the run goes on from its newest checkpoint') from e
+        raise RuntimeError(f'another of the {machine()[1]} machines is gone or cannot be reached. Start the same command on all of them: the run goes on from its newest checkpoint') from e
     except tf.errors.OpError as e: raise ValueError(reason(e)) from e
 
 # %% ../../nbs/learn/33e_trouble.ipynb #98d86347
