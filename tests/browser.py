@@ -4,10 +4,13 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--hide-scrollbars', '--remote-debugging-pipe']
+
+HAND_OVER = 'import fcntl, os, sys; ends = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 50) for n in sys.argv[1:3]]; os.dup2(ends[0], 3); os.dup2(ends[1], 4); os.execv(sys.argv[3], sys.argv[3:])' # it hears at 3, speaks at 4
 
 
 class Browser:
@@ -15,7 +18,7 @@ class Browser:
     def __init__(self, profile, timeout=60):
         ours_out, theirs_in = os.pipe(), os.pipe()        # what it says; what it hears
         self.timeout, self.count, self.said, self.asked, self.events, self.rest = timeout, 0, [], [], [], b''
-        self.process = subprocess.Popen(['sh', '-c', f'exec "$@" 3<&{theirs_in[0]} 4>&{ours_out[1]}', 'sh', CHROMIUM, *FLAGS, f'--user-data-dir={profile}', 'about:blank'],
+        self.process = subprocess.Popen([sys.executable, '-c', HAND_OVER, str(theirs_in[0]), str(ours_out[1]), CHROMIUM, *FLAGS, f'--user-data-dir={profile}', 'about:blank'],
                                         pass_fds=(theirs_in[0], ours_out[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(theirs_in[0]); os.close(ours_out[1])
         self.reads, self.writes, self.session = ours_out[0], theirs_in[1], None

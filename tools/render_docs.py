@@ -160,6 +160,7 @@ nb_render_markdown_format = 'myst'
 html_theme = {theme!r}
 html_static_path = ['_static']
 html_show_sourcelink = False
+html_context = dict(default_mode='auto')
 html_css_files = ['effdet_nb.css']
 html_theme_options = dict(repository_url={repository!r}, use_repository_button=True, use_download_button=True)
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type', 'misc.highlighting_failure']
@@ -172,6 +173,8 @@ p:has(> a.source) { float: right; margin: -2.4rem 0 0; font-size: smaller; }
 .diagram img { max-width: max(100%, 45rem); height: auto; }
 article table { font-size: .9em; }
 math { font-size: 1.1em; }
+article { overflow-wrap: break-word; }
+p code .pre, li code .pre { white-space: pre-wrap; }
 '''
 
 
