@@ -8,7 +8,7 @@ notebooks into pages (`_proc/`: tables of parameters, hidden cells gone, links t
 built. Nothing on a page comes from another server: formulas become MathML, which browsers draw themselves, and diagrams are pictures that
 tools/draw_diagrams.py made. So the site works from a memory stick as well.
 """
-import argparse, html, json, os, posixpath, re, shutil, subprocess, sys
+import argparse, json, os, posixpath, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import urlsplit
 from draw_diagrams import BLOCK, FOLDER, picture_name
@@ -160,6 +160,7 @@ nb_render_markdown_format = 'myst'
 html_theme = {theme!r}
 html_static_path = ['_static']
 html_show_sourcelink = False
+html_use_index = False
 html_context = dict(default_mode='auto')
 html_css_files = ['effdet_nb.css']
 html_theme_options = dict(repository_url={repository!r}, use_repository_button=True, use_download_button=True)
@@ -174,7 +175,8 @@ p:has(> a.source) { float: right; margin: -2.4rem 0 0; font-size: smaller; }
 article table { font-size: .9em; }
 math { font-size: 1.1em; }
 article { overflow-wrap: break-word; }
-p code .pre, li code .pre { white-space: pre-wrap; }
+code .pre { display: inline-block; max-width: 100%; white-space: pre-wrap; }
+td code .pre { white-space: nowrap; }
 '''
 
 
