@@ -85,6 +85,7 @@ WRONG = {   # what no page may have: a name and a script that lists offenders
     'pictures that did not load': '[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)',
     'tables that stayed text': '[...document.querySelectorAll("article p")].map(p => p.textContent.trim()).filter(t => /^\\|.*\\|$/s.test(t))',
     'Markdown that stayed text': '[...document.querySelectorAll("article p, article li")].map(p => p.textContent.trim()).filter(t => /^(:::|```|#+ )|\\$\\$|^\\s*#\\| /.test(t))',
+    'links that stayed text': '[...document.querySelectorAll("article p, article li")].map(p => [...p.childNodes].filter(n => n.nodeType==3).map(n => n.data).join("")).filter(t => /\\]\\([^)]*/.test(t))',
     'no heading': '[...document.querySelectorAll("article h1")].length==1 ? [] : ["h1"]',
 }
 
@@ -109,12 +110,12 @@ def test_every_page_opens_without_complaint_at_both_widths(site, browser):
 
 def test_the_browser_tells_what_is_wrong(browser, tmp_path):
     "So the silence of the pages above means something."
-    (tmp_path/'bad.html').write_text('<article><h1>x</h1><p>| a | b |\n|---|---|\n| 1 | 2 |</p><img src="gone.png"><div style="width:700px">wide</div></article><script>nowhere()</script>')
+    (tmp_path/'bad.html').write_text('<article><h1>x</h1><p>| a | b |\n|---|---|\n| 1 | 2 |</p><p>[<code>x</code>](#y)</p><img src="gone.png"><div style="width:700px">wide</div></article><script>nowhere()</script>')
     browser.size(*PHONE, mobile=True)
     browser.said.clear()
     browser.open((tmp_path/'bad.html').as_uri())
     assert any('nowhere' in s for s in browser.said) and any('ERR_FILE_NOT_FOUND' in s for s in browser.said)
-    assert browser.run(WRONG['pictures that did not load']) and browser.run(WRONG['tables that stayed text']) and not browser.run(WRONG['no heading'])
+    assert browser.run(WRONG['pictures that did not load']) and browser.run(WRONG['tables that stayed text']) and browser.run(WRONG['links that stayed text']) and not browser.run(WRONG['no heading'])
     assert browser.run('document.documentElement.scrollWidth')>PHONE[0]
 
 

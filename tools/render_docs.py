@@ -16,6 +16,7 @@ from draw_diagrams import BLOCK, FOLDER, picture_name
 CALLOUTS = dict(note='note', tip='tip', warning='warning', important='important', caution='caution')
 OPTION = re.compile(r'^#\|\s*([\w-]+)(?::\s*(.*?))?\s*$', re.M)
 LINK = re.compile(r'(\]\()([^)\s]+)(\))')
+NESTED = re.compile(r'\[\[(`[^`\]]+`)\]\([^)\s]+\)\]\(([^)\s]+)\)') # a link whose text nbdev made a link as well
 SOURCE = re.compile(r'^\[source\]\((\S+)\)\s+(#+ [^\n]+)\n') # how nbdev's table of a definition begins
 
 
@@ -79,6 +80,7 @@ class Rewriter:
         text = re.sub(r'\{target="_blank"[^}]*\}', '', text)
         text = BLOCK.sub(self.diagram, text)
         text = re.sub(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[ \t]*\n(?:\s*\n)?(?:#+ (.*)\n)?', self.callout, text, flags=re.M)
+        text = NESTED.sub(r'[\1](\2)', text)
         return LINK.sub(lambda m: m[1] + self.link(m[2], page) + m[3], text)
 
     @staticmethod
