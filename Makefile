@@ -16,7 +16,7 @@ SUM     := $(shell cat settings.ini setup.py | cksum | cut -d' ' -f1)
 RUN     := $(VENV)/.run-$(SUM)
 DEV     := $(VENV)/.dev-$(SUM)
 
-.PHONY: help run test in-step nbtest docs pytest bench clean distclean
+.PHONY: help run lab test in-step nbtest docs pytest bench clean distclean
 
 help:  ## this list
 	@echo 'effdet_nb. Needs make and Python 3.11 or later; the rest goes into $(VENV).'
@@ -26,6 +26,9 @@ run: $(RUN)  ## from nothing to a trained, pruned, exported detector and its rep
 	@echo 'make run: the whole pipeline on drawn shapes, into $(FOLDER)/. Started again, it goes on where it stopped.'
 	@$(BIN)/effdet_quickstart --folder '$(FOLDER)' $(ARGS)
 	@echo 'report: $(abspath $(FOLDER))/report.html'
+
+lab: $(DEV)  ## the chapters in JupyterLab, to read, run and edit
+	@$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
 
 test: in-step nbtest docs pytest  ## everything CI checks: notebooks and modules in step, chapters, docs site, guards
 in-step: $(DEV)  ## nbdev_export and nbdev_clean change nothing
@@ -48,7 +51,7 @@ bench: $(DEV)  ## how fast it is, beside other ways of doing the same
 	@for script in $(filter-out bench/interleave.py, $(wildcard bench/*.py)); do echo "# $$script"; TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python $$script; done
 
 clean:  ## remove what was built, but not .venv and not your runs
-	@rm -rf _docs _proc jupyter_execute build dist .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
+	@rm -rf _docs _proc _shots jupyter_execute build dist .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv and the quickstart's run as well

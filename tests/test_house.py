@@ -174,4 +174,5 @@ def test_every_chapter_is_in_the_sidebar():
 def test_packaging_has_one_source():
     text = (ROOT/'pyproject.toml').read_text(encoding='utf-8')
     assert '[project]' not in text and '[tool.nbdev]' not in text      # settings.ini is the source
+    assert 'include settings.ini' in (ROOT/'MANIFEST.in').read_text()  # so the source archive has it, and can be installed
     assert re.search(r'Apache License\s+Version 2.0', (ROOT/'LICENSE').read_text(encoding='utf-8'))

@@ -5,16 +5,19 @@
 
 Where Quarto is installed, `nbdev_docs` makes the site; this makes the same pages, at the same addresses, where it is not. nbdev first turns the
 notebooks into pages (`_proc/`: tables of parameters, hidden cells gone, links to other chapters); here they are rewritten from Quarto's Markdown into MyST's and
-built. Formulas use MathJax and diagrams mermaid: from `node_modules/` if `npm install mathjax@3 mermaid` was run, so that the site works without a
-network; otherwise MathJax comes from its usual server and a diagram stays text.
+built. Nothing on a page comes from another server: formulas become MathML, which browsers draw themselves, and diagrams are pictures that
+tools/draw_diagrams.py made. So the site works from a memory stick as well.
 """
-import argparse, html, json, os, posixpath, re, shutil, subprocess, sys
+import argparse, json, os, posixpath, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import urlsplit
+from draw_diagrams import BLOCK, FOLDER, picture_name
 
 CALLOUTS = dict(note='note', tip='tip', warning='warning', important='important', caution='caution')
 OPTION = re.compile(r'^#\|\s*([\w-]+)(?::\s*(.*?))?\s*$', re.M)
 LINK = re.compile(r'(\]\()([^)\s]+)(\))')
+NESTED = re.compile(r'\[\[(`[^`\]]+`)\]\([^)\s]+\)\]\(([^)\s]+)\)') # a link whose text nbdev made a link as well
+SOURCE = re.compile(r'^\[source\]\((\S+)\)\s+(#+ [^\n]+)\n') # how nbdev's table of a definition begins
 
 
 def slug(heading):
@@ -48,9 +51,9 @@ class Page:
 
 class Rewriter:
     "Quarto's Markdown to MyST's, for all pages of a site."
-    def __init__(self, pages, address, mermaid):
+    def __init__(self, pages, address):
         self.by_old, self.by_new = {p.old: p for p in pages}, {p.new: p for p in pages}
-        self.address, self.mermaid = address.rstrip('/') + '/', mermaid
+        self.address, self.undrawn = address.rstrip('/') + '/', []
 
     def link(self, target, page):
         "A link to another page, however it was written, as a path from the root of the site's source."
@@ -65,15 +68,19 @@ class Rewriter:
         return f'/{to.new}.ipynb{anchor}' if to else target
 
     def diagram(self, match):
-        "A mermaid block: drawn in the browser where mermaid is at hand, else shown as text."
-        return f'<pre class="mermaid">\n{html.escape(match[1])}</pre>' if self.mermaid else f'```text\n{match[1]}```'
+        "The picture of a mermaid block; its text, as long as there is none."
+        name = picture_name(match[1])
+        if (FOLDER/name).is_file(): return f':::{{container}} diagram\n![diagram](/images/{FOLDER.name}/{name})\n:::\n'
+        self.undrawn.append(name)
+        return f'```text\n{match[1]}```'
 
     def __call__(self, text, page):
         "One Markdown text of a page."
         text = re.sub(r'<!-- WARNING.*?-->\n?', '', text)
         text = re.sub(r'\{target="_blank"[^}]*\}', '', text)
-        text = re.sub(r'^```\{mermaid\}\n(.*?)^```', self.diagram, text, flags=re.M|re.S)
+        text = BLOCK.sub(self.diagram, text)
         text = re.sub(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[ \t]*\n(?:\s*\n)?(?:#+ (.*)\n)?', self.callout, text, flags=re.M)
+        text = NESTED.sub(r'[\1](\2)', text)
         return LINK.sub(lambda m: m[1] + self.link(m[2], page) + m[3], text)
 
     @staticmethod
@@ -96,7 +103,7 @@ def shown_cells(page, rewrite):
         if (front := front_matter(cell)) is not None:
             yield text_cell(f"# {front.get('title', page.new)}\n\n" + (f"*{front['description']}*" if front.get('description') else ''))
         elif cell['cell_type']=='markdown':
-            if text := rewrite(source, page).strip(): yield cell | dict(source=text)
+            if (text := rewrite(source, page).strip('\n')).strip(): yield cell | dict(source=text)
         elif cell['cell_type']=='code': yield from code_cells(cell, source, page, rewrite)
 
 
@@ -107,10 +114,17 @@ def code_cells(cell, source, page, rewrite):
     if options.get('output')=='asis':
         for out in cell['outputs']:
             text = ''.join(out.get('data', {}).get('text/markdown', out.get('text', '')))
-            if text := rewrite(text, page).replace('---\n', '', 1).strip(): yield text_cell(text)
+            text = rewrite(text, page).replace('---\n', '', 1).strip()
+            if text: yield text_cell(SOURCE.sub(r'\2\n\n<a class="source" href="\1">source</a>\n', text))
         return
     tags = ['remove-input'] if options.get('echo')=='false' else []
-    yield cell | dict(source=OPTION.sub('', source).strip('\n'), metadata=cell['metadata'] | dict(tags=tags))
+    yield cell | dict(source=OPTION.sub('', source).strip('\n'), metadata=cell['metadata'] | dict(tags=tags), outputs=[shown_output(o, page, rewrite) for o in cell['outputs']])
+
+
+def shown_output(out, page, rewrite):
+    "An output; links in one that is Markdown, such as a table, lead to pages as those in the text do."
+    data = out.get('data', {})
+    return out | dict(data=data | {'text/markdown': rewrite(''.join(data['text/markdown']), page)}) if 'text/markdown' in data else out
 
 
 def chapters(contents):
@@ -136,48 +150,67 @@ import sys
 sys.path.insert(0, {tools!r})
 project = html_title = {title!r}
 author = {author!r}
-extensions = ['myst_nb', 'sphinx.ext.mathjax', 'sphinx_copybutton']
+extensions = ['myst_nb', 'sphinx_copybutton', 'render_docs']
+html_math_renderer = 'mathml'
 exclude_patterns = ['_static']
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'html_image']
 myst_heading_anchors = 4
 myst_heading_slug_func = 'render_docs.slug'
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_render_markdown_format = 'myst'
 html_theme = {theme!r}
 html_static_path = ['_static']
 html_show_sourcelink = False
-html_js_files = {scripts!r}
+html_use_index = False
+html_context = dict(default_mode='auto')
+html_css_files = ['effdet_nb.css']
 html_theme_options = dict(repository_url={repository!r}, use_repository_button=True, use_download_button=True)
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type', 'misc.highlighting_failure']
 '''
 
 
-def static_files(root, to):
-    "Copies MathJax and mermaid from node_modules, where present; returns lines for conf.py and the scripts to load."
-    to.mkdir(parents=True)
-    lines, scripts, modules = '', [], root/'node_modules'
-    if (mathjax := modules/'mathjax/es5').is_dir():
-        shutil.copytree(mathjax/'output/chtml', to/'mathjax/output/chtml')
-        shutil.copy(mathjax/'tex-chtml.js', to/'mathjax')
-        lines += "mathjax_path = 'mathjax/tex-chtml.js'\n"
-    if (mermaid := modules/'mermaid/dist/mermaid.min.js').is_file():
-        shutil.copy(mermaid, to)
-        scripts.append('mermaid.min.js')
-    return lines, scripts
+STYLE = '''
+p:has(> a.source) { float: right; margin: -2.4rem 0 0; font-size: smaller; }
+.diagram { overflow-x: auto; }
+.diagram img { max-width: max(100%, 45rem); height: auto; }
+article table { font-size: .9em; }
+math { font-size: 1.1em; }
+article { overflow-wrap: break-word; }
+code .pre { display: inline-block; max-width: 100%; white-space: pre-wrap; }
+td code .pre { white-space: nowrap; }
+'''
+
+
+def formula(block):
+    "A Sphinx visitor that writes a formula as MathML."
+    def visit(self, node):
+        from docutils import nodes
+        from latex2mathml.converter import convert
+        self.body.append(convert(node.astext(), display='block' if block else 'inline'))
+        raise nodes.SkipNode
+    return visit
+
+
+def setup(app):
+    "Makes this file a Sphinx extension: the one that draws formulas."
+    app.add_html_math_renderer('mathml', (formula(False), None), (formula(True), None))
+    return dict(parallel_read_safe=True, parallel_write_safe=True)
 
 
 def write_source(cfg, proc, source, theme):
-    "Fills `source` with what Sphinx needs; returns the files that the sidebar names and nobody wrote, and those it forgets."
+    "Fills `source` with what Sphinx needs; returns the files that the sidebar names and nobody wrote, those it forgets, and diagrams without a picture."
     import yaml
     site = yaml.safe_load((cfg.config_path/'_quarto.yml').read_text(encoding='utf-8'))['website']
     shutil.rmtree(source, ignore_errors=True)
-    extra, scripts = static_files(cfg.config_path, source/'_static')
+    (source/'_static').mkdir(parents=True)
+    (source/'_static'/'effdet_nb.css').write_text(STYLE)
     written = {p.relative_to(cfg.nbs_path).as_posix() for p in cfg.nbs_path.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(cfg.nbs_path).parts)}
     pages = [Page(old, json.loads((proc/old).read_text(encoding='utf-8'))) for old in sorted(written) if (proc/old).is_file()]
     groups = list(chapters(site['sidebar']['contents']))
     listed = {f for _,files in groups for f in files}
     if forgotten := sorted(written-listed-{'index.ipynb'}): groups.append(('More', forgotten))
-    rewrite = Rewriter(pages, cfg.doc_host + cfg.doc_baseurl, bool(scripts))
+    rewrite = Rewriter(pages, cfg.doc_host + cfg.doc_baseurl)
     for p in pages: p.cells = list(shown_cells(p, rewrite))
     outputs = {p.new: p.notebook | dict(cells=p.cells) for p in pages}
     blank = dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
@@ -187,9 +220,9 @@ def write_source(cfg, proc, source, theme):
         (source/name).parent.mkdir(parents=True, exist_ok=True)
         (source/f'{name}.ipynb').write_text(json.dumps(notebook), encoding='utf-8')
     copy_pictures(cfg.nbs_path, source)
-    conf = CONF.format(tools=str(Path(__file__).resolve().parent), title=site['title'], author=cfg.author, theme=theme, scripts=scripts, repository=cfg.git_url)
-    (source/'conf.py').write_text(conf + extra, encoding='utf-8')
-    return sorted(listed-written), forgotten
+    conf = CONF.format(tools=str(Path(__file__).resolve().parent), title=site['title'], author=cfg.author, theme=theme, repository=cfg.git_url)
+    (source/'conf.py').write_text(conf, encoding='utf-8')
+    return sorted(listed-written), forgotten, rewrite.undrawn
 
 
 def copy_pictures(nbs, source):
@@ -205,7 +238,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--out', default='_docs', help='folder for the HTML pages (_docs)')
     parser.add_argument('--theme', default='sphinx_book_theme', help='Sphinx theme (sphinx_book_theme)')
-    parser.add_argument('--strict', action='store_true', help='fail on warnings, and on chapters the sidebar names but nobody wrote or forgets')
+    parser.add_argument('--strict', action='store_true', help='fail on warnings, on chapters the sidebar names but nobody wrote or forgets, and on diagrams without a picture')
     parser.add_argument('--force', action='store_true', help='process all notebooks again, not only those that changed')
     parser.add_argument('--workers', type=int, default=1, help='processes that process notebooks (1)')
     args = parser.parse_args()
@@ -217,12 +250,13 @@ def main():
     refresh_quarto_yml()
     proc = proc_nbs(n_workers=args.workers, force=args.force)
     source = proc/'_sphinx'
-    missing, forgotten = write_source(cfg, proc, source, args.theme)
-    for what,files in (('named in _quarto.yml, but there is no such notebook', missing), ('not in the sidebar of _quarto.yml; put under "More"', forgotten)):
+    missing, forgotten, undrawn = write_source(cfg, proc, source, args.theme)
+    for what,files in (('named in _quarto.yml, but there is no such notebook', missing), ('not in the sidebar of _quarto.yml; put under "More"', forgotten),
+                       ('a diagram without its picture, shown as text; run tools/draw_diagrams.py', undrawn)):
         for f in files: print(f'{f}: {what}', file=sys.stderr)
     command = [sys.executable, '-m', 'sphinx', '-q', '-b', 'html', '-d', str(proc/'_doctrees'), *(['-W', '--keep-going'] if args.strict else []), str(source), str(out)]
     code = subprocess.call(command, env=os.environ | dict(PYTHONWARNINGS='ignore'))
-    return code or int(args.strict and bool(missing or forgotten))
+    return code or int(args.strict and bool(missing or forgotten or undrawn))
 
 
 if __name__=='__main__': sys.exit(main())
