@@ -82,7 +82,8 @@ def check_classes(
         yield Problem(True, 'dataset_config.num_classes', str(e))
         return
     homeless = {k:n for k,n in counts.items() if k not in classes.ids}
-    cures = [f'Set num_classes to {max(counts)+1} or more']*(max(homeless, default=0)>0) + ['Ids below 1 never get one without a table: convert again with dataset_convert, which makes one, or number the categories from 1']*(min(homeless, default=1)<1)
+    high,low = max(homeless, default=0),min(homeless, default=1)
+    cures = [f'Set num_classes to {high+1} or more']*(high>0) + ['Ids below 1 never get one without a table: convert again with dataset_convert, which makes one, or number the categories from 1']*(low<1)
     if homeless: yield Problem(True, 'dataset_config.num_classes', f'{sum(homeless.values()):,} boxes have category ids that have no channel ({", ".join(map(str, sorted(homeless)[:5]))}), '
                                f'the channels are for {classes.ids[0]} to {classes.ids[-1]}. {". ".join(cures)}')
     unseen = [classes.name(classes.channel(k)) for k in classes.ids if k not in counts]
