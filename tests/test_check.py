@@ -69,6 +69,7 @@ def foreign_spec(folder, records, val=None, more=''):
 
 faults = {
     'unknown ids': (lambda: [foreign('a', labels=[7]), foreign('b', labels=[0]), foreign('c')], 1, r'2 boxes have category ids that have no channel \(0, 7\), the channels are for 1 to 2. Set num_classes to 8'),
+    'ids from 0': (lambda: [foreign('a', labels=[0]), foreign('b', labels=[1])], 1, r'1 boxes have category ids that have no channel \(0\), the channels are for 1 to 2. Ids below 1'),   # no num_classes is large enough
     'all empty': (lambda: [foreign(k, boxes=()) for k in 'abc'], 1, r'none of the 3 pictures has an object'),
     'mostly empty': (lambda: [foreign(k, boxes=() if k != 'a' else ((.1,.2,.5,.6),)) for k in 'abc'], 0, r'2 of 3 pictures \(67%\) have no object'),
     'no area': (lambda: [foreign('a', boxes=((.1,.2,.1,.6),))], 1, r'1 boxes have no area, such as one in image a'),

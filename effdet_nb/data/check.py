@@ -82,8 +82,10 @@ def check_classes(
         yield Problem(True, 'dataset_config.num_classes', str(e))
         return
     homeless = {k:n for k,n in counts.items() if k not in classes.ids}
+    high,low = max(homeless, default=0),min(homeless, default=1)
+    cures = [f'Set num_classes to {high+1} or more']*(high>0) + ['Ids below 1 never get one without a table: convert again with dataset_convert, which makes one, or number the categories from 1']*(low<1)
     if homeless: yield Problem(True, 'dataset_config.num_classes', f'{sum(homeless.values()):,} boxes have category ids that have no channel ({", ".join(map(str, sorted(homeless)[:5]))}), '
-                               f'the channels are for {classes.ids[0]} to {classes.ids[-1]}. Set num_classes to {max(counts)+1} or more')
+                               f'the channels are for {classes.ids[0]} to {classes.ids[-1]}. {". ".join(cures)}')
     unseen = [classes.name(classes.channel(k)) for k in classes.ids if k not in counts]
     if unseen and scan.total==len(scan.ids) and load_sidecar(pattern): yield Problem(False, pattern_name(pattern), f'{len(unseen)} of {len(classes.ids)} categories have no box, such as {", ".join(unseen[:3])}')
 
