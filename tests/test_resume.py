@@ -99,6 +99,7 @@ TIMES = {'seconds', 'eta', 'images_per_second', 'input_wait'}
 def numbers(history): return [{k: v for k, v in row.items() if k not in TIMES} for row in history]
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_it_ends_the_same(spec, tmp_path, deterministic, monkeypatch):
     "Twenty random kill points in seven runs, some of them while a checkpoint is being written or an evaluation runs."
     process, rng = Process(spec), random.Random(4)

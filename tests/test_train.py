@@ -140,7 +140,7 @@ def test_all_problems_of_a_spec_at_once(spec, tmp_path):
     assert len(e.value.problems) >= 2 and not (tmp_path/'run').exists()
 
 
-@pytest.mark.parametrize('policy', ['mixed_bfloat16', 'mixed_float16'])
+@pytest.mark.parametrize('policy', ['mixed_bfloat16', pytest.param('mixed_float16', marks=pytest.mark.slow)])
 def test_mixed_precision_stays_finite(spec, policy, monkeypatch):
     monkeypatch.setattr(S, 'amp_policy', lambda: policy)
     trainer = T.Trainer(spec.replace(training_config=dict(amp=True)), T.start_arch(spec)[0])
@@ -172,6 +172,7 @@ np.savez(sys.argv[3], parts=parts.numpy(), **{f'{i}': v.numpy() for i, v in enum
 '''
 
 
+@pytest.mark.slow
 def test_two_replicas_do_what_one_would_do_with_the_same_pictures(spec, tmp_path):
     (tmp_path/'spec.txt').write_text(spec.to_text()); (tmp_path/'two.py').write_text(TWO)
     env = os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3'}
