@@ -252,7 +252,7 @@ def test_a_second_evaluation_without_any_hit_is_explained(spec, monkeypatch, cap
     for said in (False, True, False):
         row = fake.judge(None)
         fake.history.append(row)
-        assert ('AP is 0. What the evaluation saw' in capfd.readouterr().err) == said
+        assert ('AP is 0, to three digits. What the evaluation saw' in capfd.readouterr().err) == said
 
 
 def trouble_truth():

@@ -277,8 +277,8 @@ def judge(self:Trainer, classes)->dict: # the numbers of an evaluation, for the 
     "Evaluates, and says what it saw when nothing was right for the second time."
     self.metrics = self.evaluate(classes)
     self.evaluated = time.monotonic()
-    zeros = [r for r in self.history if r.get('AP') == 0]
-    if self.metrics['AP'] == 0 and len(zeros) == 1 and machine()[0] == 0: say(why_zero(self.metrics))
+    zeros = [r for r in self.history if 0 <= r.get('AP', 1) < .0005]
+    if 0 <= self.metrics['AP'] < .0005 and len(zeros) == 1 and machine()[0] == 0: say(why_zero(self.metrics))
     return {k: v for k,v in self.metrics.items() if isinstance(v, float)}
 
 # %% ../../nbs/learn/34_train.ipynb #a710aedf

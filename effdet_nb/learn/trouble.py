@@ -132,7 +132,7 @@ def why_zero(
     scores = np.concatenate([d.scores for d in found])
     def sides(boxes): return 'none' if not len(boxes) else 'median {:.0f} x {:.0f}'.format(*np.median(boxes[:,2:]-boxes[:,:2], 0))
     def most(x): return ', '.join(f'{k} ({n})' for n,k in sorted(zip(*np.unique(x, return_counts=True)[::-1]), reverse=True)[:5]) or 'none'
-    return '\n'.join(['AP is 0. What the evaluation saw:',
+    return '\n'.join(['AP is 0, to three digits. What the evaluation saw:',
         f'  category ids of the truth: {most(ids)}; of the detections: {most(seen)}',
         f'  scores of {len(scores)} detections: ' + (f'highest {scores.max():.3f}, median {np.median(scores):.3f}' if len(scores) else 'there are none'),
         f'  boxes of the truth (height x width, pixels): {sides(np.concatenate([t.boxes for t in truths]))}; of the detections: {sides(np.concatenate([d.boxes for d in found]))}',
