@@ -38,7 +38,7 @@ in-step: $(DEV)  ## nbdev_export and nbdev_clean change nothing
 	{ echo 'These files were not in step; now they are. Look at them and commit:'; diff <(echo "$$before") <(echo "$$after") | awk '/^[<>]/ {print "  " $$4}' | sort -u; exit 1; }
 
 nbtest: $(DEV)  ## run every chapter
-	@OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/nbdev_test --n_workers $(WORKERS)
+	@OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
 
 docs: $(DEV)  ## the site, offline, into _docs/
 	@$(BIN)/python tools/render_docs.py

@@ -41,6 +41,7 @@ def main():
     p.add_argument('--peer', default=os.environ.get('PEER_PYTHON'))
     p.add_argument('--part', choices=['build', 'forward'])
     a = p.parse_args()
+    import effdet_nb   # first: it sets the switches that TensorFlow reads
     import keras
     import numpy as np
     from effdet_nb.model.detector import Arch, build

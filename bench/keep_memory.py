@@ -7,6 +7,7 @@ import statistics, subprocess, sys, time
 
 def serve(keep):
     "Times one pass for each line on stdin."
+    import effdet_nb   # first: it sets the switches that TensorFlow reads
     import tensorflow as tf
     from effdet_nb.model.detect import keep_memory
     if keep and not keep_memory(): sys.exit('the C library of this system has no such switch')

@@ -8,6 +8,7 @@ import os
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
+import effdet_nb   # first: it sets the switches that TensorFlow reads
 import tensorflow as tf
 
 from effdet_nb.learn.loss import focal_elements, focal_loss

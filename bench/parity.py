@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import effdet_nb   # first: it sets the switches that TensorFlow reads
 import tensorflow as tf
 
 from effdet_nb.learn import loss as L, targets as T

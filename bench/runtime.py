@@ -13,6 +13,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
 import onnx
+import effdet_nb   # first: it sets the switches that TensorFlow reads
 import tensorflow as tf
 
 from effdet_nb.data.coco import ClassTable

@@ -22,6 +22,7 @@ def scene():
 
 def ours():
     "Our step, as a function."
+    import effdet_nb   # first: it sets the switches that TensorFlow reads
     import tensorflow as tf
     from effdet_nb.learn.step import Trainer
     from effdet_nb.model.detect import keep_memory

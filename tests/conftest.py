@@ -2,6 +2,7 @@
 import os
 from pathlib import Path
 
+import effdet_nb   # before TensorFlow, whose switches it sets
 import pytest
 from hypothesis import HealthCheck, settings
 
