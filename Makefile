@@ -16,7 +16,7 @@ SUM     := $(shell cat settings.ini setup.py | cksum | cut -d' ' -f1)
 RUN     := $(VENV)/.run-$(SUM)
 DEV     := $(VENV)/.dev-$(SUM)
 
-.PHONY: help run lab test in-step nbtest docs pytest bench clean distclean
+.PHONY: help run lab test in-step nbtest tutorials docs pytest bench clean distclean
 
 help:  ## this list
 	@echo 'effdet_nb. Needs make and Python 3.11 or later; the rest goes into $(VENV).'
@@ -30,7 +30,7 @@ run: $(RUN)  ## from nothing to a trained, pruned, exported detector and its rep
 lab: $(DEV)  ## the chapters in JupyterLab, to read, run and edit
 	@$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
 
-test: in-step nbtest docs pytest  ## everything CI checks: notebooks and modules in step, chapters, docs site, guards
+test: in-step nbtest docs pytest  ## what CI checks, but for its longest runs: notebooks and modules in step, chapters, docs site, guards
 in-step: $(DEV)  ## nbdev_export and nbdev_clean change nothing
 	@state() { find nbs effdet_nb \( -name '*.ipynb' -o -name '*.py' \) -not -path '*/.ipynb_checkpoints/*' -exec cksum {} + | sort; }; \
 	before=$$(state); $(BIN)/nbdev_export; $(BIN)/nbdev_clean; after=$$(state); \
@@ -38,7 +38,10 @@ in-step: $(DEV)  ## nbdev_export and nbdev_clean change nothing
 	{ echo 'These files were not in step; now they are. Look at them and commit:'; diff <(echo "$$before") <(echo "$$after") | awk '/^[<>]/ {print "  " $$4}' | sort -u; exit 1; }
 
 nbtest: $(DEV)  ## run every chapter
-	@OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=1 $(BIN)/nbdev_test --n_workers $(WORKERS)
+	@$(NBTEST) --skip_folder_re '^[_.]|^tutorials$$'
+
+tutorials: $(DEV)  ## run the tutorials; some of them train, minutes
+	@$(NBTEST) --path nbs/tutorials
 
 docs: $(DEV)  ## the site, offline, into _docs/
 	@$(BIN)/python tools/render_docs.py
@@ -73,6 +76,8 @@ $(DEV): | $(BIN)/python
 	@echo 'installing effdet_nb and what its tests and docs need into $(VENV) (minutes the first time)'
 	@$(call install,.[dev])
 	@touch $@
+
+NBTEST = OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=1 $(BIN)/nbdev_test --timing --n_workers $(WORKERS)
 
 # Compiling once saves seconds at every start of TensorFlow; files that no Python can compile are examples inside packages.
 install = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -e '$(1)' && \
