@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from effdet_nb.data.coco import ClassTable
+from effdet_nb.data.letterbox import to_channels
 from effdet_nb.data.shapes import SHAPE_NAMES, draw_shapes
 from effdet_nb.deploy import export as chapter
 from effdet_nb.deploy.export import LIMITS, agreement, calibrate, compare, detections_of, export, prove, spec_thresholds
@@ -23,14 +24,14 @@ HW = 128, 160
 SLIM = {'stem_conv': 16, 'block2a_expand_conv': 40, 'block3b_expand_conv': 72, 'block5b_se_reduce': 8, 'block6c_expand_conv': 200}
 
 
-def lively(widths):
+def lively(widths={}, name='efficientdet-d0', channels=3):
     "A fresh detector with statistics of drawn pictures and a loud last layer, so that its answers differ from place to place."
     from effdet_nb.model.detector import Arch, build
-    arch = Arch(image_hw=HW, num_classes=4, widths=widths)
+    arch = Arch(name, image_hw=HW, num_classes=4, widths=widths, channels=channels)
     model = build(arch)
     for layer in model.layers:
         if hasattr(layer, 'moving_mean'): layer.momentum = 0.
-    model(np.stack([draw_shapes(seed=i, size=HW).image for i in range(6)]), training=True)
+    model(to_channels(np.stack([draw_shapes(seed=i, size=HW).image for i in range(6)]), channels), training=True)
     for layer in model.layers:
         if hasattr(layer, 'moving_mean'): layer.moving_variance.assign(np.maximum(layer.moving_variance, np.mean(layer.moving_variance))) # nobody shouts from noise
     kernel = model.get_layer('class-predict').pointwise_kernel
@@ -73,6 +74,21 @@ def test_boxes_equal_keras(home):
             np.testing.assert_allclose(a.scores, b.scores, atol=1e-3)
             same = [(c == b.classes) & (abs(box-b.boxes).max(1) < .1) & (abs(s-b.scores) < 1e-3) for box, s, c in zip(a.boxes, a.scores, a.classes)]
             assert np.mean([s.any() for s in same]) == 1        # whatever the order of equals
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', [dict(), dict(name='efficientdet-lite0'), dict(channels=1)], ids=str)
+def test_whole_lite_and_grey_networks_leave_home_too(kind, home, tmp_path):
+    "A D0 with all its filters, one for phones, one that sees grey; all of them rectangles."
+    from effdet_nb.model.detect import KerasDetector, save_detector
+    model, arch = lively(**kind)
+    save_detector(tmp_path/'a.tlt', model, arch, home['classes'])
+    for file in ('a.onnx', 'a.etlt'):
+        made = export(tmp_path/'a.tlt', tmp_path/file, score_threshold=.3)
+        assert max(made.difference.values()) < 1e-4 and made.agreement[0] == made.agreement[1] > 20
+        for a, b in zip(load_detector(tmp_path/file)(home['images']), KerasDetector(model, arch, home['classes'], method='hard', score_threshold=.3)(home['images'])):
+            assert len(a) == len(b) > 0
+            np.testing.assert_allclose(np.sort(a.scores), np.sort(b.scores), atol=1e-3)
 
 
 def test_the_graph_is_tidy(home):
