@@ -51,8 +51,6 @@ def main():
         report('building', interleave(ways, a.rounds, 1), 'EfficientNetB5')
     if a.part == 'build': return
     if not a.peer: return print('\nNo peer: make one as `--help` says and name it with --peer or PEER_PYTHON')
-    from effdet_nb.model.detect import keep_memory
-    keep_memory()   # as `KerasDetector` does
     model, images = build(Arch()), np.random.default_rng(0).integers(0, 256, (8, 512, 512, 3)).astype('uint8')
     model.jit_compile = False
     ways = {'effdet': peer(a.peer, len(os.sched_getaffinity(0))), 'ours': lambda: model.predict_on_batch(images)}

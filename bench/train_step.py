@@ -24,8 +24,7 @@ def ours():
     "Our step, as a function."
     import effdet_nb   # first: it sets the switches that TensorFlow reads
     import tensorflow as tf
-    from effdet_nb.learn.step import Trainer
-    from effdet_nb.model.detect import keep_memory
+    from effdet_nb.learn.step import Trainer, keep_memory
     from effdet_nb.learn.targets import assign
     from effdet_nb.model.detector import arch_anchors, arch_from_spec
     from effdet_nb.spec import Spec

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import effdet_nb   # before TensorFlow, whose switches it sets
 import pytest
+from browser import CHROMIUM, Browser
 from hypothesis import HealthCheck, settings
 
 settings.register_profile('busy machine', deadline=None, suppress_health_check=[HealthCheck.too_slow]) # a slow machine is no fault
@@ -11,10 +12,21 @@ settings.load_profile('busy machine')
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
 
 
+def lacking(what, cure):
+    "Skips for want of something, except in CI, where it has to be there."
+    assert os.environ.get('CI', '').lower() != 'true', f'CI must have {what}: {cure}'
+    pytest.skip(f'no {what}: {cure}')
+
+
 @pytest.fixture(scope='session')
 def shared():
     "The folder with reference numbers and real pictures that stands beside a development checkout."
-    if not SHARED.is_dir():
-        assert os.environ.get('CI', '').lower() != 'true', 'CI must check out the reference data beside the project'
-        pytest.skip('needs the reference data (oracle/, data/) beside the checkout; the product itself does not')
+    if not SHARED.is_dir(): lacking('reference data (oracle/, data/)', 'it belongs into a folder beside the checkout; the product itself does not need it')
     return SHARED
+
+
+@pytest.fixture(scope='session')
+def browser(tmp_path_factory):
+    "A headless chromium, for all tests that open pages."
+    if not CHROMIUM: lacking('chromium', 'on Debian: apt-get install chromium')
+    with Browser(tmp_path_factory.mktemp('browser')/'profile') as b: yield b

@@ -1,7 +1,6 @@
 """The docs site as a reader meets it: every page in a real browser, every link, search, dark mode, and the width of a phone.
 
 The site is what `make docs` left in _docs/. Pictures of all pages at both widths go to _shots/."""
-import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -11,17 +10,12 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-from browser import CHROMIUM, Browser
+from conftest import lacking
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE, SHOTS = ROOT/'_docs', ROOT/'_shots'
 DESKTOP, PHONE = (1400, 900), (390, 844)
 
-
-def lacking(what, cure):
-    "Skips for want of something, except in CI, where it has to be there."
-    assert os.environ.get('CI', '').lower()!='true', f'CI must have {what}: {cure}'
-    pytest.skip(f'no {what}: {cure}')
 
 def pages(site): return sorted(p for p in site.rglob('*.html') if not any(part[0]=='_' for part in p.relative_to(site).parts))
 def named(p, site): return p.relative_to(site).as_posix()
@@ -32,12 +26,6 @@ def site():
     "The built site."
     if not (SITE/'index.html').is_file(): lacking('docs site', 'make docs')
     return SITE
-
-
-@pytest.fixture(scope='module')
-def browser(tmp_path_factory):
-    if not CHROMIUM: lacking('chromium', 'on Debian: apt-get install chromium')
-    with Browser(tmp_path_factory.mktemp('browser')/'profile') as b: yield b
 
 
 class Links(HTMLParser):

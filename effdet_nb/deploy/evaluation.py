@@ -312,16 +312,16 @@ def notices(
     detector,   # what is going to be measured
     spec:Spec,  # the experiment
     path='the model', # its file, for messages
-)->list:        # sentences; mostly none
+):              # yields sentences; mostly none
     "What a reader should know before believing AP."
     d, floor = spec.dataset_config, getattr(detector, 'suppress', {}).get('score_threshold', 0)
+    its, wanted = ('{}x{}'.format(*hw) for hw in (detector.image_hw, d.image_hw))
+    if spec.is_given('dataset_config', 'image_size') and its!=wanted: yield f'{path}: looks at {its} pixels, and is measured so; dataset_config.image_size says {wanted}'
+    if floor>=.05: yield f'{path}: gives no scores below {floor:g}, which costs AP; for all of it, export to .onnx, or measure the .tlt'
     sidecar = load_sidecar(d.validation_file_pattern) if d.validation_file_pattern else None
-    sizes, own = ['{}x{}'.format(*hw) for hw in (detector.image_hw, d.image_hw)], dict(zip(detector.classes.ids, detector.classes.names))
-    other = [(k,own[k],n) for k,n in zip(sidecar.classes.ids, sidecar.classes.names) if k in own and own[k]!=n] if sidecar else []
-    return [f'{path}: {said}' for yes,said in (
-        (spec.is_given('dataset_config', 'image_size') and sizes[0]!=sizes[1], f'looks at {sizes[0]} pixels, and is measured so; dataset_config.image_size says {sizes[1]}'),
-        (floor>=.05, f'gives no scores below {floor:g}, which costs AP; for all of it, export to .onnx, or measure the .tlt'),
-        (other, f'calls category {other[0][0]} {other[0][1]!r}, the records call it {other[0][2]!r}: is it the model of these classes?' if other else '')) if yes]
+    true, own = (dict(zip(c.ids, c.names)) for c in (sidecar.classes if sidecar else detector.classes, detector.classes))
+    other = next((k for k in own if true.get(k, own[k])!=own[k]), None)
+    if other is not None: yield f'{path}: calls category {other} {own[other]!r}, the records call it {true[other]!r}: is it the model of these classes?'
 
 # %% ../../nbs/deploy/44b_evaluation.ipynb #a35efeae
 def measure_model(

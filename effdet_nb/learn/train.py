@@ -17,13 +17,13 @@ from ..status import Status, say
 from ..data.check import check_before_training
 from ..data.coco import ClassTable, load_coco
 from ..data.tfrecord import load_sidecar
-from ..model.detect import KerasDetector, keep_memory, put_weights
+from ..model.detect import KerasDetector, put_weights
 from ..model.detector import arch_anchors, arch_from_dict, arch_from_spec
 from ..model.postprocess import Detections, postprocess
 from ..model.store import is_sealed, load_model
 from ..model.weights_in import fill, read_weights, suited
 from .evaluate import evaluate, samples_from_spec
-from .step import Trainer, endless_batches, machine, make_plan, make_strategy, with_counts
+from .step import Trainer, endless_batches, keep_memory, machine, make_plan, make_strategy, with_counts
 from .saving import Checkpoints, load_newest, newest_checkpoint
 from .trouble import Patience, doubts, readable_errors, why_zero
 from .watch import Profile, Report, Scalars, batch_picture, epoch_line, step_bar, step_line, write_setting
@@ -80,7 +80,7 @@ def begin(self:Trainer,
     last, stored = load_newest(model_dir, key) if t.resume else (None, None)
     if last:
         other = arch_from_dict(stored.meta['arch']).widths
-        if other != self.arch.widths: raise ValueError(f'{last}: is of another run, whose network is {"pruned" if other else "not pruned"} otherwise. Give this run a folder of its own with --model_dir, or set training_config.resume: False')
+        if other != self.arch.widths: raise ValueError(f'{last}: is of another run, whose network {"was pruned to other widths" if other else "is not pruned"}. Give this run a folder of its own with --model_dir, or set training_config.resume: False')
         done = len(stored.meta['history']) >= self.plan.last_epoch
         return f'{"finished already:" if done else "continuing from"} {last} (step {stored.meta["step"]})' + ''.join(f'; {told}' for told in [self.restore(stored, str(last))] if told)
     said = []
@@ -277,8 +277,9 @@ def judge(self:Trainer, classes)->dict: # the numbers of an evaluation, for the 
     "Evaluates, and says what it saw when nothing was right for the second time."
     self.metrics = self.evaluate(classes)
     self.evaluated = time.monotonic()
-    zeros = [r for r in self.history if 0 <= r.get('AP', 1) < .0005]
-    if 0 <= self.metrics['AP'] < .0005 and len(zeros) == 1 and machine()[0] == 0: say(why_zero(self.metrics))
+    def is_zero(row): return 0 <= row.get('AP', 1) < .0005       # as it is printed; -1 is something else
+    zeros = list(filter(is_zero, self.history))
+    if is_zero(self.metrics) and len(zeros) == 1 and machine()[0] == 0: say(why_zero(self.metrics))
     return {k: v for k,v in self.metrics.items() if isinstance(v, float)}
 
 # %% ../../nbs/learn/34_train.ipynb #a710aedf
