@@ -45,10 +45,15 @@ def words_per_line(cells):
     return prose/max(1, sum(len(lines(source(c))) for c in cells if c['cell_type']=='code'))
 
 
+def has_picture(cell):
+    "Whether a cell keeps a picture."
+    data = [o.get('data', {}) for o in cell.get('outputs', ())]
+    return any('image/png' in d or 'image/svg+xml' in d or 'data:image/' in ''.join(d.get('text/html', ())) for d in data)
+
+
 def pictures(cells):
     "Pictures a reader sees: kept outputs, diagrams, and images in the text."
-    return sum('image/png' in o.get('data', {}) or 'image/svg+xml' in o.get('data', {}) for c in cells for o in c.get('outputs', ())) + \
-        sum(len(re.findall(r'^```\{?mermaid|!\[', source(c), re.M)) for c in cells if c['cell_type']=='markdown')
+    return sum(map(has_picture, cells)) + sum(len(re.findall(r'^```\{?mermaid|!\[', source(c), re.M)) for c in cells if c['cell_type']=='markdown')
 
 
 def measured():
@@ -73,6 +78,15 @@ def measured():
         'pictures per chapter, median / mean': (median(map(pictures, chapters.values())), np.mean([pictures(c) for c in chapters.values()])),
         'chapters without a picture': (sum(not pictures(c) for c in chapters.values()), len(chapters)),
     }
+
+
+def test_pictures_that_are_drawn_are_kept():
+    "A page that is run with a drawing library set to files (MPLBACKEND=agg) loses its pictures without a word."
+    draws = re.compile(r'\b(show_(boxes|batch|scene)|plot_(?!history)\w+|plt\.subplots)\(')
+    pages = {p: c for found in notebooks() for p,c in found.items()}
+    lost = [f'{p.relative_to(ROOT)} {c["id"]}' for p,cells in pages.items() for c in cells if c['cell_type']=='code'
+            and not option(c, 'export') and not option(c, 'hide') and draws.search(source(c)) and 'plt.close' not in source(c) and not has_picture(c)]
+    assert not lost, 'run these pages again, with MPLBACKEND unset: ' + ', '.join(lost)
 
 
 def test_the_measures_measure():
