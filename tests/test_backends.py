@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ HW = (133, 160)     # odd on purpose: padding and nearest neighbours are where b
 def other_python(backend):
     "An interpreter that can import Keras and a backend: this one, or that of the environment variable PEER_PYTHON."
     for python in filter(None, (os.environ.get('PEER_PYTHON'), sys.executable)):
-        env = os.environ | {'KERAS_BACKEND': backend}
+        env = os.environ | {'KERAS_BACKEND': backend, 'PYTHONPATH': str(Path(__file__).resolve().parents[1])}
         if subprocess.run([python, '-c', f'import {backend}, keras, fastcore'], env=env, capture_output=True).returncode == 0: return python, env
-    pytest.skip(f'needs {backend} beside Keras, here or in the interpreter that PEER_PYTHON names (pip install {backend} keras)')
+    pytest.skip(f'needs {backend}, keras and fastcore, here or in the interpreter that PEER_PYTHON names (pip install {backend} keras fastcore)')
 
 
 CODE = '''
