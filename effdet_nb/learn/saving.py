@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 import keras, numpy as np
 from fastcore.basics import patch
-from ..spec import Spec, sections, settings, shown
+from ..fields import sections, settings, shown
+from ..spec import Spec
 from ..status import say
 from ..data.coco import ClassTable
 from ..model.detect import put_weights, save_detector, weights_of

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 import keras, numpy as np
-from ..spec import Spec, parse_size
+from ..fields import parse_size
+from ..spec import Spec
 from ..status import check_target
 from ..data.coco import ClassTable
 from .backbone import backbone_blocks
