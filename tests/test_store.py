@@ -1,11 +1,12 @@
-"Guards of the store: whatever happens to a file, it is read as written or refused with a sentence."
+"Guards of the seal and the store: whatever happens to a file, it is read as written or refused with a sentence."
 import io, json, os, resource, subprocess, sys, time, tracemalloc, zipfile
 import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
-from effdet_nb.model import store
-from effdet_nb.model.store import (CHUNK, DamagedFile, HEAD, HEADER, MAGIC, SealReader, SealWriter, StoreError, TAG, WrongKey, crc32, is_sealed,
-    load_etlt, load_model, nonce, read_meta, resolve_key, save_etlt, save_model, seal, unseal)
+from zlib import crc32
+from effdet_nb.model import seal as seals
+from effdet_nb.model.seal import CHUNK, DamagedFile, HEAD, HEADER, MAGIC, SealReader, SealWriter, StoreError, TAG, WrongKey, nonce, resolve_key, seal, unseal
+from effdet_nb.model.store import is_sealed, load_etlt, load_model, read_meta, save_etlt, save_model
 
 KEY = 'a secret nobody may see'
 quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -14,11 +15,11 @@ quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCh
 @pytest.fixture
 def cheap(monkeypatch):
     "A quick scrypt that still depends on key, salt and parameters, for the tests which open files by the hundred."
-    real, cache = store.stretch, {}
+    real, cache = seals.stretch, {}
     def stretch(key, salt, log_n=15, r=8, p=1):
         if (key, salt, log_n, r, p) not in cache: cache[key, salt, log_n, r, p] = real(key, salt + bytes([log_n, r, p]), 10, 1, 1)
         return cache[key, salt, log_n, r, p]
-    monkeypatch.setattr(store, 'stretch', stretch)
+    monkeypatch.setattr(seals, 'stretch', stretch)
 
 
 @pytest.fixture
@@ -192,7 +193,7 @@ def test_memory_stays_bounded(tmp_path):
 
 def test_guessing_costs_but_opening_does_not():
     start = time.process_time()
-    store.stretch(KEY, bytes(16))
+    seals.stretch(KEY, bytes(16))
     assert .005 < time.process_time()-start < 2
 
 
@@ -369,7 +370,8 @@ def test_a_gigabyte_passes_in_bounded_memory(tmp_path):
     "Written from zeros that take no memory, read back chunk by chunk, in a process of its own whose peak is measured."
     code = f'''
 import io, json, re, numpy as np
-from effdet_nb.model.store import CHUNK, SealReader, is_sealed, read_meta, save_model
+from effdet_nb.model.seal import CHUNK, SealReader
+from effdet_nb.model.store import is_sealed, read_meta, save_model
 path = save_model({str(tmp_path/'big.tlt')!r}, dict(w=np.zeros(2**28, np.float32)), dict(step=3), 'k')
 with open(path, 'rb') as f:
     r, n, odd = io.BufferedReader(SealReader(f, 'k'), CHUNK), 0, 0

@@ -25,7 +25,8 @@ from .backbone import backbone_blocks
 from .bifpn import fpn_nodes
 from .detector import GREY, SCALING, Arch, WINGS, arch_from_dict, arch_from_spec, build, scaling, variant_name, wing_of
 from .detect import save_detector
-from .store import MAGIC, ZIP, existing, foreign, is_sealed, load_model
+from .seal import MAGIC
+from .store import ZIP, existing, foreign, is_sealed, load_model
 
 # %% ../../nbs/model/28_weights_in.ipynb #32b443a9
 @cache
