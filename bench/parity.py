@@ -14,7 +14,7 @@ from effdet_nb.learn import loss as L, targets as T
 from effdet_nb.model.anchors import all_anchors, decode
 from effdet_nb.model.detector import Arch, build
 from effdet_nb.model.postprocess import postprocess
-from effdet_nb.model.weights_in import Weights, fill
+from effdet_nb.model.transfer import Weights, fill
 
 folder = Path(sys.argv[1])
 load = lambda name: np.load(folder/name, allow_pickle=False)

@@ -172,7 +172,7 @@ class QuietTensorFlow(importlib.abc.MetaPathFinder):
 # %% ../nbs/90_cli.ipynb #bcbd3545
 def _prepare(options):
     "Environment, key and warnings, as every command wants them before TensorFlow is imported."
-    from effdet_nb.model.store import resolve_key
+    from effdet_nb.model.seal import resolve_key
     from effdet_nb.status import say
     warnings.showwarning = lambda message, *_,**__: say(f'warning: {message}')
     if not options.get('verbose') and 'tensorflow' not in sys.modules: sys.meta_path.insert(0, QuietTensorFlow())

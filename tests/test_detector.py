@@ -9,7 +9,8 @@ from effdet_nb.model.anchors import feature_size
 from effdet_nb.model.backbone import backbone_blocks
 from effdet_nb.model.bifpn import NODES
 from effdet_nb.model.detector import SCALING, Arch, arch_anchors, arch_from_spec, build, pyramid, scaling, wing_costs
-from effdet_nb.spec import Spec, model_names
+from effdet_nb.fields import model_names
+from effdet_nb.spec import Spec
 
 
 VARIANTS = 'd0 d1 d2 d3 d4 d5 d6 d7 d7x lite0 lite1 lite2 lite3 lite3x lite4'.split()

@@ -12,8 +12,9 @@ import pytest
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.data.shapes import draw_dataset
 from effdet_nb.data.tfrecord import read_example, read_records
-from effdet_nb.model.store import CHUNK, load_etlt, load_model, save_etlt, save_model, seal
-from effdet_nb.spec import proto_text
+from effdet_nb.model.seal import CHUNK, seal
+from effdet_nb.model.store import load_etlt, load_model, save_etlt, save_model
+from effdet_nb.fields import proto_text
 
 PAGES = Path(__file__).resolve().parents[1]/'nbs'/'reference'
 KEY = 'nvidia_tlt'

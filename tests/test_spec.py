@@ -6,7 +6,8 @@ import pytest
 from google.protobuf import text_format
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
-from effdet_nb.spec import Spec, SpecError, experiment_message, parse_aspects, parse_size, proto_text, reference_table, sections, settings, task_sections
+from effdet_nb.fields import experiment_message, parse_aspects, parse_size, proto_text, reference_table, sections, settings
+from effdet_nb.spec import Spec, SpecError, task_sections
 
 # Field numbers of TAO's messages, in order: what keeps its files and ours the same language.
 tao = dict(

@@ -1,38 +1,17 @@
 "Guards of the store: whatever happens to a file, it is read as written or refused with a sentence."
-import io, json, os, resource, subprocess, sys, time, tracemalloc, zipfile
+import io, json, os, resource, subprocess, sys, zipfile
 import numpy as np, pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
-from effdet_nb.model import store
-from effdet_nb.model.store import (CHUNK, DamagedFile, HEAD, HEADER, MAGIC, SealReader, SealWriter, StoreError, TAG, WrongKey, crc32, is_sealed,
-    load_etlt, load_model, nonce, read_meta, resolve_key, save_etlt, save_model, seal, unseal)
-
-KEY = 'a secret nobody may see'
-quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-
-
-@pytest.fixture
-def cheap(monkeypatch):
-    "A quick scrypt that still depends on key, salt and parameters, for the tests which open files by the hundred."
-    real, cache = store.stretch, {}
-    def stretch(key, salt, log_n=15, r=8, p=1):
-        if (key, salt, log_n, r, p) not in cache: cache[key, salt, log_n, r, p] = real(key, salt + bytes([log_n, r, p]), 10, 1, 1)
-        return cache[key, salt, log_n, r, p]
-    monkeypatch.setattr(store, 'stretch', stretch)
+from effdet_nb.model.seal import CHUNK, DamagedFile, HEAD, MAGIC, SealReader, StoreError, TAG, WrongKey
+from effdet_nb.model.store import is_sealed, load_etlt, load_model, read_meta, save_etlt, save_model
+from test_seal import KEY, cheap, quick, refused
 
 
 @pytest.fixture
 def arrays():
     rng = np.random.default_rng(0)
     return {f'block{i}/kernel': rng.normal(size=(3,3,8,8)).astype(np.float32) for i in range(4)}
-
-
-def refused(read, kind=StoreError):
-    "The error a reading must end in; it may not say the key."
-    with pytest.raises(kind) as e: read()
-    assert KEY not in str(e.value) and KEY not in repr(e.value)
-    assert e.value.__suppress_context__ or e.value.__context__ is None   # nothing of ciphers and zips in the traceback
-    return str(e.value)
 
 
 def same(a, b):
@@ -43,27 +22,6 @@ def same(a, b):
 
 
 # --- round trips
-
-@quick
-@given(st.binary(max_size=200), st.integers(16, 40), st.text(min_size=1))
-def test_any_bytes_come_back_through_the_seal(cheap, data, chunk, key):
-    sealed = seal(data, key, chunk)
-    assert len(sealed)==HEAD + len(data) + TAG*max(1, -(-len(data)//chunk))
-    assert unseal(sealed, key)==data
-
-
-@quick
-@given(st.binary(max_size=300), st.lists(st.tuples(st.integers(0, 320), st.integers(0, 320))), st.lists(st.integers(1, 50)))
-def test_the_stream_reads_like_a_file(cheap, data, moves, cuts):
-    out, rest = io.BytesIO(), data
-    with SealWriter(out, KEY, 32) as w:
-        for n in cuts: w.write(rest[:n]); rest = rest[n:]
-        w.write(rest)
-    ours, plain = io.BufferedReader(SealReader(io.BytesIO(out.getvalue()), KEY)), io.BytesIO(data)
-    for to,n in moves:
-        ours.seek(to); plain.seek(to)
-        assert ours.read(n)==plain.read(n)
-
 
 dtypes = st.sampled_from(['<f4', '<f8', '<f2', '>i4', '<i8', '|u1', '|b1', '<c8'])
 numbers = dtypes.flatmap(lambda d: hnp.arrays(d, hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)))
@@ -117,85 +75,6 @@ def test_groups_not_asked_for_stay_empty(tmp_path, arrays):
     assert not got.weights and not got.optimizer and len(got.ema)==4
 
 
-# --- the seal under attack
-
-def unsealed(sealed): return lambda: unseal(sealed, KEY)
-
-@pytest.fixture
-def chunks(cheap):
-    good = seal(bytes(range(100)), KEY, 16)   # six full chunks and one of four bytes
-    return good[:HEAD], [good[i:i+16+TAG] for i in range(HEAD, len(good), 16+TAG)]
-
-
-def test_every_bit_of_header_and_body(chunks):
-    good = chunks[0] + b''.join(chunks[1])
-    assert unseal(good, KEY)==bytes(range(100))
-    for i in range(len(good)):
-        for bit in (1, 128): refused(unsealed(good[:i] + bytes([good[i]^bit]) + good[i+1:]))
-
-
-def test_every_truncation_and_appending(chunks):
-    good = chunks[0] + b''.join(chunks[1])
-    for n in range(len(good)): refused(unsealed(good[:n]), DamagedFile)
-    for tail in (b'\0', b'!', bytes(15), bytes(16), bytes(32), good[-32:], good[HEAD:], good): refused(unsealed(good + tail), DamagedFile)
-
-
-def test_chunks_are_bound_to_their_place(chunks):
-    head, parts = chunks
-    for i in range(len(parts)):
-        for j in range(i): refused(unsealed(head + b''.join(parts[k] if k not in (i,j) else parts[i+j-k] for k in range(len(parts)))), DamagedFile)
-        refused(unsealed(head + b''.join(parts[:i] + parts[i+1:])), DamagedFile)
-        refused(unsealed(head + b''.join(parts[:i] + [parts[i]] + parts[i:])), DamagedFile)
-
-
-def test_chunks_are_bound_to_their_file(chunks):
-    head, parts = chunks
-    other = seal(bytes(100), KEY, 16)
-    refused(unsealed(other[:HEAD] + b''.join(parts)), DamagedFile)
-    refused(unsealed(head + other[HEAD:HEAD+32] + b''.join(parts[1:])), DamagedFile)
-
-
-@pytest.mark.parametrize('field, value, kind', [(1, 2, StoreError), (2, 14, WrongKey), (2, 40, DamagedFile), (3, 200, DamagedFile), (4, 0, DamagedFile), (4, 255, DamagedFile),
-    (5, 0, DamagedFile), (5, 2**31, DamagedFile), (5, 32, DamagedFile), (6, bytes(16), WrongKey), (7, bytes(7), DamagedFile), (8, bytes(16), WrongKey)])
-def test_a_header_forged_with_its_checksum(chunks, field, value, kind):
-    fields = list(HEADER.unpack(chunks[0][:-4]))
-    fields[field] = value
-    body = HEADER.pack(*fields)
-    refused(unsealed(body + crc32(body).to_bytes(4, 'little') + b''.join(chunks[1])), kind)
-
-
-def test_every_header_byte_even_with_its_checksum_corrected(chunks):
-    head, parts = chunks
-    for i in range(HEAD-4):
-        body = head[:i] + bytes([head[i]^1]) + head[i+1:HEAD-4]
-        refused(unsealed(body + crc32(body).to_bytes(4, 'little') + b''.join(parts)))
-
-
-def test_nonces_never_repeat():
-    assert len({nonce(bytes(7), i, last) for i in range(1000) for last in (False, True)})==2000
-    assert len({seal(b'', 'k')[18:41] for _ in range(5)})==5
-
-
-def test_memory_stays_bounded(tmp_path):
-    "64 MB pass through the seal in both directions with a few chunks in memory (scrypt's own 32 MB is not Python's)."
-    block = os.urandom(2**20)
-    tracemalloc.start()
-    with open(tmp_path/'big', 'wb') as f, SealWriter(f, KEY) as w:
-        for _ in range(64): w.write(block)
-    with open(tmp_path/'big', 'rb') as f:
-        r = io.BufferedReader(SealReader(f, KEY), CHUNK)
-        assert all(r.read(2**20)==block for _ in range(64)) and r.read()==b''
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 8*2**20
-
-
-def test_guessing_costs_but_opening_does_not():
-    start = time.process_time()
-    store.stretch(KEY, bytes(16))
-    assert .005 < time.process_time()-start < 2
-
-
 # --- whole files under attack
 
 def attacked(path, data): path.write_bytes(data); return path
@@ -239,13 +118,6 @@ def test_keys_are_not_in_the_file_nor_in_reprs(tmp_path, arrays):
     assert KEY.encode() not in path.read_bytes() and b'step' not in path.read_bytes()
     reader = SealReader(io.BytesIO(path.read_bytes()), KEY)
     assert KEY not in repr(reader) + str(vars(reader)) + repr(load_model(path, KEY))
-
-
-def test_resolve_key(monkeypatch):
-    monkeypatch.delenv('EFFDET_KEY', raising=False)
-    assert resolve_key('')==resolve_key(None)==''
-    monkeypatch.setenv('EFFDET_KEY', 'from outside')
-    assert resolve_key('')==resolve_key(None)=='from outside' and resolve_key('typed')=='typed'
 
 
 # --- open zips made by others
@@ -369,7 +241,8 @@ def test_a_gigabyte_passes_in_bounded_memory(tmp_path):
     "Written from zeros that take no memory, read back chunk by chunk, in a process of its own whose peak is measured."
     code = f'''
 import io, json, re, numpy as np
-from effdet_nb.model.store import CHUNK, SealReader, is_sealed, read_meta, save_model
+from effdet_nb.model.seal import CHUNK, SealReader
+from effdet_nb.model.store import is_sealed, read_meta, save_model
 path = save_model({str(tmp_path/'big.tlt')!r}, dict(w=np.zeros(2**28, np.float32)), dict(step=3), 'k')
 with open(path, 'rb') as f:
     r, n, odd = io.BufferedReader(SealReader(f, 'k'), CHUNK), 0, 0
@@ -379,14 +252,3 @@ print(json.dumps([path.stat().st_size, n, odd, is_sealed(path), read_meta(path, 
     size, plain, odd, sealed, step, peak_mb = json.loads(out)
     assert size > plain > 2**30 and odd < 5 and sealed and step == 3
     assert peak_mb < 256
-
-
-@settings(max_examples=10, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 3), st.sampled_from([1, 2, 8]))
-def test_random_bits_of_a_body_of_real_chunks(seed, whole, bits):
-    "Bodies of chunks of the size we write, any few bits of them turned."
-    rng = np.random.default_rng(seed)
-    good = seal(rng.bytes(whole*CHUNK + int(rng.integers(0, CHUNK))), KEY)
-    bad = bytearray(good)
-    for i in rng.choice(np.arange(HEAD, len(good)), bits, replace=False): bad[i] ^= 1 << int(rng.integers(8))
-    refused(lambda: unseal(bytes(bad), KEY), DamagedFile)

@@ -93,6 +93,11 @@ class Rewriter:
         return f'{fence}{{{CALLOUTS.get(kind, "note")}}}\n'
 
 
+def bare_code(text):
+    "A text whose blocks of code have no links in them: nbdev links the names in comments too, and a reader would see the address."
+    return re.sub(r'^```.*?^```', lambda block: re.sub(r'\[(`[^`\n]+`)\]\([^()\s]*\)', r'\1', block[0]), text, flags=re.M | re.S)
+
+
 def text_cell(source): return dict(cell_type='markdown', metadata={}, source=source)
 
 
@@ -114,7 +119,7 @@ def code_cells(cell, source, page, rewrite):
     if options.get('output')=='asis':
         for out in cell['outputs']:
             text = ''.join(out.get('data', {}).get('text/markdown', out.get('text', '')))
-            text = rewrite(text, page).replace('---\n', '', 1).strip()
+            text = bare_code(rewrite(text, page)).replace('---\n', '', 1).strip()
             if text: yield text_cell(SOURCE.sub(r'\2\n\n<a class="source" href="\1">source</a>\n', text))
         return
     tags = ['remove-input'] if options.get('echo')=='false' else []

@@ -19,7 +19,8 @@ from ..data.letterbox import batched, to_channels
 from ..data.shapes import draw_shapes
 from ..model.anchors import decode
 from ..model.postprocess import Detections, postprocess, sigmoid
-from ..model.store import resolve_key, save_etlt
+from ..model.seal import resolve_key
+from ..model.store import save_etlt
 from .formats import check_saved_model, run_saved_model, run_tflite, write_saved_model, write_tflite
 from .graph import MARK, check_ending, constants, describe, description, efficient_nms, finish, first_meta, keep_nodes, meta_anchors, raw_graph, raw_twin
 

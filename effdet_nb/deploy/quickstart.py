@@ -17,7 +17,8 @@ from string import Template
 import numpy as np
 from fastcore.basics import patch
 from .. import __version__
-from ..spec import Spec, parse_size
+from ..fields import parse_size
+from ..spec import Spec
 from ..status import Status, atomic, duration, say
 from ..data.letterbox import read_image, read_letterboxed
 from ..data.shapes import draw_dataset

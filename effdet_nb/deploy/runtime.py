@@ -14,7 +14,8 @@ import numpy as np
 from ..data.coco import ClassTable
 from ..data.letterbox import to_channels
 from ..model.postprocess import Detections, postprocess, see
-from ..model.store import MAGIC, existing, is_onnx, load_etlt, resolve_key
+from ..model.seal import MAGIC, resolve_key
+from ..model.store import existing, is_onnx, load_etlt
 from .graph import description, meta_anchors, raw_twin
 
 # %% ../../nbs/deploy/41_runtime.ipynb #68dea07a

@@ -10,11 +10,13 @@ import re
 from pathlib import Path
 import keras, numpy as np
 from fastcore.basics import patch
-from ..spec import Spec, sections, settings, shown
+from ..fields import sections, settings, shown
+from ..spec import Spec
 from ..status import say
 from ..data.coco import ClassTable
 from ..model.detect import put_weights, save_detector, weights_of
-from ..model.store import DamagedFile, load_model
+from ..model.seal import DamagedFile
+from ..model.store import load_model
 from .step import Trainer, machine
 
 # %% ../../nbs/learn/33c_saving.ipynb #26e35c47

@@ -21,7 +21,8 @@ from ..model.detect import KerasDetector, put_weights
 from ..model.detector import arch_anchors, arch_from_dict, arch_from_spec
 from ..model.postprocess import Detections, postprocess
 from ..model.store import is_sealed, load_model
-from ..model.weights_in import fill, read_weights, suited
+from ..model.transfer import fill, suited
+from ..model.weights_in import read_weights
 from .evaluate import evaluate, samples_from_spec
 from .step import Trainer, endless_batches, keep_memory, machine, make_plan, make_strategy, with_counts
 from .saving import Checkpoints, load_newest, newest_checkpoint

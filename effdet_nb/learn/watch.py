@@ -11,7 +11,8 @@ import csv, json, os, platform, sys, time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import keras, numpy as np, tensorflow as tf
-from ..spec import Spec, sections, settings
+from ..fields import sections, settings
+from ..spec import Spec
 from ..status import atomic, duration, say
 from ..data.boxes import show_boxes
 from ..data.coco import ClassTable

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ASPECTS', 'SIZES', 'feature_size', 'anchor_shapes', 'level_anchors', 'all_anchors', 'encode', 'decode', 'best_iou',
-           'AnchorFit', 'as_spec', 'candidates', 'anchor_fit', 'plot_anchor_fit']
+           'as_spec', 'AnchorFit', 'candidates', 'anchor_fit', 'plot_anchor_fit']
 
 # %% ../../nbs/model/20_anchors.ipynb #40c2a6d9
 from dataclasses import dataclass
@@ -98,6 +98,14 @@ def best_iou(
         return (shared/(area+np.prod(np.maximum(b[2:]-b[:2], 0))-shared)).max()
     return np.array([one(b) for b in np.asarray(boxes, np.float32)], np.float32)
 
+# %% ../../nbs/model/20_anchors.ipynb #3dd7e002
+def as_spec(
+    setting:dict, # aspects, num_scales, anchor_scale
+)->str:           # as it stands in model_config
+    "An anchor setting in the words of a spec."
+    pairs = ', '.join(f'({w:g}, {h:g})' for w,h in setting['aspects'])
+    return f'aspect_ratios: "[{pairs}]" num_scales: {setting["num_scales"]} anchor_scale: {setting["anchor_scale"]:g}'
+
 # %% ../../nbs/model/20_anchors.ipynb #0e53d9c0
 SIZES = dict(small=(0, 32**2), medium=(32**2, 96**2), large=(96**2, np.inf)) # area in square pixels of the network input
 
@@ -121,14 +129,6 @@ class AnchorFit:
         rows = [f'{n:<8}{k:>8,}{m:>12.1%}{i:>12.2f}' for n,(k,m,i) in [*self.by_size().items(), ('all', (len(self.iou), self.matched, float(self.iou.mean())))]]
         tip = f'better: {as_spec(self.suggestion)} would match {self.suggested:.1%}' if self.suggestion else 'no other setting tried matches notably more'
         return '\n'.join([f'anchors: {as_spec(self.setting)}', f'{"":<8}{"boxes":>8}{"matched":>12}{"mean IoU":>12}', *rows, tip])
-
-# %% ../../nbs/model/20_anchors.ipynb #3dd7e002
-def as_spec(
-    setting:dict, # aspects, num_scales, anchor_scale
-)->str:           # as it stands in model_config
-    "An anchor setting in the words of a spec."
-    pairs = ', '.join(f'({w:g}, {h:g})' for w,h in setting['aspects'])
-    return f'aspect_ratios: "[{pairs}]" num_scales: {setting["num_scales"]} anchor_scale: {setting["anchor_scale"]:g}'
 
 # %% ../../nbs/model/20_anchors.ipynb #f17f5849
 def candidates(

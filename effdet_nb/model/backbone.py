@@ -33,6 +33,11 @@ class BatchNorm(layers.BatchNormalization):
 # %% ../../nbs/model/21_backbone.ipynb #9affe4a6
 CONV_INIT = keras.initializers.VarianceScaling(2., 'fan_out', 'untruncated_normal', seed=None)
 
+# %% ../../nbs/model/21_backbone.ipynb #4cd40a9a
+def _fresh(init):
+    "A copy of an initializer, so that no two layers start with the same numbers."
+    return init if isinstance(init, str) else init.__class__.from_config(init.get_config() | {'seed': None})
+
 # %% ../../nbs/model/21_backbone.ipynb #61a4eb84
 @dataclass
 class Layers:
@@ -49,11 +54,6 @@ class Layers:
         return layers.DepthwiseConv2D(kernel, stride, 'same', use_bias=False, depthwise_initializer=_fresh(CONV_INIT), name=name)(x)
     def sepconv(self, n, name, init='glorot_uniform', bias_init='zeros'):
         return layers.SeparableConv2D(self.filters(name, n), 3, padding='same', depthwise_initializer=_fresh(init), pointwise_initializer=_fresh(init), bias_initializer=bias_init, name=name)
-
-# %% ../../nbs/model/21_backbone.ipynb #4cd40a9a
-def _fresh(init):
-    "A copy of an initializer, so that no two layers start with the same numbers."
-    return init if isinstance(init, str) else init.__class__.from_config(init.get_config() | {'seed': None})
 
 # %% ../../nbs/model/21_backbone.ipynb #4d5302e9
 def squeeze_excite(
