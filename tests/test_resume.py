@@ -16,6 +16,7 @@ import tensorflow as tf
 from effdet_nb.data.shapes import draw_dataset
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.learn import saving, train as T
+from effdet_nb.learn.step import same_bits
 from effdet_nb.model import detector
 from effdet_nb.model.store import load_model, read_meta
 from effdet_nb.spec import Spec
@@ -52,6 +53,17 @@ def deterministic():
     config.enable_op_determinism()
     yield
     config.disable_op_determinism()
+
+
+def test_deterministic_means_graphs_as_they_were_written():
+    "TensorFlow's rewriting adds in an order that differs between processes: one in three parted from the others."
+    from tensorflow.python.framework import config
+    try:
+        same_bits()
+        assert config.is_op_determinism_enabled() and tf.config.optimizer.get_experimental_options()['disable_meta_optimizer']
+    finally:
+        config.disable_op_determinism()
+        tf.config.optimizer.set_experimental_options({'disable_meta_optimizer': False})
 
 
 class Killed(BaseException): "The power is gone: nobody catches this, nothing is saved."

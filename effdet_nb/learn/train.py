@@ -24,7 +24,7 @@ from ..model.store import is_sealed, load_model
 from ..model.transfer import fill, suited
 from ..model.weights_in import read_weights
 from .evaluate import evaluate, samples_from_spec
-from .step import Trainer, endless_batches, keep_memory, machine, make_plan, make_strategy, with_counts
+from .step import Trainer, endless_batches, keep_memory, machine, make_plan, make_strategy, same_bits, with_counts
 from .saving import Checkpoints, load_newest, newest_checkpoint
 from .trouble import Patience, doubts, readable_errors, why_zero
 from .watch import Profile, Report, Scalars, batch_picture, epoch_line, step_bar, step_line, write_setting
@@ -328,7 +328,7 @@ def prepare(
     "Makes a run ready for its next step, and says where it stands."
     spec = with_counts(spec, strategy.num_replicas_in_sync)
     if not tf.config.list_physical_devices('GPU'): keep_memory()
-    if spec.training_config.deterministic: tf.config.experimental.enable_op_determinism()
+    if spec.training_config.deterministic: same_bits()
     keras.utils.set_random_seed(spec.training_config.tf_random_seed)
     arch, start = start_arch(spec, key, model_dir)
     check_before_training(spec, arch_anchors(arch))
