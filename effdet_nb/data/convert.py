@@ -7,7 +7,7 @@ __all__ = ['image_example', 'Summary', 'dataset_convert']
 
 # %% ../../nbs/data/18_convert.ipynb #c65ddbfd
 import hashlib, io, json, math, multiprocessing, os, re, shutil, signal, sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -55,14 +55,14 @@ _edges = ('bbox/ymin','bbox/xmin','bbox/ymax','bbox/xmax')
 
 def _objects(info, size, annotations, names, include_masks, clip, findings):
     "The object part of a record: eight or nine parallel lists."
-    rows = []
+    rows,(h,w) = [],size
     for a in annotations:
         box,wrong = judge_box(a['bbox'], size, clip)
         if wrong: (findings.clipped if box else findings.dropped[wrong]).append((info['id'],a['id']))
         if not box: continue
-        shares = [0. if edge<0 else 1. if edge>side else edge/side for edge,side in zip(box, size+size)]
+        y1,x1,y2,x2 = box
         mask = [_mask(a, size, info['id'], findings)] if include_masks else []
-        rows.append((*shares, names[a['category_id']], a['category_id'], _crowd(a, findings), _area(a, box, findings), *mask))
+        rows.append((y1/h, x1/w, y2/h, x2/w, names[a['category_id']], a['category_id'], _crowd(a, findings), _area(a, box, findings), *mask))
         findings.boxes[a['category_id']] += 1
     keys = [*_edges, 'class/text', 'class/label', 'is_crowd', 'area', *['mask']*include_masks]
     return {f'image/object/{k}':v for k,v in zip(keys, zip(*rows) if rows else [()]*len(keys))}
@@ -79,7 +79,7 @@ def image_example(
 )->bytes:                    # the record, or None if there is no usable picture
     "Makes the record of one picture."
     findings = Findings() if findings is None else findings
-    try: picture = look_at(Path(image_dir)/info['file_name'])
+    try: picture = look_at(os.path.join(image_dir, info['file_name']))
     except Exception as e:
         findings.pictures[why_lost(e)].append((info['id'], info['file_name']))
         findings.dropped['of a picture left out'] += [(info['id'], a['id']) for a in annotations]
@@ -103,9 +103,12 @@ def _finished(path, images, image_dir):
         note,written = json.loads(_note(path).read_text()), path.stat()
         newest = max((max(s.st_mtime_ns, s.st_ctime_ns) for i,_ in images if (s := _stat(image_dir, i))), default=0)
         missing = {tuple(o) for o in note['findings']['pictures'].get('file missing', [])}
-        if newest<written.st_mtime_ns and written.st_size==note['shard']['size'] and all(_stat(image_dir, i) or (i['id'],i['file_name']) in missing for i,_ in images):
+        if newest<written.st_mtime_ns and written.st_size==note['shard']['size'] and _sha256(path)==note['shard']['sha256'] and all(_stat(image_dir, i) or (i['id'],i['file_name']) in missing for i,_ in images):
             return Shard(**note['shard']), Findings.from_dict(note['findings'])
     except (OSError, ValueError, KeyError, TypeError): return None
+
+def _sha256(path):
+    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
 def _stat(image_dir, info):
     with suppress(OSError): return os.stat(os.path.join(image_dir, info['file_name']))
@@ -117,7 +120,7 @@ def _convert_shard(path, images, image_dir, names, include_masks, clip):
     _note(path).unlink(missing_ok=True)
     findings = Findings()
     records = (image_example(info, annotations, image_dir, names, include_masks, clip, findings) for info,annotations in images)
-    shard = write_records(path, (r for r in records if r is not None))
+    shard = write_records(path, (r for r in records if r is not None), synced=False)
     half = path.with_suffix('.note')
     half.write_text(json.dumps(dict(shard=vars(shard), findings=vars(findings))))
     os.replace(half, _note(path))
@@ -135,18 +138,23 @@ def _without_main():
 # %% ../../nbs/data/18_convert.ipynb #ecc96d9c
 def _ignore_interrupt(): signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the parent to answer
 
-def _run_jobs(jobs, workers):
-    "Results of `_convert_shard` for each job, in order."
-    if workers==1:
-        for job in jobs: yield _convert_shard(*job)
-        return
+@contextmanager
+def _worker_pool(workers):
+    "That many processes, starting while we go on; None for one, which is this process."
+    if workers==1: yield None; return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _ignore_interrupt)
     try:
-        with _without_main(): results = pool.map(_convert_shard, *zip(*jobs))
-        yield from results
+        with _without_main():
+            for _ in range(workers): pool.submit(os.getpid)
+        yield pool
+    finally: pool.shutdown(wait=True, cancel_futures=True)
+
+# %% ../../nbs/data/18_convert.ipynb #3a9e5d20
+def _run_jobs(jobs, pool):
+    "Results of `_convert_shard` for each job, in order."
+    try: yield from map(_convert_shard, *zip(*jobs)) if pool is None else pool.map(_convert_shard, *zip(*jobs))
     except BrokenProcessPool:
         raise RuntimeError('dataset_convert: a worker process was killed, most likely for want of memory. Try fewer workers; the same command goes on from the shards that are complete') from None
-    finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../../nbs/data/18_convert.ipynb #b8e8f7d9
 def _write_job(path, images, image_dir, names, include_masks, clip):
@@ -178,11 +186,12 @@ def _run_beam(jobs, runner, options, workers):
     for job in jobs: yield _convert_shard(*job)
 
 # %% ../../nbs/data/18_convert.ipynb #82f5f8db
-def _num_workers(workers, num_images, num_shards):
+def _num_workers(workers, annotations_file, num_shards):
     "How many processes to use when the user leaves it to us, and never more than there are shards."
-    if workers is None: workers = 1 if num_images<1000 else len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    small = not os.path.isfile(annotations_file) or os.path.getsize(annotations_file)<1e6
+    if workers is None: workers = 1 if small else len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     if int(workers)<1: raise ValueError(f'workers: {workers}; need at least 1. Leave it out to use all cores')
-    return max(1, min(int(workers), num_shards))
+    return max(1, min(int(workers), num_shards or 256))
 
 # %% ../../nbs/data/18_convert.ipynb #d46761c2
 @dataclass
@@ -234,7 +243,9 @@ def _warnings(coco, findings):
     "TAO's log: image id -> ids of boxes out of bounds or without size, ids of masks outside their box."
     bad = [findings.dropped.get(k, ()) for k in ('out of bounds','no size','not finite')]
     boxes,masks,out = {*findings.clipped}.union(*bad), {*findings.masks}, {}
+    concerned = {image for image,_ in boxes|masks}
     for image,annotations in coco.annotations.items():
+        if image not in concerned: continue
         one = {k:list(dict.fromkeys(a['id'] for a in annotations if (image,a['id']) in ids)) for k,ids in (('box',boxes), ('mask',masks))}
         if any(one.values()): out[str(image)] = one
     return out
@@ -298,7 +309,7 @@ def dataset_convert(
     num_shards:int=None,       # files to write; None is 256, or one a picture if there are fewer pictures
     include_masks:bool=False,  # add a PNG mask for every object
     clip:bool=False,           # cut boxes that stick out of their picture instead of leaving them out
-    workers:int=None,          # processes; None is one a core, or just this one for fewer than 1,000 pictures
+    workers:int=None,          # processes; None is one a core, or just this one if the annotation file has less than a megabyte
     results_dir=None,          # folder for status.json; None writes none
     strict:bool=False,         # write nothing if anything is wrong
     runner:str=None,           # Apache Beam runner: 'local', or 'FlinkRunner', 'SparkRunner', 'DataflowRunner', ...; None does without Beam
@@ -309,9 +320,10 @@ def dataset_convert(
     with ExitStack() as stack:
         if results_dir is not None: status = stack.enter_context(Status(results_dir, 'dataset_convert'))
         _check_target(output_dir, tag, num_shards)
+        pool = stack.enter_context(_worker_pool(_num_workers(workers, annotations_file, num_shards))) if runner is None else None
         coco,flaws = sift_coco(annotations_file, packed if include_masks else without_masks)
         _check_sources(coco, image_dir)
-        run = partial(_run_jobs, workers=_num_workers(workers, len(coco.images), num_shards or 256)) if runner is None else partial(_run_beam, runner=runner, options=runner_options, workers=workers)
+        run = partial(_run_jobs, pool=pool) if runner is None else partial(_run_beam, runner=runner, options=runner_options, workers=workers)
         summary = _convert(coco, flaws, image_dir, Path(output_dir), tag, num_shards, include_masks, clip, run, strict)
         if results_dir is not None: status.running(f'Converted {summary.images} images.', kpi=summary.counts)
         return summary
@@ -324,12 +336,25 @@ def _convert(coco, flaws, image_dir, output_dir, tag, num_shards, include_masks,
     pairs,what = [(i, coco.annotations[i['id']]) for i in coco.images], _fingerprint(coco.path, image_dir, count, include_masks, clip)
     with _scratch(output_dir, tag, what) as scratch:
         jobs = [(scratch/_shard_name(tag, k, count), pairs[k::count], image_dir, names, include_masks, clip) for k in range(count)]
-        done = list(progress(run(jobs), total=count, desc=f'{tag} shards'))
+        done = list(_sync(progress(run(jobs), total=count, desc=f'{tag} shards'), scratch))
         shards,findings = [o[0] for o in done], Findings().add_flaws(flaws)
         for _,more in done: findings.add(more)
         try: _check_result(coco, findings, strict)
         except ValueError: shutil.rmtree(scratch); raise
         return _publish(scratch, output_dir, tag, coco, shards, old, findings, names, image_dir, include_masks, clip)
+
+# %% ../../nbs/data/18_convert.ipynb #d1f62c98
+def _sync(done, folder):
+    "Passes on what comes back, and ends when the disk has all of it."
+    with ThreadPoolExecutor(4) as pool:
+        waiting = []
+        for shard,findings in done:
+            waiting.append(pool.submit(_sync_file, folder/shard.file))
+            yield shard,findings
+        for o in waiting: o.result()
+
+def _sync_file(path):
+    with open(path, 'rb+') as f: os.fsync(f.fileno())
 
 # %% ../../nbs/data/18_convert.ipynb #bafbe81d
 def _num_shards(tag, wanted, images):
@@ -342,8 +367,7 @@ def _num_shards(tag, wanted, images):
 # %% ../../nbs/data/18_convert.ipynb #56ae0c26
 def _fingerprint(annotations, image_dir, count, include_masks, clip):
     "What must be the same for an interrupted conversion to be continued."
-    with open(annotations, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest()
-    return dict(version=2, annotations=digest, image_dir=str(Path(image_dir).resolve()), shards=count, include_masks=include_masks, clip=clip)
+    return dict(version=2, annotations=_sha256(annotations), image_dir=str(Path(image_dir).resolve()), shards=count, include_masks=include_masks, clip=clip)
 
 # %% ../../nbs/data/18_convert.ipynb #6da65c70
 @contextmanager
