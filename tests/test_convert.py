@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from effdet_nb.data import convert
+from effdet_nb.data import convert, faults as faults_module
 from effdet_nb.data.coco import CocoError
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.data.faults import judge_box, worst_image
+from effdet_nb.data.faults import judge_box, look_at, mask_png, worst_image
 from effdet_nb.data.shapes import draw_dataset
 from effdet_nb.data.tfrecord import KEYS, load_sidecar, parse_example, read_example, read_records, record_files
 
@@ -42,6 +42,38 @@ def test_judged_boxes_lie_inside(bbox, clip):
                                         ([0, 99, 9, 2], 'out of bounds'), ([1, 1, 0, 5], 'no size'), ([1, 1, 5, 0], 'no size'), ([1, 1, -5, 5], 'no size'), ([1, 1, 5, 1e-12], 'no size'),
                                         ([float('nan'), 1, 5, 5], 'not finite'), ([1, 1, float('inf'), 5], 'not finite'), ([149.7, 0, .1 + .2, 9], '')])
 def test_boxes_left_out(bbox, wrong): assert judge_box(bbox, (100, 150))[1] == wrong
+
+
+# --- pictures and masks ---
+
+@given(st.integers(1, 400), st.integers(1, 400), st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_mask_is_what_was_drawn(h, w, data):
+    from pycocotools import mask as M
+    y, x = data.draw(st.integers(0, h)), data.draw(st.integers(0, w))
+    pixels = np.zeros((h, w), np.uint8, order='F')
+    pixels[y:y + data.draw(st.integers(0, h)), x:x + data.draw(st.integers(0, w))] = 1
+    with Image.open(io.BytesIO(mask_png(M.encode(pixels)))) as im: assert im.mode == 'L' and np.array_equal(np.asarray(im), pixels)
+
+
+@pytest.mark.parametrize('kw', [{}, dict(progressive=True), dict(optimize=True), dict(comment=b'mine'), dict(icc_profile=b'x'*300), dict(mode='L'), dict(mode='CMYK'), dict(subsampling=0), dict(restart_marker_rows=1)])
+def test_jpegs_look_the_same_with_and_without_pil(tmp_path, monkeypatch, kw):
+    kw = dict(kw)
+    Image.new(kw.pop('mode', 'RGB'), (37, 23), 90).save(tmp_path/'a.jpg', **kw)
+    ours = look_at(tmp_path/'a.jpg')
+    monkeypatch.setattr(faults_module, '_plain_jpeg_size', lambda data: None)
+    assert look_at(tmp_path/'a.jpg') == ours and ours.size == (23, 37)
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_no_damaged_header_breaks_the_short_look(data):
+    out = io.BytesIO()
+    Image.new('RGB', (37, 23), 90).save(out, 'JPEG')
+    raw = bytearray(out.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))): raw[data.draw(st.integers(0, 200))] = data.draw(st.integers(0, 255))
+    size = faults_module._plain_jpeg_size(bytes(raw))
+    assert size is None or len(size) == 2
 
 
 # --- conversion ---
@@ -445,7 +477,7 @@ def begin(drawn, num_shards, first):
         with pytest.raises(KeyboardInterrupt): dataset_convert(images, annotations, out, num_shards=num_shards)
 
 
-@pytest.mark.parametrize('change', ['picture', 'lost picture', 'note', 'shard', 'json', 'shards'])
+@pytest.mark.parametrize('change', ['picture', 'lost picture', 'note', 'shard', 'shard of zeros', 'json', 'shards'])
 def test_what_has_changed_since_is_done_again(drawn, tmp_path, change):
     images, annotations, out = drawn
     begin(drawn, 4, 2)
@@ -454,6 +486,7 @@ def test_what_has_changed_since_is_done_again(drawn, tmp_path, change):
     if change == 'lost picture': (images/'000001.jpg').unlink()
     if change == 'note': (part/'train-00000-of-00004.json').write_text('{"shard":')
     if change == 'shard': truncate(part/'train-00000-of-00004.tfrecord')
+    if change == 'shard of zeros': (p := part/'train-00000-of-00004.tfrecord').write_bytes(bytes(p.stat().st_size))   # a power cut before the disk had it
     if change == 'json': edit(annotations, lambda d: d['annotations'].pop(0))
     if change == 'shards': count = 5
     summary = dataset_convert(images, annotations, out, num_shards=count)
@@ -465,9 +498,9 @@ def test_what_has_changed_since_is_done_again(drawn, tmp_path, change):
 def test_a_full_disk_keeps_what_was_done(drawn, monkeypatch, capsys):
     images, annotations, out = drawn
     whole = convert.write_records
-    def full(path, records):
+    def full(path, records, **kw):
         if '00002' in path.name[:12]: raise OSError(28, 'No space left on device')
-        return whole(path, records)
+        return whole(path, records, **kw)
     monkeypatch.setattr(convert, 'write_records', full)
     with pytest.raises(OSError, match='No space left'): dataset_convert(images, annotations, out, num_shards=4)
     monkeypatch.undo()

@@ -7,10 +7,13 @@ __all__ = ['harmless', 'CocoError', 'read_json', 'packed', 'without_masks', 'Coc
            'ClassTable']
 
 # %% ../../nbs/data/11_coco.ipynb #67c04f38
-import json
+import gc, json
 from array import array
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from fastcore.basics import patch
 
@@ -26,6 +29,16 @@ class CocoError(ValueError):
         text = self.problems[0] if len(self.problems)==1 else f'{len(self.problems):,} problems' + ''.join(f'\n  {o}' for o in self.problems[:20]) + more
         super().__init__(f'{self.path.name}: {text}')
 
+# %% ../../nbs/data/11_coco.ipynb #7be4c1a9
+@contextmanager
+def _no_collector():
+    "Rests Python's garbage collector while many objects are made."
+    was_on = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if was_on: gc.enable()
+
 # %% ../../nbs/data/11_coco.ipynb #675d1c5d
 def read_json(
     path,          # file to read
@@ -34,7 +47,8 @@ def read_json(
     "Reads a JSON file whose top level is an object, or says where it breaks."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f'{path}: {"is a folder" if path.is_dir() else "no such file"}. Give the COCO annotation file (.json)')
-    try: data = json.loads(_text(path), object_hook=each)
+    try:
+        with _no_collector(): data = json.loads(_text(path), object_hook=each)
     except json.JSONDecodeError as e:
         raise CocoError(path, [f'not valid JSON: {e.msg} (line {e.lineno}, column {e.colno}). Was the file copied completely?']) from None
     except UnicodeDecodeError as e:
@@ -107,16 +121,23 @@ def _standing(entries):
 def _missing_keys(parts):
     "Entries that lack a key."
     for part,keys in _needed.items():
+        if _all_have(parts[part], keys): continue
         for i,entry in _standing(parts[part]):
             lacks = [k for k in keys if not isinstance(entry, dict) or entry.get(k) is None]
             reason = 'size missing in the JSON' if lacks and {*lacks}<={'height','width'} else 'incomplete'
             if lacks: yield Flaw(part, (i,), reason, f'{part}[{i}] has no {", ".join(lacks)}')
+
+def _all_have(entries, keys):
+    "Whether all entries are dicts with these keys; asked of a whole list at once, which is quick."
+    try: return all(None not in map(itemgetter(k), entries) for k in keys)
+    except (KeyError, TypeError): return False
 
 # %% ../../nbs/data/11_coco.ipynb #2b1be10f
 def _is_id(value): return isinstance(value, (int,str)) and not isinstance(value, bool)
 def _is_number(value): return isinstance(value, (int,float)) and not isinstance(value, bool)
 def _is_side(value): return _is_number(value) and value>=1 and value%1==0
 def _is_bbox(value): return isinstance(value, (list,tuple)) and len(value)==4 and all(map(_is_number, value))
+def _all_bboxes(values): return {*map(type, values)}<={list} and {*map(len, values)}<={4} and {*map(type, chain.from_iterable(values))}<={int,float}
 
 def _wrong_values(parts):
     "Values that cannot be what their key says."
@@ -125,7 +146,8 @@ def _wrong_values(parts):
         for side in ('height','width'):
             if o.get(side) is not None and not _is_side(o[side]):
                 yield Flaw('images', (i,), 'size missing in the JSON', f'images[{i}] ({o["file_name"]}): {side} is {o[side]!r}; need a whole number of pixels')
-    for i,a in _standing(parts['annotations']):
+    fine = _all_bboxes([a['bbox'] for _,a in _standing(parts['annotations'])])
+    for i,a in () if fine else _standing(parts['annotations']):
         if not _is_bbox(a['bbox']): yield Flaw('annotations', (i,), 'not four numbers', f'annotations[{i}] (id {a["id"]}): bbox is {a["bbox"]!r}; need four numbers, x y width height')
     for i,c in _standing(parts['categories']):
         if not isinstance(c['id'], int) or isinstance(c['id'], bool) or c['id']<0:
@@ -135,6 +157,7 @@ def _wrong_values(parts):
 def _unusable_ids(parts):
     "Ids that are neither numbers nor text."
     for part in _needed:
+        if {type(o['id']) for _,o in _standing(parts[part])}<={int,str}: continue
         at = tuple(i for i,o in _standing(parts[part]) if not _is_id(o['id']))
         if at: yield Flaw(part, at, 'unusable id', f'{part}: id {parts[part][at[0]]["id"]!r} is neither a number nor text ({len(at):,} such)')
 
@@ -142,7 +165,9 @@ def _unusable_ids(parts):
 def _shared_ids(parts):
     "Ids that are used more than once; the first to use it keeps it, and annotations that differ in more than the id stay."
     for part,name in dict(images='image', annotations='annotation', categories='category').items():
-        times = Counter(o['id'] for _,o in _standing(parts[part]))
+        ids = [o['id'] for _,o in _standing(parts[part])]
+        if len({*ids})==len(ids): continue
+        times = Counter(ids)
         first,again = {}, defaultdict(list)
         for i,o in _standing(parts[part]):
             if times[o['id']]<2: continue
@@ -157,6 +182,8 @@ def _loose_ends(parts, all_images=frozenset()):
     "Ids that lead nowhere; `all_images` are ids the file had before entries were taken out."
     images,categories = ({o['id'] for _,o in _standing(parts[part])} for part in ('images','categories'))
     for key,known,where in (('image_id',images,'images'), ('category_id',categories,'categories')):
+        values = [a[key] for _,a in _standing(parts['annotations'])]
+        if {*map(type, values)}<={int,str} and known.issuperset(values): continue
         lost = defaultdict(list)
         for i,a in _standing(parts['annotations']):
             if not _is_id(a[key]) or a[key] not in known: lost[a[key] if _is_id(a[key]) else repr(a[key])].append(i)

@@ -11,6 +11,7 @@ import io, math, struct, zlib
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -26,17 +27,17 @@ def judge_box(
     "Decides what becomes of one box."
     x,y,w,h = map(float, bbox)
     H,W = size
+    if x>=0 and y>=0 and w>.01 and h>.01 and x+w<=W<65536 and y+h<=H<65536: return (y, x, y+h, x+w), ''       # nearly always
     if not math.isfinite(x+y+w+h): return None, 'not finite'
     box = (y, x, y+h, x+w)
     if not _has_size(box): return None, 'no size'
-    if y>=-_slack and x>=-_slack and y+h<=H+_slack and x+w<=W+_slack: return box, ''
+    inside = y>=-_slack and x>=-_slack and y+h<=H+_slack and x+w<=W+_slack
     box = (max(y,0.), max(x,0.), min(y+h,float(H)), min(x+w,float(W)))
+    if inside: return box, ''
     return (box if clip and _has_size(box) else None), 'out of bounds'
 
 def _has_size(box):
     "Whether the edges of a box are still apart when stored as float32."
-    y1,x1,y2,x2 = box
-    if y2-y1>.01 and x2-x1>.01 and y2<65536 and x2<65536: return True                  # nearly always, and float32 is finer than that
     y1,x1,y2,x2 = np.float32(box).tolist()
     return y2>y1 and x2>x1
 
@@ -58,6 +59,22 @@ def mask_rle(
     polygons = [p[:len(p)//2*2] for p in segmentation if len(p)>=6]
     return M.merge(M.frPyObjects(polygons, h, w)) if polygons else M.encode(np.zeros((h,w), np.uint8, order='F'))
 
+# %% ../../nbs/data/17_faults.ipynb #a85c20d7
+def _packer(): return zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_RLE)                # masks are runs; looking for anything else takes twice as long
+
+@lru_cache
+def _packed_zeros(power):
+    "2 to this power zeros, packed so that anything may follow."
+    packer = _packer()
+    return packer.compress(bytes(2**power)) + packer.flush(zlib.Z_FULL_FLUSH)
+
+def _zlib(before, middle, after):
+    "A zlib stream of some zeros, some bytes and some zeros again."
+    def zeros(n): return b''.join(_packed_zeros(i) for i in range(n.bit_length()) if n>>i&1)
+    def add_zeros(adler, n): return adler&0xffff | ((adler>>16)+(adler&0xffff)*n)%65521<<16
+    packer,adler = _packer(), add_zeros(zlib.adler32(middle, add_zeros(1, before)), after)
+    return b'\x78\x01' + zeros(before) + packer.compress(middle) + packer.flush(zlib.Z_FULL_FLUSH) + zeros(after) + b'\x03\x00' + struct.pack('>I', adler)
+
 # %% ../../nbs/data/17_faults.ipynb #40aee00d
 def mask_png(
     rle:dict,     # compressed run lengths
@@ -65,10 +82,9 @@ def mask_png(
     "A mask as a PNG file."
     from pycocotools import mask as M
     (h,w),(x,y,bw,bh) = rle['size'], map(int, M.toBbox(rle))
-    rows = np.zeros((h, w+1), np.uint8)                                        # a byte before each row says that it is not filtered
-    if bw*bh: rows[y:y+bh, x+1:x+bw+1] = M.decode(rle)[y:y+bh, x:x+bw]
-    packer = zlib.compressobj(1, zlib.DEFLATED, 15, 9, zlib.Z_RLE)             # masks are runs; looking for anything else takes twice as long
-    parts = {b'IHDR':struct.pack('>IIBBBBB', w, h, 8, 0, 0, 0, 0), b'IDAT':packer.compress(rows.data)+packer.flush(), b'IEND':b''}
+    rows = np.zeros((bh, w+1), np.uint8)                                       # a byte before each row says that it is not filtered
+    if bw*bh: rows[:,x+1:x+bw+1] = M.decode(rle)[y:y+bh, x:x+bw]
+    parts = {b'IHDR':struct.pack('>IIBBBBB', w, h, 8, 0, 0, 0, 0), b'IDAT':_zlib(y*(w+1), rows.tobytes(), (h-y-bh)*(w+1)), b'IEND':b''}
     return b'\x89PNG\r\n\x1a\n' + b''.join(struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data)) for kind,data in parts.items())
 
 # %% ../../nbs/data/17_faults.ipynb #1d75c74d
@@ -91,12 +107,27 @@ class Picture:
     size:tuple   # (height, width), pixels, as stored
     odd:tuple    # reasons, in a few words each
 
+# %% ../../nbs/data/17_faults.ipynb #91f0d3e6
+_plain = {0xc4,0xdb,0xdd,0xe0,0xee,0xfe} # Huffman and quantization tables, restarts, JFIF, Adobe's colours, comments: nothing to be told
+
+def _plain_jpeg_size(data):
+    "(height, width) of an RGB JPEG that is complete and has nothing odd about it, else None."
+    at,size = 2,None
+    if data[:2]!=b'\xff\xd8' or b'\xff\xd9' not in data[-64:]: return None
+    while data[at:at+1]==b'\xff' and at+9<len(data):
+        kind,length = data[at+1], data[at+2]<<8|data[at+3]
+        if kind==0xda: return size                                             # here the pixels begin
+        if kind in (0xc0,0xc1,0xc2) and data[at+4]==8 and data[at+9]==3: size = (data[at+5]<<8|data[at+6], data[at+7]<<8|data[at+8])
+        elif kind not in _plain: return None
+        at += 2+length
+
 # %% ../../nbs/data/17_faults.ipynb #ec5e54ee
 def look_at(
     path,       # a picture file
 )->Picture:     # raises what PIL or the file system raise
     "Reads a picture file and notices what is strange about it."
-    data = Path(path).read_bytes()
+    with open(path, 'rb', buffering=0) as f: data = f.read()
+    if (size := _plain_jpeg_size(data)) and all(size): return Picture(data, 'jpeg', size, ())
     with Image.open(io.BytesIO(data)) as im:
         kind,mode,size = 'JPEG' if im.format=='MPO' else im.format, im.mode, (im.height,im.width)
         turned = kind=='JPEG' and im.getexif().get(0x112, 1)!=1
