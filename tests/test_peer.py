@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from effdet_nb.model.detector import Arch, arch_anchors, build, pixel_scale, scaling
-from effdet_nb.model.weights_in import place
+from effdet_nb.model.transfer import place
 
 PEER = os.environ.get('PEER_PYTHON')
 RATIOS = ((1., 1.), (1.4, .7), (.7, 1.4))     # effdet's
