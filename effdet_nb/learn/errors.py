@@ -192,9 +192,10 @@ def plot_confusion(
     "Draws the confusion matrix, each row coloured by its shares."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.6,3.2), dpi=72)[1]
-    ax.imshow(counts/np.maximum(counts.sum(1, keepdims=True), 1), cmap='Blues', vmin=0, vmax=1)
+    shares = counts/np.maximum(counts.sum(1, keepdims=True), 1)
+    ax.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     for (y,x),n in np.ndenumerate(counts):
-        if n: ax.text(x, y, f'{n:,}', ha='center', va='center', fontsize=8, color='#d9752b')
+        if n: ax.text(x, y, f'{n:,}', ha='center', va='center', fontsize=8, color='white' if shares[y,x]>.5 else 'black')
     ax.set(xlabel='found', ylabel='true'); ax.set_xticks(range(len(counts)), [*names,'overlooked'], rotation=30, fontsize=8); ax.set_yticks(range(len(counts)), [*names,'nothing'], fontsize=8)
     return ax
 
