@@ -21,7 +21,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from interleave import interleave
 from effdet_nb.data.coco import ClassTable, load_coco
-from effdet_nb.learn.evaluate import coco_metrics, detect, evaluate, on_canvas, samples_from_json
+from effdet_nb.learn.samples import detect, on_canvas, samples_from_json
+from effdet_nb.learn.evaluate import coco_metrics, evaluate
 
 
 def drawn(num):

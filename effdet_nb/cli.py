@@ -410,7 +410,7 @@ def effdet_export(
     nms = nms or {'.etlt': 'efficient_nms_trt', '.onnx': 'onnx'}.get(os.path.splitext(output_path)[1].lower(), 'none')
     spec = Spec.load(experiment_spec_file, 'export') if experiment_spec_file else None
     if data_type!='fp32' and _has_validation(spec):     # what would be missed at the end is missed now
-        from effdet_nb.learn.evaluate import samples_from_spec
+        from effdet_nb.learn.samples import samples_from_spec
         samples_from_spec(spec)
     from effdet_nb.deploy.export import export, spec_thresholds
     made = export(model_path, output_path, key, nms, opset, max_batch_size, data_type, cal_image_dir=cal_image_dir, cal_cache_file=cal_cache_file, batches=batches, batch_size=batch_size,

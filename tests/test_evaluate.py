@@ -10,12 +10,12 @@ from itertools import islice
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from PIL import Image
 
 from effdet_nb.data.coco import ClassTable, load_coco
-from effdet_nb.learn.evaluate import (COCO_NAMES, Metrics, Truth, category_ids, coco_metrics, coco_results, detect, evaluate, image_ap, image_aps,
-                                      samples_from_json, samples_from_records, samples_from_spec, worst_images)
+from effdet_nb.learn.samples import Truth, samples_from_json, samples_from_records, samples_from_spec
+from effdet_nb.learn.evaluate import COCO_NAMES, Metrics, coco_metrics, coco_results, evaluate, image_ap, image_aps, worst_images
 from effdet_nb.model.postprocess import Detections
+from test_samples import Fixed, pictures  # noqa: F401
 
 
 def reference(annotations_file, results, image_ids=None):
@@ -119,42 +119,11 @@ def test_an_idle_channel_neither_helps_nor_hurts():
     assert metrics['AP'] == pytest.approx(1) and len(coco_results(metrics)) == 1 and image_ap(*metrics.results[0], classes) == .5
 
 
-class Fixed:
-    "A detector that answers with the whole canvas and remembers what it was shown."
-    def __init__(self, image_hw=(64, 64)):
-        self.image_hw, self.classes, self.meta, self.seen = image_hw, ClassTable((1,), ('a',), 2), {}, []
-
-    def __call__(self, images):
-        assert images.dtype==np.uint8 and images.shape[1:]==(*self.image_hw, 3)
-        self.seen.append(len(images))
-        return [Detections([[0, 0, *self.image_hw]], [.5], [0]) for _ in images]
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    "Seven pictures of two shapes, as files, with one object that fills each."
-    images, annotations = [], []
-    for i in range(7):
-        h, w = (40, 80) if i%2 else (80, 40)
-        Image.new('RGB', (w, h), (i*30, 90, 60)).save(tmp_path/f'{i}.png')
-        images.append(dict(id=1000+i, file_name=f'{i}.png', height=h, width=w))
-        annotations.append(dict(id=i, image_id=1000+i, category_id=1, bbox=[0, 0, w, h]))
-    (tmp_path/'a.json').write_text(json.dumps(dict(images=images, annotations=annotations, categories=[dict(id=1, name='a')])))
-    return tmp_path
-
-
 def test_every_picture_counts_and_boxes_come_home(pictures):
     detector = Fixed()
     metrics = evaluate(detector, samples_from_json(pictures/'a.json', pictures), batch_size=3)
     assert detector.seen == [3, 3, 1] and metrics.num_images == 7 and metrics['AP'] == pytest.approx(1)
     for t, d in metrics.results: np.testing.assert_array_equal(d.boxes, t.boxes)   # the padding was cut off
-
-
-def test_paths_bytes_and_arrays_give_the_same(pictures):
-    pairs = list(samples_from_json(pictures/'a.json', pictures))
-    ways = [pairs, [(p.read_bytes(), t) for p, t in pairs], [(np.asarray(Image.open(p)), t) for p, t in pairs]]
-    found = [[d.boxes.tolist() for _, d in detect(Fixed((64, 96)), w, batch_size=2)] for w in ways]
-    assert found[0] == found[1] == found[2]
 
 
 def test_eval_samples_takes_the_first_and_reads_no_more(pictures):
@@ -200,10 +169,6 @@ def test_tables_fit_a_terminal_and_survive_odd_names():
 def test_nothing_is_printed_by_default(pictures, capfd):
     evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures))
     assert capfd.readouterr() == ('', '')
-
-
-def test_channels_beyond_the_table_have_no_category():
-    assert category_ids(np.array([0, 1, 7]), ClassTable((4,), ('a',), 2)).tolist() == [4, -1, -1]
 
 
 def test_a_spec_names_records_and_file(pictures):
@@ -259,16 +224,6 @@ def test_a_dash_is_explained_and_only_then(pictures):
     assert metrics['APl'] == -1 and 'there was no such box to find' in str(metrics) and 'there was no such box' in metrics._repr_markdown_()
     full = Metrics([.5]*12, [dict(id=1, name='a', num_boxes=1, num_detections=1, AP=.5, AP50=.5, AR=.5)], np.zeros((10, 101, 1)), [], ClassTable((1,), ('a',), 2))
     assert 'no such box' not in str(full)
-
-
-def test_pictures_of_a_spec_come_in_the_order_of_the_file_and_twice(pictures):
-    from effdet_nb.data.convert import dataset_convert
-    from effdet_nb.spec import Spec
-    for shards in (1, 3):
-        dataset_convert(pictures, pictures/'a.json', pictures/f'in{shards}', 'val', num_shards=shards)
-        samples = samples_from_spec(Spec().replace(dataset_config=dict(validation_file_pattern=str(pictures/f'in{shards}/val*'))))
-        for _ in range(2): assert [t.image_id for _, t in samples] == list(range(1000, 1007))
-        assert len(samples) == 7
 
 
 def test_image_ap_of_all_at_once_is_that_of_each(shared):

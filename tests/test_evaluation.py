@@ -12,7 +12,8 @@ from effdet_nb.data.coco import ClassTable, load_coco
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.deploy.evaluation import Evaluation, Measured, advice, confusion_square, differences, evaluate_files, measure_model, short_names, write_evaluation
 from effdet_nb.deploy.report import SORT, page, table
-from effdet_nb.learn.evaluate import coco_metrics, coco_results, samples_from_json
+from effdet_nb.learn.samples import samples_from_json
+from effdet_nb.learn.evaluate import coco_metrics, coco_results
 from effdet_nb.model.postprocess import Detections
 from effdet_nb.spec import Spec
 from effdet_nb.status import read_status

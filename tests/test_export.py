@@ -289,7 +289,8 @@ def test_ap_of_the_file_is_that_of_the_model(shared, tmp_path):
     "A minute of training on real pictures, then the same AP from .tlt and .onnx, soft and hard, and a price for 8 bits."
     from effdet_nb.data.convert import dataset_convert
     from effdet_nb.deploy.runtime import price_of_bits
-    from effdet_nb.learn.evaluate import evaluate, samples_from_spec
+    from effdet_nb.learn.samples import samples_from_spec
+    from effdet_nb.learn.evaluate import evaluate
     from effdet_nb.learn.train import train
     bccd = shared/'data'/'bccd'
     dataset_convert(bccd/'images', bccd/'val.json', tmp_path, 'val', 2)

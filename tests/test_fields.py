@@ -256,5 +256,5 @@ def test_a_second_evaluation_without_any_hit_is_explained(spec, monkeypatch, cap
 
 
 def trouble_truth():
-    from effdet_nb.learn.evaluate import Truth
+    from effdet_nb.learn.samples import Truth
     return Truth(1, np.float32([[0, 0, 40, 60]]), np.array([1]), np.zeros(1, bool), np.ones(1))

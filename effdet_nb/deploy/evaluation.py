@@ -20,8 +20,8 @@ from ..spec import Spec
 from ..status import Status, atomic, plain, progress
 from ..data.coco import ClassTable, load_coco
 from ..data.tfrecord import load_sidecar
-from ..learn.evaluate import (COCO_NAMES, Metrics, category_ids, coco_metrics, coco_results, detect, evaluate, image_aps, images_of, on_canvas, markdown_table,
-                                      results_from_json, samples_from_spec, text_table, worst_images)
+from ..learn.samples import category_ids, detect, images_of, on_canvas, results_from_json, samples_from_spec
+from ..learn.evaluate import COCO_NAMES, Metrics, coco_metrics, coco_results, evaluate, image_aps, markdown_table, text_table, worst_images
 from .report import SORT, bar_chart, boxes_picture, count_square, file_size, key_numbers, line_chart, pairs, side_by_side, table, tag, write_report
 from .runtime import load_detector
 

@@ -19,7 +19,7 @@ from ..status import Status, atomic, check_target, duration, progress, say
 from ..data.boxes import area, draw_boxes
 from ..data.coco import ClassTable
 from ..data.letterbox import _ahead, batched, read_image, read_letterboxed, to_original
-from ..learn.evaluate import category_ids
+from ..learn.samples import category_ids
 from ..model.postprocess import Detections, kitti_line, nms
 
 # %% ../../nbs/deploy/55_infer.ipynb #a6349525

@@ -24,7 +24,8 @@ from ..data.letterbox import read_image, read_letterboxed
 from ..data.shapes import draw_dataset
 from ..data.convert import dataset_convert
 from ..model.store import load_model
-from ..learn.evaluate import category_ids, samples_from_json, show_predictions, worst_images
+from ..learn.samples import category_ids, samples_from_json
+from ..learn.evaluate import show_predictions, worst_images
 from ..learn.prune import prune
 from ..learn.train import evaluate_spec, newest_checkpoint, train
 from .evaluation import images_per_second

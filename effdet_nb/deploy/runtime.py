@@ -267,7 +267,8 @@ def price_of_bits(
     key:str='',  # key of both
 )->str:          # a line for people
     "AP of a model and of the file made from it, on the validation pictures of a spec."
-    from effdet_nb.learn.evaluate import evaluate, samples_from_spec
+    from effdet_nb.learn.samples import samples_from_spec
+    from effdet_nb.learn.evaluate import evaluate
     file, e = load_detector(exported, key if kind_of(exported)=='etlt' else ''), spec.eval_config
     alike = {k:v for k,v in file.meta['nms'].items() if k!='kind'} | (dict(method='hard') if file.meta['nms']['kind']!='none' else {})
     ap = [evaluate(d, samples_from_spec(spec), batch_size=e.eval_batch_size, eval_samples=e.eval_samples or None)['AP'] for d in (load_detector(model_path, key, **alike), file)]

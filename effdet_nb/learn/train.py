@@ -23,7 +23,8 @@ from ..model.postprocess import Detections, postprocess
 from ..model.store import is_sealed, load_model
 from ..model.transfer import fill, suited
 from ..model.weights_in import read_weights
-from .evaluate import evaluate, samples_from_spec
+from .samples import samples_from_spec
+from .evaluate import evaluate
 from .step import Trainer, endless_batches, keep_memory, machine, make_plan, make_strategy, same_bits, with_counts
 from .saving import Checkpoints, load_newest, newest_checkpoint
 from .trouble import Patience, doubts, readable_errors, why_zero

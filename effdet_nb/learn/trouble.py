@@ -15,7 +15,7 @@ from ..spec import Spec
 from ..status import atomic, say
 from ..data.dataset import make_loader, read_objects, reason, shown_record, train_dataset
 from ..model.detector import arch_anchors
-from .evaluate import category_ids
+from .samples import category_ids
 from .step import Trainer, machine
 from .targets import anchor_grid, assign_likely
 

@@ -16,7 +16,8 @@ from ..spec import Spec
 from ..status import atomic, duration, say
 from ..data.boxes import show_boxes
 from ..data.coco import ClassTable
-from .evaluate import samples_from_spec, show_predictions
+from .samples import samples_from_spec
+from .evaluate import show_predictions
 from .targets import show_positives
 
 # %% ../../nbs/learn/40_watch.ipynb #4df443f0
