@@ -353,7 +353,7 @@ def _worst_picture(coco, findings, image_dir):
         drawn = Image.fromarray(draw_faults(np.asarray(image), coco.annotations[worst]))
     except (OSError, ValueError, MemoryError): return None
     drawn.thumbnail((1024,1024))
-    drawn.save(out, 'PNG')
+    drawn.save(out, 'PNG', compress_level=1)
     return out.getvalue()
 
 # %% ../../nbs/data/16_convert.ipynb #4e72e4a4

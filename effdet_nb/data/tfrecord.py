@@ -116,11 +116,12 @@ def make_example(
 )->bytes:           # a serialized `tf.train.Example`, always the same for the same features
     "Packs a dictionary into one record."
     example = example_class()()
+    feature = example.features.feature
     for key,values in features.items():
-        values = list(values) if isinstance(values, (list,tuple,np.ndarray)) else [values]
+        if not isinstance(values, (list,tuple,np.ndarray)): values = [values]
         kind = KEYS.get(key) or _kind(key, values)
         if kind=='bytes': values = [v.encode() if isinstance(v, str) else v for v in values]
-        target = getattr(example.features.feature[key], _kinds[kind])
+        target = getattr(feature[key], _kinds[kind])
         target.SetInParent()
         target.value.extend(values)
     return example.SerializeToString(deterministic=True)
