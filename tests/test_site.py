@@ -1,6 +1,8 @@
 """The docs site as a reader meets it: every page in a real browser, every link, search, dark mode, and the width of a phone.
 
 The site is what `make docs` left in _docs/. Pictures of all pages at both widths go to _shots/."""
+import html
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -152,6 +154,31 @@ def test_names_in_the_text_lead_to_their_definitions_and_these_to_the_source(sit
     sources = re.findall(r'class="source" href="https://github\.com/[^"]+/blob/main/(effdet_nb/learn/loss\.py)#L(\d+)"', text)
     lines = (ROOT/sources[0][0]).read_text(encoding='utf-8').splitlines()
     assert len(sources)>3 and all(re.match(r'(def|class|@)', lines[int(n)-1].strip()) for _, n in sources)
+
+
+def test_the_code_of_every_definition_is_on_its_page(site):
+    "Private ones too: a page that only prints signatures cannot be followed."
+    nbs, missing, seen = ROOT/'nbs', [], 0
+    for path in [p for p in nbs.rglob('*.ipynb') if '_' not in {part[0] for part in p.relative_to(nbs).parts} and '.' not in {part[0] for part in p.relative_to(nbs).parts}]:
+        cells = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
+        wanted = [m for c in cells if re.search(r'^#\| *exports?\b', c, re.M) for m in re.findall(r'^(?:def|class) \w+', c, re.M)]
+        if not wanted: continue
+        page = site/path.relative_to(nbs).with_name(re.sub(r'^\d+[a-z]?_', '', path.stem)+'.html')
+        text = html.unescape(re.sub(r'<[^>]+>', '', page.read_text(encoding='utf-8')))
+        missing += [f'{path.name}: {w}' for w in wanted if w not in text]
+        seen += len(wanted)
+    assert seen>800 and not missing, missing[:20]
+
+
+def test_one_button_unfolds_the_code(site, browser):
+    browser.size(*DESKTOP)
+    browser.open((site/'model'/'anchors.html').as_uri())
+    opened = '[...document.querySelectorAll("article .cell details.hide")].filter(d => d.open).length'
+    assert browser.run(opened)==0
+    browser.run('document.querySelector("button.code").click()')
+    assert browser.run(opened)>5
+    browser.run('document.querySelector("button.code").click()')
+    assert browser.run(opened)==0
 
 
 def test_formulas_and_diagrams_are_drawn(site, browser):

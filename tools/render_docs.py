@@ -8,7 +8,7 @@ notebooks into pages (`_proc/`: tables of parameters, hidden cells gone, links t
 built. Nothing on a page comes from another server: formulas become MathML, which browsers draw themselves, and diagrams are pictures that
 tools/draw_diagrams.py made. So the site works from a memory stick as well.
 """
-import argparse, json, os, posixpath, re, shutil, subprocess, sys
+import argparse, ast, json, os, posixpath, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import urlsplit
 from draw_diagrams import BLOCK, FOLDER, picture_name
@@ -17,6 +17,8 @@ CALLOUTS = dict(note='note', tip='tip', warning='warning', important='important'
 OPTION = re.compile(r'^#\|\s*([\w-]+)(?::\s*(.*?))?\s*$', re.M)
 LINK = re.compile(r'(\]\()([^)\s]+)(\))')
 NESTED = re.compile(r'\[\[(`[^`\]]+`)\]\([^)\s]+\)\]\(([^)\s]+)\)') # a link whose text nbdev made a link as well
+EXPORTED = re.compile(r'^#\|\s*exports?\b', re.M)
+DOC = re.compile(r'show_doc\(([\w.]+)')
 SOURCE = re.compile(r'^\[source\]\((\S+)\)\s+(#+ [^\n]+)\n') # how nbdev's table of a definition begins
 
 
@@ -98,6 +100,58 @@ def bare_code(text):
     return re.sub(r'^```.*?^```', lambda block: re.sub(r'\[(`[^`\n]+`)\]\([^()\s]*\)', r'\1', block[0]), text, flags=re.M | re.S)
 
 
+def definitions(source):
+    "{name: syntax tree} of what a cell defines."
+    return {o.name: o for o in ast.parse(source).body if isinstance(o, (ast.FunctionDef, ast.ClassDef))}
+
+
+def is_table(node):
+    "Whether a definition is a class of fields with a remark each: its own lines say more than the signature of its constructor."
+    marks = [ast.unparse(o) for o in [*node.decorator_list, *getattr(node, 'bases', [])]]
+    return isinstance(node, ast.ClassDef) and any(m.startswith(('dataclass','NamedTuple')) for m in marks)
+
+
+def exported_cell(cell):
+    "An exported cell for a page, folded: nbdev prints what a definition takes and gives, and nothing at all of a private one."
+    source = OPTION.sub('', ''.join(cell['source'])).strip('\n')
+    found = definitions(source)
+    says = '; '.join(n + (f': {ast.get_docstring(o).splitlines()[0].rstrip(".")}' if ast.get_docstring(o) else '') for n,o in found.items())
+    title = says if found and all(n.startswith('_') for n in found) else 'Code' if found else source.partition('=')[0].strip() if '=' in source.partition('\n')[0] else 'Imports'
+    folded = dict(tags=['hide-input'], mystnb=dict(code_prompt_show=title, code_prompt_hide=title))
+    return dict(cell_type='code', id=cell['id'], metadata={} if any(map(is_table, found.values())) else folded, source=source, outputs=[], execution_count=None)
+
+
+def of_exported(doc, exported):
+    "nbdev's print of a definition: a class is called one, and a table of fields leaves the signature to its code."
+    found = definitions(exported['source'])
+    classes = '|'.join(n for n,o in found.items() if isinstance(o, ast.ClassDef)) or '$.'
+    def edited(text):
+        if not exported['metadata']: return re.sub(rf'```python\n+def (?:{classes})\(.*?```\n*', '', text, flags=re.S)
+        return re.sub(rf'^def ({classes})\(', r'class \1(', text, flags=re.M)
+    outputs = [o | ({'text': edited(''.join(o['text']))} if 'text' in o else {'data': o['data'] | {'text/markdown': edited(''.join(o['data']['text/markdown']))}}) for o in doc['outputs']]
+    return doc | dict(outputs=outputs)
+
+
+def with_code(page, chapter):
+    "The cells of a processed page, and after what nbdev printed of an exported cell that cell itself."
+    kept, out, waiting, between = {c['id'] for c in chapter} & {c.get('id') for c in page}, [], [], []
+    cells = iter(page)
+    def give(exported):
+        mine = [c for c in between if (m := DOC.search(''.join(c['source']))) and m[1].split('.')[-1] in definitions(exported['source'])]
+        between[:] = [c for c in between if c not in mine]
+        out.extend([*(of_exported(c, exported) for c in mine), exported])
+    for cell in [*chapter, None]:
+        if cell and cell['cell_type']=='code' and EXPORTED.search(''.join(cell['source'])): waiting.append(exported_cell(cell))
+        elif cell is None or cell['id'] in kept:
+            for next_one in cells:
+                between.append(next_one)
+                if cell and next_one.get('id')==cell['id']: break
+            for exported in waiting: give(exported)
+            out.extend(between)
+            waiting.clear(), between.clear()
+    return out
+
+
 def text_cell(source): return dict(cell_type='markdown', metadata={}, source=source)
 
 
@@ -122,7 +176,7 @@ def code_cells(cell, source, page, rewrite):
             text = bare_code(rewrite(text, page)).replace('---\n', '', 1).strip()
             if text: yield text_cell(SOURCE.sub(r'\2\n\n<a class="source" href="\1">source</a>\n', text))
         return
-    tags = ['remove-input'] if options.get('echo')=='false' else []
+    tags = cell['metadata'].get('tags', []) + (['remove-input'] if options.get('echo')=='false' else [])
     yield cell | dict(source=OPTION.sub('', source).strip('\n'), metadata=cell['metadata'] | dict(tags=tags), outputs=[shown_output(o, page, rewrite) for o in cell['outputs']])
 
 
@@ -170,13 +224,15 @@ html_show_sourcelink = False
 html_use_index = False
 html_context = dict(default_mode='auto')
 html_css_files = ['effdet_nb.css']
+html_js_files = ['effdet_nb.js']
 html_theme_options = dict(repository_url={repository!r}, use_repository_button=True, use_download_button=True)
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type', 'misc.highlighting_failure']
 '''
 
 
 STYLE = '''
-p:has(> a.source) { float: right; margin: -2.4rem 0 0; font-size: smaller; }
+p:has(> a.source) { float: right; margin: -2.1rem 0 0; font-size: smaller; }
+:is(h3, h4):has(+ p > a.source) { font-size: 1.2rem; font-family: var(--pst-font-family-monospace); }
 .diagram { overflow-x: auto; }
 .diagram img { max-width: max(100%, 45rem); height: auto; }
 article table { font-size: .9em; }
@@ -184,6 +240,46 @@ math { font-size: 1.1em; }
 article { overflow-wrap: break-word; }
 code .pre { display: inline-block; max-width: 100%; white-space: pre-wrap; }
 td code .pre { white-space: nowrap; }
+article pre { font-size: .8rem; }
+@media (min-width: 1200px) {
+  .bd-main .bd-content .bd-article-container { max-width: 72rem; }
+  .bd-sidebar-secondary { width: 15rem; }
+}
+@media (max-width: 719px) {
+  table.told thead, table.told td.nothing { display: none; }
+  table.told tr { display: block; padding: .4rem 0; }
+  table.told td { display: block; border: 0; padding: 0 .5rem; text-align: left !important; }
+  table.told td + td::before { content: attr(data-name) ": "; opacity: .7; }
+  table.told td code .pre { white-space: pre-wrap; }
+}
+button.code { float: right; margin-top: .6rem; padding: .1rem .6rem; font-size: smaller; border: 1px solid var(--pst-color-border); border-radius: .3rem; background: none; color: inherit; }
+.cell details.hide summary { font-size: .8rem; font-weight: normal; padding: .2rem .5rem; }
+.cell.tag_hide-input { margin: .6rem 0; }
+'''
+
+
+SCRIPT = '''
+document.addEventListener("DOMContentLoaded", () => {  // one button unfolds the code of all definitions, on this page and those to come
+  const folded = [...document.querySelectorAll("article .cell details.hide")], title = document.querySelector("article h1")
+  if (!folded.length || !title) return
+  const button = document.createElement("button"), keep = "effdet_nb code"
+  const set = open => { folded.forEach(d => d.open = open); button.textContent = open ? "fold the code" : "unfold the code" }
+  let open = false
+  try { open = localStorage.getItem(keep) === "open" } catch (e) {}
+  button.className = "code"
+  button.onclick = () => { open = !open; set(open); try { localStorage.setItem(keep, open ? "open" : "") } catch (e) {} }
+  title.before(button)
+  set(open)
+})
+document.addEventListener("DOMContentLoaded", () => {  // on a phone a table of several columns that ends in sentences becomes a list, each value with its column's name
+  for (const table of document.querySelectorAll("article table")) {
+    const names = [...table.querySelectorAll("thead th")].map(h => h.textContent.trim()), rows = [...table.querySelectorAll("tbody tr")]
+    const words = rows.map(r => r.lastElementChild.textContent.trim().length).reduce((a, b) => a+b, 0)/rows.length
+    if (names.length<3 || words<25) continue
+    table.classList.add("told")
+    for (const r of rows) [...r.children].forEach((c, i) => { c.dataset.name = names[i]; c.classList.toggle("nothing", !c.textContent.trim()) })
+  }
+})
 '''
 
 
@@ -209,9 +305,11 @@ def write_source(cfg, proc, source, theme):
     site = yaml.safe_load((cfg.config_path/'_quarto.yml').read_text(encoding='utf-8'))['website']
     shutil.rmtree(source, ignore_errors=True)
     (source/'_static').mkdir(parents=True)
-    (source/'_static'/'effdet_nb.css').write_text(STYLE)
+    for name,text in (('effdet_nb.css', STYLE), ('effdet_nb.js', SCRIPT)): (source/'_static'/name).write_text(text)
     written = {p.relative_to(cfg.nbs_path).as_posix() for p in cfg.nbs_path.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(cfg.nbs_path).parts)}
-    pages = [Page(old, json.loads((proc/old).read_text(encoding='utf-8'))) for old in sorted(written) if (proc/old).is_file()]
+    def read(path): return json.loads(path.read_text(encoding='utf-8'))
+    def processed(old): return (nb := read(proc/old)) | dict(cells=with_code(nb['cells'], read(cfg.nbs_path/old)['cells']))
+    pages = [Page(old, processed(old)) for old in sorted(written) if (proc/old).is_file()]
     groups = list(chapters(site['sidebar']['contents']))
     listed = {f for _,files in groups for f in files}
     if forgotten := sorted(written-listed-{'index.ipynb'}): groups.append(('More', forgotten))
