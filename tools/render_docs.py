@@ -176,8 +176,10 @@ def code_cells(cell, source, page, rewrite):
             text = bare_code(rewrite(text, page)).replace('---\n', '', 1).strip()
             if text: yield text_cell(SOURCE.sub(r'\2\n\n<a class="source" href="\1">source</a>\n', text))
         return
-    tags = cell['metadata'].get('tags', []) + (['remove-input'] if options.get('echo')=='false' else [])
-    yield cell | dict(source=OPTION.sub('', source).strip('\n'), metadata=cell['metadata'] | dict(tags=tags), outputs=[shown_output(o, page, rewrite) for o in cell['outputs']])
+    tags = cell['metadata'].get('tags', []) + ['remove-input']*(options.get('echo')=='false') + ['hide-input']*(options.get('code-fold')=='true')
+    title = options.get('code-summary', 'Code').strip('"')
+    folded = dict(mystnb=dict(code_prompt_show=title, code_prompt_hide=title)) if options.get('code-fold')=='true' else {}
+    yield cell | dict(source=OPTION.sub('', source).strip('\n'), metadata=cell['metadata'] | dict(tags=tags) | folded, outputs=[shown_output(o, page, rewrite) for o in cell['outputs']])
 
 
 def shown_output(out, page, rewrite):
@@ -249,9 +251,13 @@ article pre { font-size: .8rem; }
   table.told thead, table.told td.nothing { display: none; }
   table.told tr { display: block; padding: .4rem 0; }
   table.told td { display: block; border: 0; padding: 0 .5rem; text-align: left !important; }
+  table.told td p { display: inline; }
+  table.told td + td:not(:last-child) { display: inline-block; padding-right: 0; }
   table.told td + td::before { content: attr(data-name) ": "; opacity: .7; }
   table.told td code .pre { white-space: pre-wrap; }
 }
+.cell_output pre:not(.columns) { white-space: pre-wrap; overflow-wrap: anywhere; }
+@media (min-width: 720px) { .cell_output pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
 button.code { float: right; margin-top: .6rem; padding: .1rem .6rem; font-size: smaller; border: 1px solid var(--pst-color-border); border-radius: .3rem; background: none; color: inherit; }
 .cell details.hide summary { font-size: .8rem; font-weight: normal; padding: .2rem .5rem; }
 .cell.tag_hide-input { margin: .6rem 0; }
@@ -270,6 +276,12 @@ document.addEventListener("DOMContentLoaded", () => {  // one button unfolds the
   button.onclick = () => { open = !open; set(open); try { localStorage.setItem(keep, open ? "open" : "") } catch (e) {} }
   title.before(button)
   set(open)
+})
+document.addEventListener("DOMContentLoaded", () => {  // outputs are sentences, which wrap, or columns, which a phone must not wrap
+  for (const pre of document.querySelectorAll("article .cell_output pre")) {
+    const lines = pre.textContent.split("\\n").filter(l => l.trim()), wide = lines.filter(l => / {2,}\\S.* {2,}\\S/.test(l.trim())).length, two = lines.filter(l => /\\S {3,}\\S/.test(l)).length
+    if (wide>1 || lines.length>4 && 2*two>=lines.length) pre.classList.add("columns")
+  }
 })
 document.addEventListener("DOMContentLoaded", () => {  // on a phone a table of several columns that ends in sentences becomes a list, each value with its column's name
   for (const table of document.querySelectorAll("article table")) {
