@@ -112,13 +112,14 @@ def is_table(node):
 
 
 def exported_cell(cell):
-    "An exported cell for a page, folded: nbdev prints what a definition takes and gives, and nothing at all of a private one."
+    "An exported cell for a page. Functions are folded: nbdev prints what they take and give, and nothing at all of private ones; tables and constants are to be read."
     source = OPTION.sub('', ''.join(cell['source'])).strip('\n')
     found = definitions(source)
     says = '; '.join(n + (f': {ast.get_docstring(o).splitlines()[0].rstrip(".")}' if ast.get_docstring(o) else '') for n,o in found.items())
-    title = says if found and all(n.startswith('_') for n in found) else 'Code' if found else source.partition('=')[0].strip() if '=' in source.partition('\n')[0] else 'Imports'
+    title = says if found and all(n.startswith('_') for n in found) else 'Code' if found else 'Imports'
+    open_ = any(map(is_table, found.values())) or not found and not all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body)
     folded = dict(tags=['hide-input'], mystnb=dict(code_prompt_show=title, code_prompt_hide=title))
-    return dict(cell_type='code', id=cell['id'], metadata={} if any(map(is_table, found.values())) else folded, source=source, outputs=[], execution_count=None)
+    return dict(cell_type='code', id=cell['id'], metadata={} if open_ else folded, source=source, outputs=[], execution_count=None)
 
 
 def of_exported(doc, exported):
@@ -127,9 +128,15 @@ def of_exported(doc, exported):
     classes = '|'.join(n for n,o in found.items() if isinstance(o, ast.ClassDef)) or '$.'
     def edited(text):
         if not exported['metadata']: return re.sub(rf'```python\n+def (?:{classes})\(.*?```\n*', '', text, flags=re.S)
-        return re.sub(rf'^def ({classes})\(', r'class \1(', text, flags=re.M)
+        return re.sub(rf'^def ({classes})\(', r'class \1(', text, flags=re.M).replace('*Call self as a function.*', '')
     outputs = [o | ({'text': edited(''.join(o['text']))} if 'text' in o else {'data': o['data'] | {'text/markdown': edited(''.join(o['data']['text/markdown']))}}) for o in doc['outputs']]
     return doc | dict(outputs=outputs)
+
+
+def defined(cell):
+    "The name that a cell of a processed page prints, without its class; None if it prints no definition."
+    found = DOC.search(''.join(cell['source']))
+    return found and found[1].split('.')[-1]
 
 
 def with_code(page, chapter):
@@ -137,9 +144,10 @@ def with_code(page, chapter):
     kept, out, waiting, between = {c['id'] for c in chapter} & {c.get('id') for c in page}, [], [], []
     cells = iter(page)
     def give(exported):
-        mine = [c for c in between if (m := DOC.search(''.join(c['source']))) and m[1].split('.')[-1] in definitions(exported['source'])]
+        names = list(definitions(exported['source']))
+        mine = [c for c in between if defined(c) in names]
         between[:] = [c for c in between if c not in mine]
-        out.extend([*(of_exported(c, exported) for c in mine), exported])
+        out.extend([*(of_exported(c, exported) for c in sorted(mine, key=lambda c: names.index(defined(c)))), exported])
     for cell in [*chapter, None]:
         if cell and cell['cell_type']=='code' and EXPORTED.search(''.join(cell['source'])): waiting.append(exported_cell(cell))
         elif cell is None or cell['id'] in kept:
