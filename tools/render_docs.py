@@ -291,11 +291,11 @@ document.addEventListener("DOMContentLoaded", () => {  // outputs are sentences,
     if (wide>1 || lines.length>4 && 2*two>=lines.length) pre.classList.add("columns")
   }
 })
-document.addEventListener("DOMContentLoaded", () => {  // on a phone a table of several columns that ends in sentences becomes a list, each value with its column's name
+document.addEventListener("DOMContentLoaded", () => {  // on a phone a table with sentences in it becomes a list, each value with its column's name
   for (const table of document.querySelectorAll("article table")) {
     const names = [...table.querySelectorAll("thead th")].map(h => h.textContent.trim()), rows = [...table.querySelectorAll("tbody tr")]
-    const words = rows.map(r => r.lastElementChild.textContent.trim().length).reduce((a, b) => a+b, 0)/rows.length
-    if (names.length<3 || words<25) continue
+    const words = names.map((_, i) => rows.map(r => r.children[i] ? r.children[i].textContent.trim().length : 0).reduce((a, b) => a+b, 0)/rows.length)
+    if (names.length<3 || Math.max(...words.slice(1))<25) continue
     table.classList.add("told")
     for (const r of rows) [...r.children].forEach((c, i) => { c.dataset.name = names[i]; c.classList.toggle("nothing", !c.textContent.trim()) })
   }
