@@ -4,8 +4,8 @@
     python tools/render_docs.py --out /tmp/site --strict
 
 Where Quarto is installed, `nbdev_docs` makes the site; this makes the same pages, at the same addresses, where it is not. nbdev first turns the
-notebooks into pages (`_proc/`: tables of parameters, hidden cells gone, links to other chapters); here they are rewritten from Quarto's Markdown into MyST's and
-built. Nothing on a page comes from another server: formulas become MathML, which browsers draw themselves, and diagrams are pictures that
+notebooks into pages (`_proc/`: tables of parameters, hidden cells gone, links to other chapters); here the code of exported cells comes back, folded, and the pages
+are rewritten from Quarto's Markdown into MyST's and built. Nothing on a page comes from another server: formulas become MathML, which browsers draw themselves, and diagrams are pictures that
 tools/draw_diagrams.py made. So the site works from a memory stick as well.
 """
 import argparse, ast, json, os, posixpath, re, shutil, subprocess, sys
@@ -256,11 +256,12 @@ article pre { font-size: .8rem; }
   .bd-sidebar-secondary { width: 15rem; }
 }
 @media (max-width: 719px) {
-  table.told thead, table.told td.nothing { display: none; }
+  table.told thead { display: none; }
   table.told tr { display: block; padding: .4rem 0; }
   table.told td { display: block; border: 0; padding: 0 .5rem; text-align: left !important; }
   table.told td p { display: inline; }
   table.told td + td:not(:last-child) { display: inline-block; padding-right: 0; }
+  table.told tr td.nothing { display: none; }
   table.told td + td::before { content: attr(data-name) ": "; opacity: .7; }
   table.told td code .pre { white-space: pre-wrap; }
 }
