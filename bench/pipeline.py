@@ -64,7 +64,8 @@ def pipeline_speed(spec, batches):
 def step_speed(spec, steps):
     from effdet_nb.data.dataset import train_dataset
     from effdet_nb.learn.targets import anchor_grid, assign_likely
-    from effdet_nb.learn.train import Trainer, start_arch
+    from effdet_nb.learn.begin import start_arch
+    from effdet_nb.learn.step import Trainer
     from effdet_nb.model.anchors import all_anchors
     trainer = Trainer(spec, start_arch(spec)[0])
     batch = next(iter(train_dataset(spec, anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign=assign_likely)))

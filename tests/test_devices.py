@@ -176,10 +176,10 @@ def test_slurm_without_nvidia_smi_gives_the_addresses_in_its_order_and_leaves_gp
 
 
 def test_machines_that_stand_at_different_steps_do_not_start(monkeypatch):
-    from effdet_nb.learn import train as T
+    from effdet_nb.learn import begin as B
     strategy = SimpleNamespace(experimental_distribute_values_from_function=lambda f: f(None), gather=lambda value, axis: np.append(value, 0.))
     trainer = SimpleNamespace(strategy=strategy, step=0)
-    monkeypatch.setattr(T, 'machine', lambda: (0, 2))
-    T.same_start(trainer, 'run')
+    monkeypatch.setattr(B, 'machine', lambda: (0, 2))
+    B.same_start(trainer, 'run')
     trainer.step = 40
-    with pytest.raises(ValueError, match=r'run: the machines stand at steps 0, 40.*one folder'): T.same_start(trainer, 'run')
+    with pytest.raises(ValueError, match=r'run: the machines stand at steps 0, 40.*one folder'): B.same_start(trainer, 'run')

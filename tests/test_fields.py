@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from effdet_nb.data.shapes import draw_dataset
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.learn import saving, step as S, train as T, trouble, watch
+from effdet_nb.learn import begin as B, saving, step as S, train as T, trouble, watch
 from effdet_nb.model import detector
 from effdet_nb.spec import Spec
 
@@ -39,7 +39,7 @@ def spec(records):
 def trainer_of(spec, **changes):
     spec = spec.replace(training_config=changes)
     keras.utils.set_random_seed(spec.training_config.tf_random_seed)
-    return S.Trainer(spec, T.start_arch(spec)[0])
+    return S.Trainer(spec, B.start_arch(spec)[0])
 
 
 class Fake:
@@ -128,7 +128,7 @@ def test_when_an_epoch_is_evaluated(spec):
 def test_evaluation_in_time(spec, monkeypatch):
     seen = []
     class Slow:
-        image_hw, classes = (128, 128), T.spec_classes(spec)
+        image_hw, classes = (128, 128), B.spec_classes(spec)
         def __call__(self, images): seen.append(len(images)); time.sleep(.3); return [T.Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0))]*len(images)
     few = spec.replace(eval_config=dict(eval_batch_size=2))
     assert T.evaluate_spec(Slow(), few).num_images == 4 and seen == [2, 2]
@@ -138,7 +138,7 @@ def test_evaluation_in_time(spec, monkeypatch):
 
 def test_resume_false_starts_anew(spec, tmp_path, monkeypatch):
     called = []
-    monkeypatch.setattr(T, 'load_newest', lambda *a: called.append(a) or (None, None))
+    monkeypatch.setattr(B, 'load_newest', lambda *a: called.append(a) or (None, None))
     for resume in (False, True):
         fake = types.SimpleNamespace(config=spec.replace(training_config=dict(resume=resume)).training_config)
         assert S.Trainer.begin(fake, tmp_path) == 'starting from random weights' and bool(called) == resume
@@ -215,12 +215,12 @@ def test_picture_fields(spec):
 
 def test_a_pruned_file_is_trained_again(spec, tmp_path):
     from effdet_nb.model.detect import save_detector
-    arch = T.arch_from_spec(spec)
+    arch = detector.arch_from_spec(spec)
     arch = arch.__class__(**{**vars(arch), 'widths': {'block2a_expand_conv': 8}})
     model = detector.build(arch)
-    save_detector(tmp_path/'pruned.tlt', model, arch, T.spec_classes(spec))
+    save_detector(tmp_path/'pruned.tlt', model, arch, B.spec_classes(spec))
     again = spec.replace(training_config=dict(pruned_model_path=str(tmp_path/'pruned.tlt')))
-    got, stored = T.start_arch(again)
+    got, stored = B.start_arch(again)
     trainer = S.Trainer(again, got)
     assert got.widths == {'block2a_expand_conv': 8} and 'retraining' in trainer.begin(tmp_path/'run', start=stored)
     np.testing.assert_array_equal(trainer.model.get_layer('block2a_expand_conv').kernel, model.get_layer('block2a_expand_conv').kernel)
@@ -245,7 +245,7 @@ def test_doubts_name_the_cure(spec):
 
 def test_a_second_evaluation_without_any_hit_is_explained(spec, monkeypatch, capfd):
     class Metrics(dict):
-        classes = T.spec_classes(spec)
+        classes = B.spec_classes(spec)
         results = [(trouble_truth(), T.Detections(np.float32([[0, 0, 9, 9]]), np.float32([.01]), np.int32([1])))]
     fake = Fake(spec)
     fake.evaluate, fake.judge = lambda classes: Metrics(AP=0.), types.MethodType(S.Trainer.judge, fake)

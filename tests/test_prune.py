@@ -10,7 +10,7 @@ from effdet_nb.data.coco import ClassTable
 from effdet_nb.data.shapes import draw_dataset
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.learn import channels as C, choose as H, prune as P, speed as S, train as T
-from effdet_nb.learn.train import best_weights, start_arch
+from effdet_nb.learn.begin import best_weights, start_arch
 from effdet_nb.model.backbone import backbone_blocks
 from effdet_nb.model import detector
 from effdet_nb.model.detect import KerasDetector, open_detector, put_weights, weights_of

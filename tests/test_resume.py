@@ -15,8 +15,9 @@ import tensorflow as tf
 
 from effdet_nb.data.shapes import draw_dataset
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.learn import saving, train as T
+from effdet_nb.learn import begin as B, saving, train as T
 from effdet_nb.learn.step import same_bits
+from effdet_nb.learn.step import make_plan
 from effdet_nb.model import detector
 from effdet_nb.model.store import load_model, read_meta
 from effdet_nb.spec import Spec
@@ -80,7 +81,7 @@ class Process:
     "A run whose moving parts are built once and wiped for each start, as a new process would have them."
     def __init__(self, spec):
         keras.utils.set_random_seed(spec.training_config.tf_random_seed)
-        self.spec, self.trainer = spec, T.Trainer(spec, T.start_arch(spec)[0])
+        self.spec, self.trainer = spec, T.Trainer(spec, B.start_arch(spec)[0])
         t = self.trainer
         self.variables = [*t.model.variables, *t.optimizer.variables, t.ema.vector]
         self.fresh = [v.numpy() for v in self.variables]
@@ -93,7 +94,7 @@ class Process:
             for v, value in zip(self.variables, self.fresh): v.assign(value)
             t.step, t.history, t.sums = 0, [], None
         t.begin(folder)
-        classes = T.spec_classes(self.spec)
+        classes = B.spec_classes(self.spec)
         calls = keras.callbacks.CallbackList([saving.Checkpoints(t, folder, classes), *callbacks], model=t.model)
         return t.fit(T.endless_batches(t), classes, calls)
 
@@ -148,8 +149,8 @@ def test_asked_to_stop_in_the_middle_of_an_epoch_it_saves_there(spec, tmp_path, 
     with pytest.raises(KeyboardInterrupt, match='terminated'), T.Patience() as patience:
         for v, value in zip(process.variables, process.fresh): v.assign(value)
         trainer.step, trainer.history, trainer.sums = 0, [], None
-        calls = keras.callbacks.CallbackList([saver := saving.Checkpoints(trainer, folder, T.spec_classes(spec)), Term()], model=trainer.model)
-        trainer.fit(T.endless_batches(trainer), T.spec_classes(spec), calls, patience)
+        calls = keras.callbacks.CallbackList([saver := saving.Checkpoints(trainer, folder, B.spec_classes(spec)), Term()], model=trainer.model)
+        trainer.fit(T.endless_batches(trainer), B.spec_classes(spec), calls, patience)
     del trainer.advance
     saver.write()
     assert saving.newest_checkpoint(folder).name == 'model.step-4.tlt' and read_meta(folder/'model.step-4.tlt')['sums'][0] == 2
@@ -190,7 +191,7 @@ def test_a_process_that_is_killed_ends_the_same(spec, tmp_path):
 def test_a_full_disk_leaves_the_checkpoint_before(spec, tmp_path):
     process = Process(spec.replace(training_config=dict(num_epochs=1)))
     process.start(tmp_path)
-    saver = saving.Checkpoints(process.trainer, tmp_path, T.spec_classes(spec))
+    saver = saving.Checkpoints(process.trainer, tmp_path, B.spec_classes(spec))
     process.trainer.step = 3
     before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -206,10 +207,10 @@ def test_what_may_change_on_the_way(spec, tmp_path):
     process.start(tmp_path)
     trainer = process.trainer
     trainer.spec = spec.replace(training_config=dict(num_epochs=9, learning_rate=.01))
-    trainer.plan = T.make_plan(trainer.spec)
+    trainer.plan = make_plan(trainer.spec)
     told = trainer.begin(tmp_path)
     assert 'continuing from' in told and 'training_config.learning_rate 0.05 -> 0.01' in told and 'num_epochs 1 -> 9' in told
     trainer.spec = spec.replace(dataset_config=dict(num_classes=5), model_config=dict(anchor_scale=3.))
     with pytest.raises(ValueError, match='num_classes was 4 and is 5; model_config.anchor_scale was 4.0 and is 3.0.* start another --model_dir'): trainer.begin(tmp_path)
-    trainer.spec, trainer.plan = spec, T.make_plan(spec.replace(training_config=dict(train_batch_size=5)))
+    trainer.spec, trainer.plan = spec, make_plan(spec.replace(training_config=dict(train_batch_size=5)))
     with pytest.raises(ValueError, match='global batch was 4 and is 5'): trainer.begin(tmp_path)

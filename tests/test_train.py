@@ -12,6 +12,7 @@ import tensorflow as tf
 from effdet_nb.data.shapes import draw_dataset
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.learn import step as S, train as T
+from effdet_nb.learn.begin import start_arch
 from effdet_nb.model import detector
 from effdet_nb.model.detect import KerasDetector, open_detector
 from effdet_nb.model.store import load_model
@@ -109,7 +110,7 @@ def test_starting_from_weights_takes_what_fits(spec, tmp_path):
     T.train(spec.replace(training_config=one), tmp_path/'a')
     trained = tmp_path/'a'/'model.step-3.tlt'
     other = spec.replace(dataset_config=dict(num_classes=6), training_config=one | dict(checkpoint=str(trained)))
-    trainer = T.Trainer(other, T.start_arch(other)[0])
+    trainer = T.Trainer(other, start_arch(other)[0])
     assert '4 classes there, 6 here: class-predict is re-initialised' in trainer.begin(tmp_path/'b')    # nothing to be set for that
     skipping = other.replace(training_config=dict(skip_checkpoint_variables='-predict'))
     trainer.config = skipping.training_config
@@ -120,7 +121,7 @@ def test_starting_from_weights_takes_what_fits(spec, tmp_path):
 
 def test_frozen_layers_stay(spec, tmp_path):
     frozen = spec.replace(model_config=dict(freeze_blocks='[0,1]', freeze_bn=True), training_config=dict(num_epochs=1))
-    trainer = T.Trainer(frozen, T.start_arch(frozen)[0])
+    trainer = T.Trainer(frozen, start_arch(frozen)[0])
     keep = {v.path: v.numpy() for v in trainer.model.weights if v.path.startswith(('stem_', 'block1a_')) or v.path.startswith('block') and '_bn/' in v.path}
     move = trainer.model.get_layer('block7a_project_conv').kernel.numpy()
     batches = T.endless_batches(trainer)
@@ -143,7 +144,7 @@ def test_all_problems_of_a_spec_at_once(spec, tmp_path):
 @pytest.mark.parametrize('policy', ['mixed_bfloat16', pytest.param('mixed_float16', marks=pytest.mark.slow)])
 def test_mixed_precision_stays_finite(spec, policy, monkeypatch):
     monkeypatch.setattr(S, 'amp_policy', lambda: policy)
-    trainer = T.Trainer(spec.replace(training_config=dict(amp=True)), T.start_arch(spec)[0])
+    trainer = T.Trainer(spec.replace(training_config=dict(amp=True)), start_arch(spec)[0])
     assert trainer.model.get_layer('stem_conv').compute_dtype == policy.removeprefix('mixed_')
     assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer) == (policy == 'mixed_float16')
     batches = T.endless_batches(trainer)
@@ -157,12 +158,13 @@ import keras
 from effdet_nb.model import detector
 detector.SCALING['efficientdet-d0'] = (128, .35, .3, 16, 1, 1)
 from effdet_nb.learn import train as T
+from effdet_nb.learn.begin import start_arch
 from effdet_nb.spec import Spec
 spec, batch = Spec.load(sys.argv[1]), int(sys.argv[2])
 spec = spec.replace(training_config=dict(train_batch_size=batch, num_examples_per_epoch=3*batch))
 strategy = tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1']) if batch == 2 else tf.distribute.get_strategy()
 keras.utils.set_random_seed(0)
-trainer = T.Trainer(spec, T.start_arch(spec)[0], strategy)
+trainer = T.Trainer(spec, start_arch(spec)[0], strategy)
 rng = np.random.default_rng(0)
 for v in trainer.model.weights:
     if v.path.endswith('kernel'): v.assign(rng.normal(0, .1, v.shape))

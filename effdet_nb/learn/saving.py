@@ -36,6 +36,12 @@ def gather(self:Trainer)->np.ndarray: # [n, len(row_names)] the rows that had pi
     for row in (rows := np.concatenate(rows) if rows else np.zeros((0,len(self.row_names)))): self.sums = [s+v for s,v in zip(self.sums or [0]*(len(row)+1), [1,*row.tolist()])]
     return rows
 
+# %% ../../nbs/learn/39_saving.ipynb #8de331e0
+@patch
+def pace(self:Trainer)->dict:
+    "What ties steps to epochs and pictures."
+    return dict(global_batch=self.plan.batch_size*self.num_replicas, steps_per_epoch=self.plan.steps_per_epoch)
+
 # %% ../../nbs/learn/39_saving.ipynb #22ac6e6a
 @patch
 def save(self:Trainer,
@@ -50,11 +56,6 @@ def save(self:Trainer,
     epoch = self.step/self.plan.steps_per_epoch
     meta = dict(kind='checkpoint', step=self.step, epoch=epoch, history=self.history, sums=self.sums, pace=self.pace(), spec=self.spec.to_text()) | meta
     return save_detector(path, self.model, self.arch, classes, key, ema=self.ema.to_dict() if self.ema else None, optimizer=extra, **meta)
-
-@patch
-def pace(self:Trainer)->dict:
-    "What ties steps to epochs and pictures."
-    return dict(global_batch=self.plan.batch_size*self.num_replicas, steps_per_epoch=self.plan.steps_per_epoch)
 
 # %% ../../nbs/learn/39_saving.ipynb #007f4f39
 @patch
@@ -113,6 +114,7 @@ def checkpoints_in(
     found = [(int(m[1]), p) for p in Path(model_dir).glob('model.step-*.tlt') if (m := re.fullmatch(r'model\.step-(\d+)\.tlt', p.name))]
     return [p for _,p in sorted(found)]
 
+# %% ../../nbs/learn/39_saving.ipynb #679bf775
 def newest_checkpoint(
     model_dir, # folder of a run
 ):             # its path, or None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Plan', 'make_plan', 'with_counts', 'machine', 'slurm_workers', 'cluster', 'make_strategy', 'keep_memory', 'same_bits',
-           'amp_policy', 'precision', 'scaled_loss', 'freeze', 'gradient_group', 'group_squares', 'Trainer', 'times',
+           'amp_policy', 'precision', 'scaled_loss', 'freeze', 'gradient_group', 'group_squares', 'times', 'Trainer',
            'endless_batches']
 
 # %% ../../nbs/learn/38_step.ipynb #bb01337c
@@ -174,6 +174,9 @@ def group_squares(
     squares = [tf.reduce_sum(tf.square(tf.cast(g, tf.float32))) for g in gradients]
     return tf.stack([tf.add_n([s for s,group in zip(squares, groups) if group==name]) for name in names])
 
+# %% ../../nbs/learn/38_step.ipynb #591a117b
+def times(tensors, factor): return [t*factor for t in tensors]
+
 # %% ../../nbs/learn/38_step.ipynb #66f07e87
 class Trainer:
     "The moving parts of a run: model, optimizer, averages, and the step that moves them."
@@ -195,18 +198,6 @@ class Trainer:
             self.ema = Ema(self.model.weights, self.config.moving_average_decay) if self.config.moving_average_decay else None
         self.model.stop_training = False
         self._compile()
-
-# %% ../../nbs/learn/38_step.ipynb #f3249e9d
-@patch
-def _compile(self:Trainer):
-    "Makes the compiled functions of a run; they are traced when first called."
-    alone = self.num_replicas == 1
-    if self.config.use_xla and not alone: say('training_config.use_xla: XLA cannot compile batch norms that share their statistics among replicas; training goes on without')
-    self.groups = [gradient_group(v.path) for v in self.model.trainable_variables]
-    self.group_names = list(dict.fromkeys(self.groups))
-    self._gradients = tf.function(self.gradients, autograph=False, jit_compile=self.config.use_xla) if alone else self.gradients
-    self.train_step = tf.function(self._step, reduce_retracing=True, autograph=False)
-    self.train_steps = tf.function(self._steps, reduce_retracing=True)
 
 # %% ../../nbs/learn/38_step.ipynb #3cab4921
 @patch
@@ -239,9 +230,6 @@ def accumulated(self:Trainer, batch, num_positives):
     size = self.plan.batch_size//parts
     for i in range(parts): found = self._gradients({k: v[i*size:(i+1)*size] for k,v in batch.items()} if parts > 1 else batch, num_positives, found)
     return found[:-1], found[-1]
-
-# %% ../../nbs/learn/38_step.ipynb #591a117b
-def times(tensors, factor): return [t*factor for t in tensors]
 
 # %% ../../nbs/learn/38_step.ipynb #243345d2
 @patch
@@ -281,6 +269,18 @@ def _steps(self:Trainer, batches, n):
     rows = tf.TensorArray('float32', size=n, element_shape=(len(self.row_names),))
     for i in tf.range(n): rows = rows.write(i, self._step(next(batches)))
     return rows.stack()
+
+# %% ../../nbs/learn/38_step.ipynb #f3249e9d
+@patch
+def _compile(self:Trainer):
+    "Makes the compiled functions of a run; they are traced when first called."
+    alone = self.num_replicas == 1
+    if self.config.use_xla and not alone: say('training_config.use_xla: XLA cannot compile batch norms that share their statistics among replicas; training goes on without')
+    self.groups = [gradient_group(v.path) for v in self.model.trainable_variables]
+    self.group_names = list(dict.fromkeys(self.groups))
+    self._gradients = tf.function(self.gradients, autograph=False, jit_compile=self.config.use_xla) if alone else self.gradients
+    self.train_step = tf.function(self._step, reduce_retracing=True, autograph=False)
+    self.train_steps = tf.function(self._steps, reduce_retracing=True)
 
 # %% ../../nbs/learn/38_step.ipynb #7c64b702
 def endless_batches(
