@@ -105,6 +105,7 @@ def fits(self:Trainer,
     except tf.errors.ResourceExhaustedError: return False
     return True
 
+# %% ../../nbs/learn/41_trouble.ipynb #5db00093
 @contextmanager
 def readable_errors(
     spec:Spec,    # the experiment
