@@ -30,7 +30,8 @@ def make_files(folder, size, classes):
     code = f'''
 import onnx
 from effdet_nb.data.coco import ClassTable
-from effdet_nb.deploy.graph import end_with_operators, raw_graph
+from effdet_nb.deploy.graph import raw_graph
+from effdet_nb.deploy.endings import end_with_operators
 from effdet_nb.model.detect import save_detector
 from effdet_nb.model.detector import Arch, build
 arch = Arch(image_hw=({size},{size}), num_classes={classes})

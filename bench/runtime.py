@@ -18,7 +18,8 @@ import tensorflow as tf
 
 from effdet_nb.data.coco import ClassTable
 from effdet_nb.data.shapes import draw_shapes
-from effdet_nb.deploy.graph import end_with_operators, raw_graph
+from effdet_nb.deploy.graph import raw_graph
+from effdet_nb.deploy.endings import end_with_operators
 from effdet_nb.deploy.runtime import OnnxDetector
 from effdet_nb.model.detect import KerasDetector, save_detector
 from effdet_nb.model.detector import Arch, build

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from effdet_nb.deploy.bulk import infer_bulk, look_and_save
-from effdet_nb.deploy.graph import end_with_operators
+from effdet_nb.deploy.endings import end_with_operators
 from effdet_nb.deploy.infer import infer
 from onnx_toy import toy
 

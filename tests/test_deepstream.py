@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from effdet_nb.deploy.deepstream import nvinfer_settings, write_deepstream
-from effdet_nb.deploy.graph import description, end_with_operators, end_with_plugin
+from effdet_nb.deploy.graph import description
+from effdet_nb.deploy.endings import end_with_operators, end_with_plugin
 from onnx_toy import answers, pictures, toy
 
 # the part of DeepStream's headers that the reader uses, as NVIDIA documents it

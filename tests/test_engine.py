@@ -7,7 +7,8 @@ import onnx
 import pytest
 
 from effdet_nb.deploy.engine import Batches, build_engine, gen_trt_engine, graph_for
-from effdet_nb.deploy.graph import description, end_with_operators, end_with_plugin
+from effdet_nb.deploy.graph import description
+from effdet_nb.deploy.endings import end_with_operators, end_with_plugin
 from effdet_nb.model.store import save_etlt
 from onnx_toy import answers, pictures, toy
 

@@ -12,8 +12,10 @@ from effdet_nb.data.coco import ClassTable
 from effdet_nb.data.letterbox import to_channels
 from effdet_nb.data.shapes import SHAPE_NAMES, draw_shapes
 from effdet_nb.deploy import export as chapter
-from effdet_nb.deploy.export import LIMITS, agreement, calibrate, compare, detections_of, export, prove, spec_thresholds
-from effdet_nb.deploy.graph import description, end_with_operators, end_with_plugin, meta_anchors, raw_graph
+from effdet_nb.deploy.export import LIMITS, agreement, compare, detections_of, export, prove, spec_thresholds
+from effdet_nb.deploy.graph import description, meta_anchors, raw_graph
+from effdet_nb.deploy.endings import end_with_operators, end_with_plugin
+from effdet_nb.deploy.precision import calibrate
 from effdet_nb.deploy.runtime import OnnxDetector, load_detector
 from effdet_nb.model.postprocess import Detections
 from effdet_nb.model.store import load_etlt

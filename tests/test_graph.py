@@ -6,8 +6,8 @@ import onnx
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from effdet_nb.deploy.graph import (ENDINGS, batch_of, centre_anchors, describe, description, drop_idle_reshapes, efficient_nms, end_with_operators, end_with_plugin, finish,
-                                    fold_batch_norms, keep_nodes, meta_anchors, raw_twin)
+from effdet_nb.deploy.graph import batch_of, describe, description, drop_idle_reshapes, fold_batch_norms, keep_nodes, meta_anchors
+from effdet_nb.deploy.endings import ENDINGS, centre_anchors, efficient_nms, end_with_operators, end_with_plugin, finish, raw_twin
 from effdet_nb.model.postprocess import postprocess
 from onnx_toy import answers, pictures, toy
 

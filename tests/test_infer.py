@@ -218,7 +218,7 @@ def test_side_by_side_is_in_order_and_the_same(pictures, tmp_path):
 
 def test_onnx_files_work_side_by_side(tmp_path, pictures):
     import onnx
-    from effdet_nb.deploy.graph import end_with_operators
+    from effdet_nb.deploy.endings import end_with_operators
     from effdet_nb.deploy.runtime import OnnxDetector
     from onnx_toy import toy
     onnx.save(end_with_operators(toy()), tmp_path/'a.onnx')

@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 from effdet_nb.deploy import runtime
-from effdet_nb.deploy.graph import description, end_with_operators, end_with_plugin, meta_anchors
+from effdet_nb.deploy.graph import description, meta_anchors
+from effdet_nb.deploy.endings import end_with_operators, end_with_plugin
 from effdet_nb.deploy.runtime import CudaMemory, OnnxDetector, TrtDetector, kind_of, load_detector
 from effdet_nb.model.postprocess import postprocess
 from effdet_nb.model.store import save_etlt, save_model
@@ -228,6 +229,6 @@ def test_tables_need_pandas_and_say_so(monkeypatch):
 
 
 def test_anchors_of_a_file_without_ending_disturb_nobody():
-    from effdet_nb.deploy.graph import end_with_anchors
+    from effdet_nb.deploy.endings import end_with_anchors
     images = pictures(3)
     same(OnnxDetector(end_with_anchors(toy()).SerializeToString())(images), OnnxDetector(toy().SerializeToString())(images), 0)

@@ -6,16 +6,18 @@
 Needed only after a diagram was changed or added; needs chromium as well. The pictures are committed, and their names hold a sum of the diagram's text:
 tools/render_docs.py shows a diagram as text as long as its picture is missing, and tests/test_site.py complains.
 """
-import argparse, base64, hashlib, html, json, re, shutil, subprocess, sys, tempfile
+import argparse, hashlib, json, re, sys, tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT/'tests'))
+from browser import CHROMIUM, Browser   # the one that opens pages in tests
+
 FOLDER = ROOT/'nbs'/'images'/'diagrams'
 BLOCK = re.compile(r'^```(?:\{mermaid\}|mermaid)[ \t]*\n(.*?)^```', re.M | re.S)
-PAGE = '''<meta charset="utf-8"><body><pre>{text}</pre><script src="{script}"></script><script>
-mermaid.initialize({{startOnLoad: false, theme: "neutral", htmlLabels: false, flowchart: {{htmlLabels: false}}, fontFamily: "sans-serif"}});
-mermaid.render("diagram", document.querySelector("pre").textContent).then(o => o.svg, e => "error: " + e.message)
-  .then(text => document.body.dataset.made = btoa(unescape(encodeURIComponent(text))));</script>'''
+PAGE = '<meta charset="utf-8"><body><script src="{script}"></script>'
+MANNER = dict(startOnLoad=False, theme='neutral', htmlLabels=False, flowchart=dict(htmlLabels=False), fontFamily='sans-serif')
 
 
 def picture_name(text):
@@ -36,15 +38,20 @@ def sized(svg):
     return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 width="{float(width):.0f}" height="{float(height):.0f}"', svg, count=1)
 
 
-def drawn(text, chromium, script):
-    "A diagram as SVG."
-    with tempfile.TemporaryDirectory() as folder:
+@contextmanager
+def mermaid(script):
+    "A browser that knows mermaid."
+    with tempfile.TemporaryDirectory() as folder, Browser(f'{folder}/profile') as browser:
         page = Path(folder)/'page.html'
-        page.write_text(PAGE.format(text=html.escape(text), script=script.resolve().as_uri()), encoding='utf-8')
-        flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
-        out = subprocess.run([chromium, *flags, f'--user-data-dir={folder}/profile', '--virtual-time-budget=20000', '--dump-dom', page.as_uri()], capture_output=True, text=True, timeout=180).stdout
-    made = re.search(r'data-made="([^"]+)"', out)
-    svg = base64.b64decode(made[1]).decode() if made else 'error: the page did not finish'
+        page.write_text(PAGE.format(script=script.resolve().as_uri()), encoding='utf-8')
+        browser.open(page.as_uri())
+        browser.run(f'mermaid.initialize({json.dumps(MANNER)})')
+        yield browser
+
+
+def drawn(text, browser):
+    "A diagram as SVG."
+    svg = browser.run(f'mermaid.render("diagram", {json.dumps(text)}).then(o => o.svg, e => "error: " + e.message)')
     if not svg.startswith('<svg'): raise ValueError(f'{svg}\n{text}')
     return sized(svg)
 
@@ -59,11 +66,12 @@ def main():
     for p in FOLDER.glob('*.svg'):
         if p.name not in wanted: p.unlink(); print(f'{p.name}: removed')
     missing = {n: t for n,t in wanted.items() if args.force or not (FOLDER/n).is_file()}
-    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if missing and not (chromium and args.mermaid.is_file()): sys.exit(f'{len(missing)} diagrams have no picture. To draw them, chromium and {args.mermaid} are needed: npm install --no-save mermaid@11')
-    for name,text in missing.items():
-        (FOLDER/name).write_text(drawn(text, chromium, args.mermaid), encoding='utf-8')
-        print(f'{name}: drawn')
+    if not missing: return
+    if not (CHROMIUM and args.mermaid.is_file()): sys.exit(f'{len(missing)} diagrams have no picture. To draw them, chromium and {args.mermaid} are needed: npm install --no-save mermaid@11')
+    with mermaid(args.mermaid) as browser:
+        for name,text in missing.items():
+            (FOLDER/name).write_text(drawn(text, browser), encoding='utf-8')
+            print(f'{name}: drawn')
 
 
 if __name__=='__main__': main()

@@ -100,7 +100,7 @@ extern "C" bool NvDsInferParseEffdetNb(std::vector<NvDsInferLayerInfo> const &la
 CHECK_CUSTOM_PARSE_FUNC_PROTOTYPE(NvDsInferParseEffdetNb);
 '''
 
-# %% ../../nbs/deploy/60_deepstream.ipynb #c1948473
+# %% ../../nbs/deploy/60_deepstream.ipynb #5e0c97d1
 README = '''## {model} under DeepStream
 
 1. Put `{model}` beside these files.{engine}
@@ -117,6 +117,7 @@ README = '''## {model} under DeepStream
 | `detection_classes` | int32 | {batch} x {n} | line of `labels.txt`, from 0 |
 '''
 
+# %% ../../nbs/deploy/60_deepstream.ipynb #c1948473
 def write_deepstream(
     meta:dict, # an exported file's description
     model,     # the exported file

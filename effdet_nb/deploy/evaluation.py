@@ -169,6 +169,7 @@ def truth_picture(
     image,boxes = shrunk(image, truth.boxes)
     return boxes_picture(image, boxes, truth.ids, names=dict(zip(classes.ids, classes.names)), title=title)
 
+# %% ../../nbs/deploy/57_evaluation.ipynb #f4e0627d
 def found_picture(
     image,              # [H, W, 3] uint8
     detections,         # in its pixels
@@ -224,6 +225,7 @@ def pr_chart(
 # %% ../../nbs/deploy/57_evaluation.ipynb #b898804e
 def error_bars(m): return bar_chart({e['kind']: (e['cost'], f'{e["cost"]:.3f} ({e["count"]:,})') for e in m.told['errors']}, f'{m.name}: AP at IoU {m.told["iou_threshold"]:g} that each kind of mistake costs, and how often it was made')
 
+# %% ../../nbs/deploy/57_evaluation.ipynb #5fa3c90e
 def calibration_chart(m):
     "Share that is right over score."
     c = m.told['calibration']
