@@ -11,6 +11,7 @@ __all__ = ['onnx_bytes', 'open_session', 'runnable', 'suppression', 'read_answer
 import ctypes, glob, json, sys
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 from ..data.coco import ClassTable
 from ..data.letterbox import to_channels
 from ..model.postprocess import Detections, postprocess, see
@@ -134,6 +135,14 @@ class ExportedDetector:
         if isinstance(images, (str, Path)): return see(self, images, threshold)
         out = self.raw(images)
         return read_answers(out, self.meta['nms'], self.anchors, self.suppress) if out else []
+
+# %% ../../nbs/deploy/53_runtime.ipynb #36bed342
+@patch
+def answers(self:ExportedDetector,
+    out:dict, # what `raw` gave
+)->list:      # one `Detections` per picture, boxes in network pixels
+    "Makes boxes of what a file answered."
+    return read_answers(out, self.meta['nms'], self.anchors, self.suppress) if out else []
 
 # %% ../../nbs/deploy/53_runtime.ipynb #e3946ef3
 class OnnxDetector(ExportedDetector):
@@ -274,14 +283,3 @@ def price_of_bits(
     alike = {k:v for k,v in file.meta['nms'].items() if k!='kind'} | (dict(method='hard') if file.meta['nms']['kind']!='none' else {})
     ap = [evaluate(d, samples_from_spec(spec), batch_size=e.eval_batch_size, eval_samples=e.eval_samples or None)['AP'] for d in (load_detector(model_path, key, **alike), file)]
     return f"AP {ap[0]:.4f} before, {ap[1]:.4f} after ({file.meta['data_type']}, suppressed alike)"
-
-# %% ../../nbs/deploy/53_runtime.ipynb #c3b549da
-from fastcore.basics import patch
-
-# %% ../../nbs/deploy/53_runtime.ipynb #36bed342
-@patch
-def answers(self:ExportedDetector,
-    out:dict, # what `raw` gave
-)->list:      # one `Detections` per picture, boxes in network pixels
-    "Makes boxes of what a file answered."
-    return read_answers(out, self.meta['nms'], self.anchors, self.suppress) if out else []
