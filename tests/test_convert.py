@@ -463,6 +463,15 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(drawn, tmp_path, how, cap
     assert listing(out) == listing(tmp_path/'straight') and repr(summary) == repr(straight)
 
 
+@pytest.mark.skipif(sys.platform == 'win32', reason='signals differ')
+def test_workers_end_with_a_killed_parent():
+    code = 'import os, time; from effdet_nb.data.convert import _worker_pool\nwith _worker_pool(2) as pool: print([pool.submit(os.getpid).result() for _ in range(2)] and "ready", flush=True); time.sleep(60)'
+    run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == 'ready\n'
+    run.kill()
+    assert run.communicate(timeout=20)[0] == ''                                         # the pipe closes when the last of them has gone
+
+
 def begin(drawn, num_shards, first):
     "A conversion that was stopped after its first shards."
     images, annotations, out = drawn

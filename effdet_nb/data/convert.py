@@ -6,7 +6,7 @@
 __all__ = ['Summary', 'dataset_convert']
 
 # %% ../../nbs/data/16_convert.ipynb #c65ddbfd
-import hashlib, io, json, multiprocessing, os, re, shutil, signal, sys
+import hashlib, io, json, multiprocessing, os, re, shutil, signal, sys, threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
@@ -65,13 +65,20 @@ def _without_main():
     finally: sys.modules['__main__'] = main
 
 # %% ../../nbs/data/16_convert.ipynb #ecc96d9c
-def _ignore_interrupt(): signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C is for the parent to answer
+def _begin_worker():
+    "Leaves Ctrl-C to the parent, and watches it."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 @contextmanager
 def _worker_pool(workers):
     "That many processes, starting while we go on; None for one, which is this process."
     if workers==1: yield None; return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _ignore_interrupt)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _begin_worker)
     try:
         with _without_main():
             for _ in range(workers): pool.submit(os.getpid)
