@@ -123,11 +123,12 @@ def exported_cell(cell):
 
 
 def of_exported(doc, exported):
-    "nbdev's print of a definition: a class is called one, and a table of fields leaves the signature to its code."
+    "nbdev's print of a definition: a class is called one, and a table of fields leaves the signature to its code, a command to its help."
     found = definitions(exported['source'])
     classes = '|'.join(n for n,o in found.items() if isinstance(o, ast.ClassDef)) or '$.'
+    told = '|'.join(n for n,o in found.items() if is_table(o) or any(ast.unparse(d)=='command' for d in o.decorator_list)) or '$.'
     def edited(text):
-        if not exported['metadata']: return re.sub(rf'```python\n+def (?:{classes})\(.*?```\n*', '', text, flags=re.S)
+        text = re.sub(rf'```python\n+def (?:{told})\(.*?```\n*', '', text, flags=re.S)
         return re.sub(rf'^def ({classes})\(', r'class \1(', text, flags=re.M).replace('*Call self as a function.*', '')
     outputs = [o | ({'text': edited(''.join(o['text']))} if 'text' in o else {'data': o['data'] | {'text/markdown': edited(''.join(o['data']['text/markdown']))}}) for o in doc['outputs']]
     return doc | dict(outputs=outputs)
@@ -147,7 +148,7 @@ def with_code(page, chapter):
         names = list(definitions(exported['source']))
         mine = [c for c in between if defined(c) in names]
         between[:] = [c for c in between if c not in mine]
-        out.extend([*(of_exported(c, exported) for c in sorted(mine, key=lambda c: names.index(defined(c)))), exported])
+        out.extend([*(of_exported(c, exported) for c in sorted(mine, key=lambda c: names.index(defined(c))) if defined(c)!='__repr__'), exported])
     for cell in [*chapter, None]:
         if cell and cell['cell_type']=='code' and EXPORTED.search(''.join(cell['source'])): waiting.append(exported_cell(cell))
         elif cell is None or cell['id'] in kept:
@@ -266,7 +267,6 @@ article pre { font-size: .8rem; }
   table.told td code .pre { white-space: pre-wrap; }
 }
 .cell_output pre:not(.columns) { white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (min-width: 720px) { .cell_output pre { white-space: pre-wrap; overflow-wrap: anywhere; } }
 button.code { float: right; margin-top: .6rem; padding: .1rem .6rem; font-size: smaller; border: 1px solid var(--pst-color-border); border-radius: .3rem; background: none; color: inherit; }
 .cell details.hide summary { font-size: .8rem; font-weight: normal; padding: .2rem .5rem; }
 .cell.tag_hide-input { margin: .6rem 0; }
@@ -286,7 +286,7 @@ document.addEventListener("DOMContentLoaded", () => {  // one button unfolds the
   title.before(button)
   set(open)
 })
-document.addEventListener("DOMContentLoaded", () => {  // outputs are sentences, which wrap, or columns, which a phone must not wrap
+document.addEventListener("DOMContentLoaded", () => {  // outputs are sentences, which wrap, or columns, which do not
   for (const pre of document.querySelectorAll("article .cell_output pre")) {
     const lines = pre.textContent.split("\\n").filter(l => l.trim()), wide = lines.filter(l => / {2,}\\S.* {2,}\\S/.test(l.trim())).length, two = lines.filter(l => /\\S {3,}\\S/.test(l)).length
     if (wide>1 || lines.length>4 && 2*two>=lines.length) pre.classList.add("columns")
