@@ -178,6 +178,20 @@ def pair_iou(
     areas = np.maximum(y2-y1, 0)*np.maximum(x2-x1, 0) + (ay2-ay1)*(ax2-ax1)
     return height*width/(areas-height*width)
 
+# %% ../../nbs/learn/32_targets.ipynb #34ad4841
+def _number(grid, level, row, column, shape):
+    "The number of an anchor."
+    columns, first = grid.cells[level, 1], grid.first[level]
+    if isinstance(level, slice): columns, first = columns[:, None], first[:, None]
+    return first + (row*columns+column)*grid.shapes.shape[1] + shape
+
+def _unroll(low, count):
+    "All rows and columns of windows: which window, row, column."
+    total = count.prod(1)
+    of = np.repeat(np.arange(len(total)), total)
+    row, column = np.divmod(np.arange(len(of)) - np.repeat(np.cumsum(total)-total, total), count[of, 1])
+    return of, row+low[of, 0], column+low[of, 1]
+
 # %% ../../nbs/learn/32_targets.ipynb #cfdba2ca
 def likely_pairs(
     grid:AnchorGrid,
@@ -197,20 +211,6 @@ def likely_pairs(
     of, row, column = _unroll(low, np.maximum(high-low+1, 0))
     a = _number(grid, l[of], row, column, s[of])
     return m[of], a, pair_iou(boxes[m[of]], grid.anchors[a])
-
-# %% ../../nbs/learn/32_targets.ipynb #34ad4841
-def _number(grid, level, row, column, shape):
-    "The number of an anchor."
-    columns, first = grid.cells[level, 1], grid.first[level]
-    if isinstance(level, slice): columns, first = columns[:, None], first[:, None]
-    return first + (row*columns+column)*grid.shapes.shape[1] + shape
-
-def _unroll(low, count):
-    "All rows and columns of windows: which window, row, column."
-    total = count.prod(1)
-    of = np.repeat(np.arange(len(total)), total)
-    row, column = np.divmod(np.arange(len(of)) - np.repeat(np.cumsum(total)-total, total), count[of, 1])
-    return of, row+low[of, 0], column+low[of, 1]
 
 # %% ../../nbs/learn/32_targets.ipynb #eafbab4d
 def match_likely(

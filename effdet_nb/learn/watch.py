@@ -88,6 +88,7 @@ def as_pixels(
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
+# %% ../../nbs/learn/40_watch.ipynb #a1fb913b
 def batch_picture(
     batch:dict,         # images, gt_boxes, gt_classes, cls_targets, as the training pipeline yields them
     anchors,            # [A, 4]
@@ -101,7 +102,7 @@ def batch_picture(
     for i,(above,below) in enumerate(fig.subplots(2, len(images), squeeze=False).T):
         real = labels[i] >= 0
         show_boxes(images[i], boxes[i][real], labels[i][real], names={k: classes.name(k) for k in set(labels[i][real].tolist())}, ax=above)
-        show_positives(images[i], anchors, targets[i], boxes[i][real], ax=below)
+        show_positives(images[i], anchors, targets[i], boxes[i][real], f'{(targets[i] >= 0).sum()} positive anchors', below)
     return as_pixels(fig)
 
 # %% ../../nbs/learn/40_watch.ipynb #5c2516ae
