@@ -371,6 +371,12 @@ def ship(
         for name,how in dict(trained='Keras', retrained='Keras', exported='ONNX Runtime').items(): made.speed[f'{how}, {name} model'] = images_per_second(made.detectors[name], images)
         s.result = ', '.join(f'{k} {v:.0f} images/s' for k,v in made.speed.items())
 
+# %% ../../nbs/deploy/58_quickstart.ipynb #d20b43ff
+def _lead(settings, seconds):
+    "Says in a sentence what was run, and where."
+    return (f'EfficientDet-D0 at {settings.size} x {settings.size} pixels, from random weights, on {settings.num_train} drawn pictures: {duration(seconds)} on {os.cpu_count()} CPU cores '
+            f'({platform.machine()}, TensorFlow {version("tensorflow")}, effdet_nb {__version__}, {time.strftime("%Y-%m-%d")}).')
+
 # %% ../../nbs/deploy/58_quickstart.ipynb #09c78c70
 def quickstart(
     folder='effdet_quickstart', # for everything that is made: new, empty, or of a run with the same settings, which is then continued
@@ -388,9 +394,3 @@ def quickstart(
         with stages('report'):
             made.files['report'] = write_report(made.folder/'report.html', 'effdet_nb quickstart', report_sections(made, settings, stages.seconds), _lead(settings, time.perf_counter()-start))
     return made
-
-# %% ../../nbs/deploy/58_quickstart.ipynb #d20b43ff
-def _lead(settings, seconds):
-    "Says in a sentence what was run, and where."
-    return (f'EfficientDet-D0 at {settings.size} x {settings.size} pixels, from random weights, on {settings.num_train} drawn pictures: {duration(seconds)} on {os.cpu_count()} CPU cores '
-            f'({platform.machine()}, TensorFlow {version("tensorflow")}, effdet_nb {__version__}, {time.strftime("%Y-%m-%d")}).')
