@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from effdet_nb.data.letterbox import MEAN_RGB, _ahead, batched, fit, letterbox, read_image, read_letterboxed, to_original
+from effdet_nb.data.letterbox import MEAN_RGB, batched, fit, letterbox, map_ahead, read_image, read_letterboxed, to_original
 
 side = st.integers(1, 5000)
 
@@ -93,7 +93,7 @@ def test_threads_keep_the_order_and_report_errors_in_place():
         time.sleep(.002*(7-i%8))
         if i==20: raise ValueError('twenty')
         return i
-    results = _ahead(slow, range(100), 4)
+    results = map_ahead(slow, range(100), 4)
     assert [next(results) for _ in range(20)] == list(range(20))
     with pytest.raises(ValueError, match='twenty'): next(results)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEAN_RGB', 'to_rgb', 'to_channels', 'read_image', 'fit', 'letterbox', 'to_original', 'Letterboxed',
-           'read_letterboxed', 'batched', 'EvalSample', 'eval_sample', 'file_order', 'eval_samples']
+           'read_letterboxed', 'map_ahead', 'batched', 'EvalSample', 'eval_sample', 'file_order', 'eval_samples']
 
 # %% ../../nbs/data/19_letterbox.ipynb #72dc4e18
 import os
@@ -126,8 +126,13 @@ def read_letterboxed(
         return Letterboxed(_place(to_rgb(picture), w/read[1][2] if read else 1, scale, inner, size), scale, (h,w))
 
 # %% ../../nbs/data/19_letterbox.ipynb #802981d2
-def _ahead(f, items, workers=None, ahead=None):
-    "Like `map`, in order, with `workers` threads that run at most `ahead` items in front of the reader."
+def map_ahead(
+    f,                # called with one item
+    items,            # iterable, of any length
+    workers:int=None, # threads; as many as there are CPU cores if absent
+    ahead:int=None,   # items they may be in front of the reader; two a thread if absent
+):                    # yields what `f` returned, in order
+    "Like `map`, with threads that work ahead of the reader."
     workers = workers or os.cpu_count()
     pool,items,waiting = ThreadPoolExecutor(workers), iter(items), deque()
     try:
@@ -153,7 +158,7 @@ def batched(
             if on_error is None: raise
             return source, e
     def good():
-        for source,out in _ahead(read, sources, workers):
+        for source,out in map_ahead(read, sources, workers):
             if isinstance(out, Exception): on_error(source, out)
             else: yield source, out
     todo = good()
@@ -200,4 +205,4 @@ def eval_samples(
     "The validation pictures of a spec with their ground truth, in the order of the annotation file."
     records,size,limit = Records.open(records_from(spec, split)), spec.dataset_config.image_hw, spec.eval_config.eval_samples
     numbers = file_order(records)[:limit or None]
-    return _ahead(lambda i: eval_sample(records, i, size), numbers, workers)
+    return map_ahead(lambda i: eval_sample(records, i, size), numbers, workers)

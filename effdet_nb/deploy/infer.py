@@ -18,7 +18,7 @@ from PIL import Image
 from ..status import Status, atomic, check_target, duration, progress, say
 from ..data.boxes import area, draw_boxes
 from ..data.coco import ClassTable
-from ..data.letterbox import _ahead, batched, read_image, read_letterboxed, to_original
+from ..data.letterbox import batched, map_ahead, read_image, read_letterboxed, to_original
 from ..learn.samples import category_ids
 from ..model.postprocess import Detections, kitti_line, nms
 
@@ -106,7 +106,7 @@ def _side_by_side(detector, paths, workers, on_error, choice):
         read = time.perf_counter()
         d = detector(canvas[None])[0]
         return path, _found(detector, d, scale, path, hw, choice, dict(read=read-start, network=time.perf_counter()-read))
-    for path,out in _ahead(look, paths, workers):
+    for path,out in map_ahead(look, paths, workers):
         if isinstance(out, Exception): on_error(path, out)
         else: yield out
 
@@ -293,7 +293,7 @@ def infer(
         def skip(path, error): summary.unreadable.append((path, str(error))); say(f'warning: {error}')
         save = _saver(names, dict(zip(paths, pictures)), dict(zip(paths, labels)))
         answers = predict(detector, paths, batch_size, workers, skip, threshold=threshold, per_class=per_class, max_detections=max_detections)
-        _count(summary, progress(_ahead(save, answers, workers), len(paths), 'inference'), names, skip)
+        _count(summary, progress(map_ahead(save, answers, workers), len(paths), 'inference'), names, skip)
         if results_dir is not None:
             with atomic(Path(results_dir)/'detections.json', 'w') as f: json.dump(coco_dataset(summary.found, names), f)
         if status: status.running(f'Looked at {summary.images} images.', kpi=summary.counts)

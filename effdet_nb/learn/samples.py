@@ -8,7 +8,6 @@ __all__ = ['xywh64', 'Truth', 'truth_from_coco', 'samples_from_json', 'samples_f
 
 # %% ../../nbs/learn/37_samples.ipynb #3aa2c8bf
 import json, warnings
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -17,7 +16,7 @@ import numpy as np
 from ..data.boxes import area, xywh_to_yxyx
 from ..data.coco import ClassTable, Coco, load_coco
 from ..data.dataset import Records, records_from
-from ..data.letterbox import Letterboxed, file_order, letterbox, read_image, read_letterboxed, to_original
+from ..data.letterbox import Letterboxed, file_order, letterbox, map_ahead, read_image, read_letterboxed, to_original
 from ..data.tfrecord import read_example
 from ..model.postprocess import Detections
 
@@ -156,18 +155,6 @@ def on_canvas(
     name = f'image {truth.image_id}' if isinstance(source, (bytes,bytearray,memoryview)) else None
     return read_letterboxed(source, size, name), truth
 
-# %% ../../nbs/learn/37_samples.ipynb #e601254f
-def _read_ahead(samples, size, ahead, workers):
-    "Samples on canvases, in order, read by threads up to `ahead` of their use."
-    samples,waiting = iter(samples), deque()
-    pool = ThreadPoolExecutor(workers)
-    try:
-        waiting.extend(pool.submit(on_canvas, s, size) for s in islice(samples, ahead))
-        while waiting:
-            yield waiting.popleft().result()
-            waiting.extend(pool.submit(on_canvas, s, size) for s in islice(samples, 1))
-    finally: pool.shutdown(wait=False, cancel_futures=True)
-
 # %% ../../nbs/learn/37_samples.ipynb #dee19fd6
 def _asked(detector, batches):
     "Batches with a detector's answers; one is suppressed in a thread while the network looks at the next."
@@ -192,7 +179,7 @@ def detect(
 ):                     # yields (Truth, Detections in pixels of the original picture)
     "Runs a detector over pictures and brings its boxes home."
     if batch_size<1: raise ValueError(f'batch_size {batch_size}: at least 1 is needed')
-    ready = _read_ahead(samples, tuple(detector.image_hw), 2*batch_size, workers)
+    ready = map_ahead(lambda sample: on_canvas(sample, tuple(detector.image_hw)), samples, workers, 2*batch_size)
     for batch,found in _asked(detector, iter(lambda: list(islice(ready, batch_size)), [])):
         if len(found)!=len(batch): raise ValueError(f'detector: {len(found)} answers for {len(batch)} pictures; it must return one Detections each')
         for (b,truth),d in zip(batch, found): yield truth, Detections(to_original(d.boxes, b.scale, b.image_hw), d.scores, d.classes)
