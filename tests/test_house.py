@@ -165,6 +165,20 @@ def test_kept_outputs_travel(path):
         assert not bad, f'cell {i}: {bad[:3]}'
 
 
+def narrow(nb):
+    "Whether a page leaves D0 narrower than it found it: `nbdev_test` runs several pages in one process."
+    sizes = re.findall(r"^SCALING\['efficientdet-d0'\] = (\(.*?\))", '\n'.join(''.join(c['source']) for c in nb['cells']), re.M)
+    return bool(sizes) and ast.literal_eval(sizes[-1]) != (512, 1.0, 1.0, 64, 3, 3)
+
+
+@pytest.mark.parametrize('path', notebooks(), ids=title)
+def test_pages_leave_the_networks_as_they_are(path): assert not narrow(json.loads(path.read_text()))
+
+
+def test_a_page_that_leaves_them_changed_is_found():
+    assert narrow({'cells': [{'source': ["SCALING['efficientdet-d0'] = (128, .35, .3, 16, 1, 1)  # small\n"]}]})
+
+
 def test_every_chapter_is_in_the_sidebar():
     site = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
     listed = [f for entry in site for f in ([entry] if isinstance(entry, str) else entry.get('contents', [entry.get('href')]))]
