@@ -268,6 +268,7 @@ article pre { font-size: .8rem; }
 }
 .cell_output pre:not(.columns) { white-space: pre-wrap; overflow-wrap: anywhere; }
 button.code { float: right; margin-top: .6rem; padding: .1rem .6rem; font-size: smaller; border: 1px solid var(--pst-color-border); border-radius: .3rem; background: none; color: inherit; }
+@media (max-width: 719px) { button.code { float: none; display: block; margin: 0 0 0 auto; } }   /* beside it a long title would break within a word */
 .cell details.hide summary { font-size: .8rem; font-weight: normal; padding: .2rem .5rem; }
 .cell.tag_hide-input { margin: .6rem 0; }
 '''
