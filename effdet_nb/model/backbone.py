@@ -75,8 +75,8 @@ class Swish(layers.Activation):
     "x*sigmoid(x); where a `BatchNorm` made x, training does not keep it."
     def __init__(self, activation='swish', **kw): super().__init__(activation, **kw)
     def call(self, x, training=None):
-        if not training or keras.backend.backend() != 'tensorflow': return super().call(x)
-        return frugal_swish(x, getattr(x, 'recipe', (x, 1., 0.)))
+        recipe = getattr(x, 'recipe', None)      # only `BatchNorm` in training gives one
+        return frugal_swish(x, recipe) if recipe else super().call(x)
 
 # %% ../../nbs/model/22_backbone.ipynb #9affe4a6
 CONV_INIT = keras.initializers.VarianceScaling(2., 'fan_out', 'untruncated_normal', seed=None)
