@@ -27,7 +27,7 @@ eval_config {{ eval_after_training: False }}'''
 def command(folder):
     "Runs effdet_train; the seconds at which its lines came, and the lines."
     start, lines = time.perf_counter(), []
-    with subprocess.Popen([Path(sys.executable).with_name('effdet_train'), '-e', folder/'spec.txt', '-d', folder/'run'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as p:
+    with subprocess.Popen([Path(sys.executable).with_name('effdet_train'), '-e', folder/'spec.txt', '-d', folder/'run'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
         for line in p.stdout: lines.append((time.perf_counter()-start, line.strip()))
     if p.returncode: raise SystemExit(f'effdet_train ended with {p.returncode}: {lines[-1:]}')
     return lines
