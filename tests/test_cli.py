@@ -177,7 +177,7 @@ def test_a_reader_who_has_seen_enough_hears_no_complaint(work, tmp_path):
     assert p.returncode==141 and 'rror' not in err and 'pipe' not in err
 
 def test_held_back_text_appears_only_when_it_is_needed(tmp_path):
-    code = 'import os\nfrom effdet_nb.cli import held_back\nwith held_back(): os.write(2, b"hello\\n"); {}'
+    code = 'import os\nfrom effdet_nb.command import held_back\nwith held_back(): os.write(2, b"hello\\n"); {}'
     def stderr(then): return subprocess.run([sys.executable, '-c', code.format(then)], capture_output=True, text=True, cwd=tmp_path).stderr
     assert stderr('pass')=='' and stderr('1/0').startswith('hello\n')
 

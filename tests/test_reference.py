@@ -107,7 +107,7 @@ def texts(nb):
     for cell in nb['cells']: yield ' '.join(''.join(map(said, cell.get('outputs', ()))).split())
 
 
-@pytest.mark.parametrize('page', ['reference/spec', 'reference/commands', 'reference/formats', 'tutorials/coming_from_tao', '90_cli'])
+@pytest.mark.parametrize('page', ['reference/spec', 'reference/commands', 'reference/formats', 'tutorials/coming_from_tao', '91_cli'])
 def test_pages_show_what_the_code_says_today(page, tmp_path, monkeypatch):
     import nbformat
     from nbclient import NotebookClient

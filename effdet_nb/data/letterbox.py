@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEAN_RGB', 'to_rgb', 'to_channels', 'read_image', 'fit', 'letterbox', 'to_original', 'Letterboxed',
-           'read_letterboxed', 'map_ahead', 'batched', 'EvalSample', 'eval_sample', 'file_order', 'eval_samples']
+           'read_letterboxed', 'map_ahead', 'batched', 'file_order']
 
 # %% ../../nbs/data/19_letterbox.ipynb #72dc4e18
 import os
@@ -16,8 +16,7 @@ from itertools import islice
 from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from .dataset import Records, records_from
-from .tfrecord import read_example
+from .dataset import Records
 
 # %% ../../nbs/data/19_letterbox.ipynb #af1e3f25
 def to_rgb(
@@ -165,29 +164,6 @@ def batched(
     while batch := list(islice(todo, batch_size)):
         yield (np.stack([o.canvas for _,o in batch]), np.array([o.scale for _,o in batch]), [(s, o.image_hw) for s,o in batch])
 
-# %% ../../nbs/data/19_letterbox.ipynb #02ebb133
-class EvalSample(NamedTuple):
-    "A validation picture on its canvas, with the truth in pixels of the original."
-    source_id: str        # image id, as text
-    canvas: np.ndarray    # [H, W, 3] uint8
-    scale: float          # canvas pixels per picture pixel
-    image_hw: tuple       # (height, width) of the original picture, pixels
-    boxes: np.ndarray     # [N, 4] float32 y1 x1 y2 x2, pixels of the original
-    labels: np.ndarray    # [N] int64 category ids
-    is_crowd: np.ndarray  # [N] bool
-    area: np.ndarray      # [N] float32, square pixels of the original
-
-# %% ../../nbs/data/19_letterbox.ipynb #324aa4e8
-def eval_sample(
-    records:Records, # indexed files
-    i:int,           # number of the record
-    size:tuple,      # (height, width) of the canvas, pixels
-)->EvalSample:       # picture and truth
-    "Reads one record for evaluation."
-    o = read_example(records.read(i), records.where(i))
-    read = read_letterboxed(o['image'], size, f"{records.where(i)}, image {o['source_id']}")
-    return EvalSample(o['source_id'], *read, o['boxes'], o['labels'], o['is_crowd'], o['area'])
-
 # %% ../../nbs/data/19_letterbox.ipynb #b6966c1b
 def file_order(
     records:Records, # indexed files
@@ -195,14 +171,3 @@ def file_order(
     "The order in which images were dealt to the files: that of the annotation file."
     place = np.arange(len(records)) - np.searchsorted(records.file, records.file)
     return np.lexsort((records.file, place))
-
-# %% ../../nbs/data/19_letterbox.ipynb #ca66a6ed
-def eval_samples(
-    spec,             # the experiment; dataset_config, and eval_samples of eval_config if it is given
-    split:str='validation', # validation or training
-    workers:int=None, # threads; as many as there are CPU cores if absent
-):                    # yields an EvalSample for each picture
-    "The validation pictures of a spec with their ground truth, in the order of the annotation file."
-    records,size,limit = Records.open(records_from(spec, split)), spec.dataset_config.image_hw, spec.eval_config.eval_samples
-    numbers = file_order(records)[:limit or None]
-    return map_ahead(lambda i: eval_sample(records, i, size), numbers, workers)

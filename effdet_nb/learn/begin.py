@@ -117,8 +117,8 @@ def same_start(
 def prepare(
     spec:Spec,     # the experiment
     model_dir,     # folder of the run
-    key:str='',    # key of all files
-    strategy=None, # devices
+    key:str,       # key of all files, or ''
+    strategy,      # devices, from `make_strategy`
 )->tuple:          # (Trainer at its next step, ClassTable)
     "Makes a run ready for its next step, and says where it stands."
     spec = with_counts(spec, strategy.num_replicas_in_sync)

@@ -74,7 +74,7 @@ def frugal_swish(
 class Swish(layers.Activation):
     "x*sigmoid(x); where a `BatchNorm` made x, training does not keep it."
     def __init__(self, activation='swish', **kw): super().__init__(activation, **kw)
-    def call(self, x, training=None):
+    def call(self, x):
         recipe = getattr(x, 'recipe', None)      # only `BatchNorm` in training gives one
         return frugal_swish(x, recipe) if recipe else super().call(x)
 
