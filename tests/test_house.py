@@ -6,7 +6,7 @@ import pytest, yaml
 ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB = ROOT/'nbs', ROOT/'effdet_nb'
 WINGS = {'fields': 0, 'spec': 0, 'status': 0, 'data': 1, 'model': 2, 'learn': 3, 'deploy': 4, 'command': 5, 'cli': 5}
-OPTIONAL = {'matplotlib', 'pycocotools', 'tf2onnx', 'onnx', 'tensorboard', 'tensorrt', 'apache_beam', 'msgspec', 'nbdev', 'IPython'} # never at the top of a module
+OPTIONAL = {'matplotlib', 'pycocotools', 'tf2onnx', 'onnx', 'tensorboard', 'tensorrt', 'apache_beam', 'nbdev', 'IPython'} # never at the top of a module
 HEAVY = {'tensorflow', 'keras', 'onnxruntime'}
 LIGHT = ['fields', 'spec', 'status', 'data.boxes', 'data.coco', 'data.shapes', 'data.tfrecord', 'data.letterbox', 'model.postprocess', 'model.seal', 'model.store', 'command', 'cli'] # no TensorFlow in these
 PURE = ['model', 'learn.targets', 'learn.loss', 'learn.optim']                                                       # keras, never tensorflow

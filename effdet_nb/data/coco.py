@@ -12,11 +12,9 @@ from array import array
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
 from fastcore.basics import patch
 
 # %% ../../nbs/data/11_coco.ipynb #4a2c9958
@@ -193,39 +191,17 @@ def _loose_ends(parts, all_images=frozenset()):
             reason = 'of a picture left out' if key=='image_id' and value in all_images else f'unknown {key[:-3]}'
             yield Flaw('annotations', tuple(at), reason, f'{key} {value} is not in {where}: {len(at):,} box{"es" if len(at)>1 else ""} would be lost. Add it to {where} or remove its annotations')
 
-# %% ../../nbs/data/11_coco.ipynb #6b0d92fe
-@lru_cache
-def _plain_reader():
-    "A reader of files without flaws in keys and values; only what a record needs."
-    import msgspec
-    size,four = (Annotated[kind, msgspec.Meta(**limits)] for kind,limits in ((int, dict(ge=1)), (list[float], dict(min_length=4, max_length=4))))
-    image = TypedDict('image', dict(id=int|str, file_name=str, height=size, width=size))
-    annotation = TypedDict('annotation', dict(id=int|str, image_id=int|str, category_id=int|str, bbox=four, area=NotRequired[Any], iscrowd=NotRequired[Any]))
-    category = TypedDict('category', dict(id=Annotated[int, msgspec.Meta(ge=0)], name=str))
-    return msgspec.json.Decoder(TypedDict('coco', dict(images=list[image], annotations=list[annotation], categories=list[category])))
-
-# %% ../../nbs/data/11_coco.ipynb #0a4f6d13
-def _read_plain(path):
-    "What a COCO file says to a conversion without masks; None if it has a flaw other than loose ends, or without msgspec."
-    try:
-        raw = Path(path).read_bytes()
-        if not raw.isascii(): raw.decode()                                     # msgspec does not look at the text it skips
-        with _no_collector(): data = _plain_reader().decode(raw)
-    except Exception: return None                                              # `read_json` says it better
-    return None if any(_shared_ids(data)) else data                            # whether twins differ may stand in a key that was skipped
-
 # %% ../../nbs/data/11_coco.ipynb #89e9dfbb
 def sift_coco(
     path,       # COCO annotation file (.json)
     each=None,  # for `read_json`: `packed` or `without_masks` save memory
 )->tuple:       # Coco of what can be used, and the list of flaws
     "Reads a COCO annotation file and takes out the entries that cannot be used."
-    plain = _read_plain(path) if each is without_masks else None
-    parts,flaws = plain or read_json(path, each), []
+    parts,flaws = read_json(path, each), []
     if lost := list(_missing_lists(parts)): raise CocoError(path, lost)
     entries = {k:list(parts[k]) for k in _needed}
     all_images = frozenset(o['id'] for o in entries['images'] if isinstance(o, dict) and _is_id(o.get('id')))
-    for check in (*([] if plain else (_missing_keys, _wrong_values, _unusable_ids, _shared_ids)), lambda e: _loose_ends(e, all_images)):
+    for check in (_missing_keys, _wrong_values, _unusable_ids, _shared_ids, lambda e: _loose_ends(e, all_images)):
         found = list(check(entries))
         for f in found: _take_out(entries[f.part], f)
         flaws += [(f, tuple(parts[f.part][i] for i in f.at)) for f in found]
