@@ -94,7 +94,9 @@ def test_xla_takes_the_same_step(spec, monkeypatch):
     np.testing.assert_allclose(rows[1][:4], rows[0][:4], rtol=1e-4)
     np.testing.assert_allclose(rows[1][4:], rows[0][4:], rtol=5e-3)       # sums in another order, once more for each layer backwards
     for a, b in zip(*(t.model.weights for t in ways), strict=True): np.testing.assert_allclose(np.array(b), np.array(a), atol=5e-5, err_msg=a.path)
-    def compiled(t): return any(f.attr['_XlaMustCompile'].b for f in t.train_step.get_concrete_function(batch).graph.as_graph_def().library.function)
+    def compiled(t):       # the whole of it; single activations are compiled in either way
+        functions = t.train_step.get_concrete_function(batch).graph.as_graph_def().library.function
+        return any(f.attr['_XlaMustCompile'].b for f in functions if 'gradients' in f.signature.name)
     assert [compiled(t) for t in ways] == [False, True]
 
 
