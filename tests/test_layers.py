@@ -1,0 +1,144 @@
+"Layers with a way back of their own: what they answer and learn stays that of Keras' layers."
+import keras, numpy as np, pytest, tensorflow as tf
+from hypothesis import given, settings, strategies as st
+from keras import layers as keras_layers
+from effdet_nb.model import layers
+from effdet_nb.model.backbone import Block, Layers, inverted_residual
+
+
+def block(name='a_', **kw):
+    inp = keras.Input((None, None, 8))
+    return keras.Model(inp, inverted_residual(Layers({}, **kw), inp, Block(name, 3, 1, 6, 8, 8)))
+
+
+def gradients(model, x, compiled):
+    def run(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = model(x, training=True)
+            loss = tf.reduce_sum(tf.cast(y, 'float32')**2)
+        return [y, *tape.gradient(loss, [x, *model.trainable_weights])]
+    return [np.asarray(tf.cast(g, 'float32')) for g in (tf.function(run, jit_compile=compiled == 'xla') if compiled else run)(x)]
+
+
+OURS = dict(Swish='Activation', Excite='Multiply', Conv='Conv2D', DepthwiseConv='DepthwiseConv2D', SeparableConv='SeparableConv2D')
+
+
+def kept(monkeypatch):
+    "The same layers, which keep what they saw and go Keras' way back."
+    for ours, theirs in OURS.items():
+        def call(self, x, training=None, theirs=getattr(keras_layers, theirs)): return theirs.call(self, x)
+        monkeypatch.setattr(getattr(layers, ours), 'call', call)
+
+
+@pytest.mark.parametrize('compiled', ['', 'graph', 'xla'])
+def test_a_block_learns_the_same(monkeypatch, compiled):
+    keras.utils.set_random_seed(0)
+    model, x = block(), tf.random.normal((2, 9, 7, 8), seed=1)
+    weights = model.get_weights()
+    ours = gradients(model, x, compiled)
+    model.set_weights(weights)
+    kept(monkeypatch)
+    for a, b in zip(ours, gradients(model, x, compiled), strict=True): np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4*np.abs(b).max())
+
+
+def test_half_precision_goes_through():
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy('mixed_bfloat16')
+    try: found = gradients(block('b_'), tf.random.normal((2, 8, 8, 8), seed=1), 'graph')
+    finally: keras.config.set_dtype_policy(policy)
+    assert all(np.isfinite(g).all() for g in found) and any(g.any() for g in found[2:])
+
+
+def test_it_is_made_again_only_while_training_and_only_behind_a_norm_that_learns(monkeypatch):
+    seen = []
+    monkeypatch.setattr(layers, 'frugal_swish', lambda y, recipe: seen.append(recipe[0].shape[-1]) or tf.nn.silu(y))
+    model, x = block('c_'), tf.random.normal((1, 8, 8, 8), seed=1)
+    model(x, training=False)
+    assert seen == []
+    model(x, training=True)
+    assert seen == [48, 48]     # behind the widening and behind the depthwise convolution
+    for layer in model.layers: layer.trainable = False
+    model(x, training=True)
+    assert len(seen) == 2
+
+
+def readers(model, wanted):
+    "The kinds of operations that read the answers of those operations of a step that are `wanted`."
+    def run(x):
+        with tf.GradientTape() as tape: loss = tf.reduce_sum(model(x, training=True)**2)
+        return tape.gradient(loss, model.trainable_weights)
+    graph = tf.function(run).get_concrete_function(tf.TensorSpec((2, 8, 8, 8))).graph
+    found = [op for op in graph.get_operations() if wanted(op)]
+    def consumers(t):
+        "Past those that only hand it on."
+        return [r for op in t.consumers() for r in (consumers(op.outputs[[i is t for i in op.inputs].index(True)]) if op.type.startswith('Identity') else [op])]
+    return [sorted(r.type for r in consumers(op.outputs[0])) for op in found]
+
+
+def is_norm(op): return op.type == 'FusedBatchNormV3' and 'project' not in op.name
+
+
+def is_swish(op): return op.type == 'Mul' and '_activation_1/mul' in op.name and 'expand' not in op.name
+
+
+def test_what_swish_saw_is_not_kept(monkeypatch):
+    "Nothing on the way back reads the answer of a batch norm; it does with Keras' own swish."
+    assert readers(block('d_'), is_norm) == [['Mul', 'Sigmoid']]*2
+    kept(monkeypatch)
+    assert all(len(r) > 2 for r in readers(block('e_'), is_norm))
+
+
+def test_what_was_excited_is_not_kept(monkeypatch):
+    "Only the average and the product read swish's answer; the way back does too with Keras' own layers."
+    assert readers(block('i_'), is_swish) == [['Mean', 'Mul']]
+    monkeypatch.setattr(layers.Excite, 'call', lambda self, x: keras_layers.Multiply.call(self, x))
+    assert readers(block('j_'), is_swish) == [['Mean', 'Mul', 'Mul']]
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3, 5]), st.sampled_from([1, 2, 3]), st.integers(1, 4))
+@settings(max_examples=25)
+def test_a_depthwise_convolution_of_any_size_learns_the_same(h, w, kernel, stride, channels):
+    x, k = tf.random.normal((2, h, w, channels), seed=h), tf.random.normal((kernel, kernel, channels, 1), seed=w)
+    def run(conv):
+        with tf.GradientTape() as tape:
+            tape.watch((x, k))
+            loss = tf.reduce_sum((y := conv(x, k))**2)
+        return y, *tape.gradient(loss, (x, k))
+    theirs = run(lambda x, k: tf.nn.depthwise_conv2d(x, k, (1, stride, stride, 1), 'SAME'))
+    for a, b in zip(run(lambda x, k: layers.depth_conv(x, k, stride)), theirs, strict=True): np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('ours', [layers.Conv(6, 3, padding='same'), layers.Conv(6, 1, strides=2), layers.Conv(6, 1, groups=2),
+    layers.DepthwiseConv(3), layers.DepthwiseConv(3, padding='same', dilation_rate=2),
+    layers.SeparableConv(6, 3), layers.SeparableConv(6, 3, padding='same', dilation_rate=2)])
+def test_where_ours_does_not_fit_the_way_back_is_keras_own(monkeypatch, ours):
+    for name in ('point_conv', 'depth_conv'): monkeypatch.setattr(layers, name, None)
+    net = keras.Sequential([keras.Input((8, 8, 4)), ours])
+    assert all(np.isfinite(g).all() for g in gradients(net, tf.random.normal((2, 8, 8, 4), seed=1), 'graph'))
+
+
+def test_a_map_of_unknown_size_goes_keras_way():
+    assert not layers.knows_border(layers.DepthwiseConv(3, padding='same'), keras.Input((None, 8, 4)))
+    assert layers.knows_border(layers.DepthwiseConv(3, padding='same'), keras.Input((8, 8, 4)))
+
+
+def test_an_answer_is_made_of_keras_operations(monkeypatch):
+    "A network that only answers is the graph that exporters know."
+    def kinds(): return [op.type for op in tf.function(block()).get_concrete_function(tf.TensorSpec((1, 8, 8, 8))).graph.get_operations()]
+    ours = kinds()
+    kept(monkeypatch)
+    assert ours == kinds()
+
+
+def test_a_gpu_goes_keras_way(monkeypatch):
+    monkeypatch.setattr(layers, 'on_cpu', lambda: False)
+    for name in ('point_conv', 'depth_conv'): monkeypatch.setattr(layers, name, None)
+    assert all(np.isfinite(g).all() for g in gradients(block('g_'), tf.random.normal((2, 8, 8, 8), seed=1), 'graph'))
+
+
+def test_all_of_it_can_be_saved(tmp_path):
+    model = block('h_')
+    model.save(tmp_path/'a.keras')
+    x = tf.random.normal((1, 8, 8, 8), seed=1)
+    np.testing.assert_array_equal(keras.models.load_model(tmp_path/'a.keras')(x), model(x))
