@@ -53,11 +53,12 @@ def test_half_precision_goes_through():
 def test_it_is_made_again_only_while_training_and_only_behind_a_norm_that_learns(monkeypatch):
     seen = []
     monkeypatch.setattr(layers, 'frugal_swish', lambda y, recipe: seen.append(recipe[0].shape[-1]) or tf.nn.silu(y))
+    monkeypatch.setattr(layers, 'product_swish', lambda x, w, y, scale, shift: seen.append(tuple(w.shape)) or tf.nn.silu(y*scale+shift))
     model, x = block('c_'), tf.random.normal((1, 8, 8, 8), seed=1)
     model(x, training=False)
     assert seen == []
     model(x, training=True)
-    assert seen == [48, 48]     # behind the widening and behind the depthwise convolution
+    assert seen == [(1, 1, 8, 48), 48]     # behind the widening and behind the depthwise convolution
     for layer in model.layers: layer.trainable = False
     model(x, training=True)
     assert len(seen) == 2
@@ -84,7 +85,7 @@ def is_swish(op): return op.type == 'Mul' and '_activation_1/mul' in op.name and
 
 def test_what_swish_saw_is_not_kept(monkeypatch):
     "Nothing on the way back reads the answer of a batch norm; it does with Keras' own swish."
-    assert readers(block('d_'), is_norm) == [['Mul', 'Sigmoid']]*2
+    assert readers(block('d_'), is_norm) == [[], ['Mul', 'Sigmoid']]     # behind a product it is not even computed
     kept(monkeypatch)
     assert all(len(r) > 2 for r in readers(block('e_'), is_norm))
 
@@ -142,3 +143,19 @@ def test_all_of_it_can_be_saved(tmp_path):
     model.save(tmp_path/'a.keras')
     x = tf.random.normal((1, 8, 8, 8), seed=1)
     np.testing.assert_array_equal(keras.models.load_model(tmp_path/'a.keras')(x), model(x))
+
+
+@given(st.floats(-50, 50), st.floats(.01, 50), st.integers(1, 6))
+@settings(max_examples=25)
+def test_statistics_of_a_product_are_those_of_its_answer(mean, std, channels):
+    x, w = (mean+std*tf.random.normal((2, 7, 5, channels), seed=channels)), tf.random.normal((1, 1, channels, 12), seed=1)
+    true = tf.nn.moments(tf.cast(tf.nn.conv2d(x, w, 1, 'VALID'), 'float64'), (0, 1, 2))
+    size = float(tf.reduce_max(abs(w)))*(abs(mean)+std)*channels
+    for found, t, scale in zip(layers.product_stats(x, w), true, (size, size**2)): np.testing.assert_allclose(found, t, rtol=1e-4, atol=1e-5*scale)
+    assert (np.array(layers.product_stats(x, w)[1]) >= 0).all()
+
+
+@pytest.mark.parametrize('conv, widens', [(layers.Conv(16, 1, use_bias=False), True), (layers.Conv(7, 1, use_bias=False), False), (layers.Conv(16, 1), False), (layers.Conv(16, 1, use_bias=False, activation='relu'), False)])
+def test_what_counts_as_a_product(conv, widens):
+    y = conv(tf.ones((1, 4, 4, 4)), training=True)
+    assert hasattr(y, 'product') == widens and not hasattr(conv(tf.ones((1, 4, 4, 4))), 'product')
