@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 import keras
 from keras import layers
-from .layers import BatchNorm, Conv, DepthwiseConv, Excite, SeparableConv, Swish
+from .layers import BatchNorm, Conv, DepthwiseConv, Excite, SeparableConv, Squeeze, Swish
 
 # %% ../../nbs/model/23_backbone.ipynb #9affe4a6
 CONV_INIT = keras.initializers.VarianceScaling(2., 'fan_out', 'untruncated_normal', seed=None)
@@ -46,7 +46,7 @@ def squeeze_excite(
     name:str,         # prefix of the layer names
 ):                    # [N,H,W,C]
     "Scales each channel by a number in (0,1) computed from the averages of all channels."
-    s = layers.GlobalAveragePooling2D(keepdims=True, name=f'{name}se_squeeze')(x)
+    s = Squeeze(keepdims=True, name=f'{name}se_squeeze')(x)
     s = make.conv(s, num_reduced, f'{name}se_reduce', use_bias=True, activation='swish')
     s = Conv(x.shape[-1], 1, use_bias=True, activation='sigmoid', kernel_initializer=_fresh(CONV_INIT), name=f'{name}se_expand')(s)
     return Excite(name=f'{name}se_excite')([x, s])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['on_cpu', 'cells', 'point_conv', 'finish', 'Conv', 'same_pads', 'depth_conv', 'knows_border', 'DepthwiseConv',
            'SeparableConv', 'covariance', 'product_stats', 'BatchNorm', 'swish_back', 'one_loop', 'frugal_swish',
-           'swish_at', 'product_swish', 'Swish', 'swish_times', 'frugal_excite', 'Excite']
+           'swish_at', 'product_swish', 'Swish', 'Squeeze', 'swish_times', 'frugal_excite', 'Excite']
 
 # %% ../../nbs/model/22_layers.ipynb #087372f5
 from functools import cache
@@ -171,11 +171,12 @@ def swish_back(
     scale, # [C] what it multiplied with
     shift, # [C] what it added
     dz,    # [N,H,W,C] gradient of swish's answer
+    more=0.,# [N,1,1,C] what every cell gets in addition
 ):         # [N,H,W,C] gradient of what swish saw
     "The gradient of swish at `x*scale+shift`."
     y = x*ops.cast(scale, x.dtype)+ops.cast(shift, x.dtype)
     s = ops.sigmoid(y)
-    return dz*s*(1+y*(1-s))
+    return (dz+more)*s*(1+y*(1-s))
 
 # %% ../../nbs/model/22_layers.ipynb #a41c7e14
 @cache
@@ -190,14 +191,15 @@ def one_loop(
 def frugal_swish(
     y,      # [N,H,W,C] what a normalisation answered
     recipe, # (map, scale, shift) that `y` was made of
-):          # [N,H,W,C]
-    "Swish of `y`, whose gradient makes `y` again instead of keeping it. TensorFlow only."
+):          # [N,H,W,C], and its average [N,1,1,C]
+    "Swish of `y`, and its average, whose gradient makes `y` again instead of keeping it. TensorFlow only."
     import tensorflow as tf
     @tf.custom_gradient
     def act(y):
-        def back(dz):
-            with tf.control_dependencies([dz]): return one_loop(swish_back)(*recipe, dz)
-        return y*tf.sigmoid(y), back
+        z, n = y*tf.sigmoid(y), tf.cast(tf.reduce_prod(tf.shape(y)[1:3]), y.dtype)
+        def back(dz, dmean):
+            with tf.control_dependencies([dz]): return one_loop(swish_back)(*recipe, dz, dmean/n)
+        return (z, tf.reduce_mean(z, (1,2), keepdims=True)), back
     return act(y)
 
 # %% ../../nbs/model/22_layers.ipynb #cfae4b64
@@ -238,9 +240,18 @@ class Swish(layers.Activation):
     def call(self, x):
         recipe = getattr(x, 'recipe', None)      # only `BatchNorm` in training gives one
         if not recipe: return super().call(x)
-        y = product_swish(*x.product, *recipe) if x.product else frugal_swish(x, recipe)
-        y.bent = recipe
+        if x.product: return product_swish(*x.product, *recipe)
+        y, mean = frugal_swish(x, recipe)
+        y.bent, y.mean = recipe, mean
         return y
+
+# %% ../../nbs/model/22_layers.ipynb #1ad2dbd2
+@keras.saving.register_keras_serializable('effdet_nb')
+class Squeeze(layers.GlobalAveragePooling2D):
+    "The average [N,1,1,C] of each channel; where a `Swish` knows it already, that one."
+    def call(self, x):
+        mean = getattr(x, 'mean', None)      # only `Swish` in training gives one
+        return mean if mean is not None and self.keepdims else super().call(x)
 
 # %% ../../nbs/model/22_layers.ipynb #4a7ba691
 def swish_times(
