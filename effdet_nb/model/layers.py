@@ -183,9 +183,10 @@ def swish_back(
 def one_loop(
     function, # element-wise arithmetic on tensors
 ):            # the same
-    "`function` compiled into a single loop, where there is no GPU. TensorFlow only."
+    "`function` compiled into a single loop, where TensorFlow has no GPU."
+    if not on_cpu(): return function
     import tensorflow as tf
-    return tf.function(function, autograph=False, jit_compile=True) if on_cpu() else function
+    return tf.function(function, autograph=False, jit_compile=True)
 
 # %% ../../nbs/model/22_layers.ipynb #a41c7e15
 def frugal_swish(
