@@ -243,7 +243,7 @@ class Swish(layers.Activation):
         if not recipe: return super().call(x)
         if x.product: return product_swish(*x.product, *recipe)
         y, mean = frugal_swish(x, recipe)
-        y.bent, y.mean = recipe, mean
+        y.bent, y.squeezed = recipe, mean
         return y
 
 # %% ../../nbs/model/22_layers.ipynb #1ad2dbd2
@@ -251,7 +251,7 @@ class Swish(layers.Activation):
 class Squeeze(layers.GlobalAveragePooling2D):
     "The average [N,1,1,C] of each channel; where a `Swish` knows it already, that one."
     def call(self, x):
-        mean = getattr(x, 'mean', None)      # only `Swish` in training gives one
+        mean = getattr(x, 'squeezed', None)      # only `Swish` in training gives one
         return mean if mean is not None and self.keepdims else super().call(x)
 
 # %% ../../nbs/model/22_layers.ipynb #4a7ba691
