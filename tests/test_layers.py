@@ -134,7 +134,7 @@ def test_an_answer_is_made_of_keras_operations(monkeypatch):
 
 def test_a_gpu_goes_keras_way(monkeypatch):
     monkeypatch.setattr(layers, 'on_cpu', lambda: False)
-    for name in ('point_conv', 'depth_conv'): monkeypatch.setattr(layers, name, None)
+    for name in ('point_conv', 'depth_conv', 'frugal_swish', 'product_swish', 'frugal_excite'): monkeypatch.setattr(layers, name, None)
     assert all(np.isfinite(g).all() for g in gradients(block('g_'), tf.random.normal((2, 8, 8, 8), seed=1), 'graph'))
 
 

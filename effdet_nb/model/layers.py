@@ -89,9 +89,9 @@ def depth_conv(
     @tf.custom_gradient
     def conv(x, w):
         def back(dy):
-            back_to, kw = tf.raw_ops, dict(out_backprop=dy, strides=strides)
-            return (back_to.DepthwiseConv2dNativeBackpropInput(input_sizes=tf.shape(x), filter=w, padding='SAME', **kw),
-                    back_to.DepthwiseConv2dNativeBackpropFilter(input=x, filter_sizes=w.shape, padding='EXPLICIT', explicit_paddings=[0,0,*rows,*columns,0,0], **kw))
+            raw, kw = tf.raw_ops, dict(out_backprop=dy, strides=strides)
+            return (raw.DepthwiseConv2dNativeBackpropInput(input_sizes=tf.shape(x), filter=w, padding='SAME', **kw),
+                    raw.DepthwiseConv2dNativeBackpropFilter(input=x, filter_sizes=w.shape, padding='EXPLICIT', explicit_paddings=[0,0,*rows,*columns,0,0], **kw))
         return tf.nn.depthwise_conv2d(x, w, strides, 'SAME'), back
     return conv(x, tf.convert_to_tensor(w))
 
@@ -153,7 +153,8 @@ class BatchNorm(layers.BatchNormalization):
         train = bool(training) and self.trainable
         y, mean, var, *_ = raw_ops.FusedBatchNormV3(x=ops.convert_to_tensor(x), scale=self.gamma, offset=self.beta, is_training=train,
             mean=[] if train else self.moving_mean, variance=[] if train else self.moving_variance, epsilon=self.epsilon)
-        if train: y.recipe, y.product = self._learn(x, mean, var), getattr(x, 'product', None)
+        recipe = self._learn(x, mean, var) if train else None
+        if train and on_cpu(): y.recipe, y.product = recipe, getattr(x, 'product', None)
         return y
 
     def _learn(self, x, mean, var):
