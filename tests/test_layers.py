@@ -21,7 +21,11 @@ def gradients(model, x, compiled):
     return [np.asarray(tf.cast(g, 'float32')) for g in (tf.function(run, jit_compile=compiled == 'xla') if compiled else run)(x)]
 
 
+ours_only = pytest.mark.skipif(not layers.tf_on_cpu(), reason="with a GPU all but the norm is Keras' own")
 OURS = dict(Swish='Activation', Squeeze='GlobalAveragePooling2D', Excite='Multiply', Conv='Conv2D', DepthwiseConv='DepthwiseConv2D', SeparableConv='SeparableConv2D')
+
+
+WAYS = ('point_conv', 'depth_conv', 'frugal_swish', 'product_swish', 'frugal_excite')
 
 
 def kept(monkeypatch):
@@ -31,25 +35,37 @@ def kept(monkeypatch):
         monkeypatch.setattr(getattr(layers, ours), 'call', call)
 
 
+def shaken(model):
+    "Weights of which none is 0 or 1."
+    rng = np.random.default_rng(0)
+    model.set_weights([w+rng.uniform(.1, .5, w.shape) for w in model.get_weights()])
+    return model.get_weights()
+
+
 @pytest.mark.parametrize('compiled', ['', 'graph', 'xla'])
 def test_a_block_learns_the_same(monkeypatch, compiled):
+    "Answer, gradients, and what the norms remember."
     keras.utils.set_random_seed(0)
     model, x = block(), tf.random.normal((2, 9, 7, 8), seed=1)
-    weights = model.get_weights()
-    ours = gradients(model, x, compiled)
+    weights = shaken(model)
+    ours = gradients(model, x, compiled) + model.get_weights()
     model.set_weights(weights)
     kept(monkeypatch)
-    for a, b in zip(ours, gradients(model, x, compiled), strict=True): np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4*np.abs(b).max())
+    theirs = gradients(model, x, compiled) + model.get_weights()
+    for a, b in zip(ours, theirs, strict=True): np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4*np.abs(b).max())
 
 
-def test_half_precision_goes_through():
-    policy = keras.config.dtype_policy()
-    keras.config.set_dtype_policy('mixed_bfloat16')
+@pytest.mark.parametrize('policy', ['mixed_bfloat16', 'mixed_float16'])
+def test_half_precision_goes_keras_way(monkeypatch, policy):
+    for name in WAYS: monkeypatch.setattr(layers, name, None)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
     try: found = gradients(block('b_'), tf.random.normal((2, 8, 8, 8), seed=1), 'graph')
-    finally: keras.config.set_dtype_policy(policy)
+    finally: keras.config.set_dtype_policy(before)
     assert all(np.isfinite(g).all() for g in found) and any(g.any() for g in found[2:])
 
 
+@ours_only
 def test_it_is_made_again_only_while_training_and_only_behind_a_norm_that_learns(monkeypatch):
     seen = []
     monkeypatch.setattr(layers, 'frugal_swish', lambda y, recipe: seen.append(recipe[0].shape[-1]) or (tf.nn.silu(y), None))
@@ -83,13 +99,16 @@ def is_norm(op): return op.type == 'FusedBatchNormV3' and 'project' not in op.na
 def is_swish(op): return op.type == 'Mul' and '_activation_1/mul' in op.name and 'expand' not in op.name
 
 
+@ours_only
 def test_what_swish_saw_is_not_kept(monkeypatch):
     "Nothing on the way back reads the answer of a batch norm; it does with Keras' own swish."
     assert readers(block('d_'), is_norm) == [[], ['Mul', 'Sigmoid']]     # behind a product it is not even computed
     kept(monkeypatch)
-    assert all(len(r) > 2 for r in readers(block('e_'), is_norm))
+    found = readers(block('e_'), is_norm)
+    assert len(found) == 2 and all(len(r) > 2 for r in found)
 
 
+@ours_only
 def test_what_was_excited_is_not_kept(monkeypatch):
     "Only the average and the product read swish's answer; the way back does too with Keras' own layers."
     assert readers(block('i_'), is_swish) == [['Mean', 'Mul']]
@@ -97,7 +116,8 @@ def test_what_was_excited_is_not_kept(monkeypatch):
     assert readers(block('j_'), is_swish) == [['Mean', 'Mul', 'Mul']]
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([3, 5]), st.sampled_from([1, 2, 3]), st.integers(1, 4))      # not 1: there TensorFlow's own gradient is wrong, for one channel and stride 2
+# Kernels of 1 are left out: for one channel and stride 2 TensorFlow's own gradient is wrong there (the next test).
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([3, 5]), st.sampled_from([1, 2, 3]), st.integers(1, 4))
 @settings(max_examples=25)
 def test_a_depthwise_convolution_of_any_size_learns_the_same(h, w, kernel, stride, channels):
     x, k = tf.random.normal((2, h, w, channels), seed=h), tf.random.normal((kernel, kernel, channels, 1), seed=w)
@@ -110,9 +130,18 @@ def test_a_depthwise_convolution_of_any_size_learns_the_same(h, w, kernel, strid
     for a, b in zip(run(lambda x, k: layers.depth_conv(x, k, stride)), theirs, strict=True): np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_a_depthwise_kernel_of_one_by_hand():
+    x, k = tf.random.normal((2, 4, 8, 1), seed=1), tf.fill((1, 1, 1, 1), 2.)
+    with tf.GradientTape() as tape:
+        tape.watch(k)
+        loss = tf.reduce_sum(layers.depth_conv(x, k, 2)**2)
+    np.testing.assert_allclose(tape.gradient(loss, k), tf.fill((1, 1, 1, 1), 2*2*tf.reduce_sum(x[:, ::2, ::2]**2)), rtol=1e-5)
+
+
+@ours_only
 @pytest.mark.parametrize('ours', [layers.Conv(6, 3, padding='same'), layers.Conv(6, 1, strides=2), layers.Conv(6, 1, groups=2),
-    layers.DepthwiseConv(3), layers.DepthwiseConv(3, padding='same', dilation_rate=2),
-    layers.SeparableConv(6, 3), layers.SeparableConv(6, 3, padding='same', dilation_rate=2)])
+    layers.DepthwiseConv(3), layers.DepthwiseConv(3, padding='same', dilation_rate=2), layers.SeparableConv(6, 3),
+    layers.SeparableConv(6, 3, padding='same', dilation_rate=2)])
 def test_where_ours_does_not_fit_the_way_back_is_keras_own(monkeypatch, ours):
     for name in ('point_conv', 'depth_conv'): monkeypatch.setattr(layers, name, None)
     net = keras.Sequential([keras.Input((8, 8, 4)), ours])
@@ -133,28 +162,54 @@ def test_an_answer_is_made_of_keras_operations(monkeypatch):
 
 
 def test_a_gpu_goes_keras_way(monkeypatch):
-    monkeypatch.setattr(layers, 'on_cpu', lambda: False)
-    for name in ('point_conv', 'depth_conv', 'frugal_swish', 'product_swish', 'frugal_excite'): monkeypatch.setattr(layers, name, None)
+    monkeypatch.setattr(layers, 'tf_on_cpu', lambda: False)
+    for name in WAYS: monkeypatch.setattr(layers, name, None)
     assert all(np.isfinite(g).all() for g in gradients(block('g_'), tf.random.normal((2, 8, 8, 8), seed=1), 'graph'))
 
 
 def test_all_of_it_can_be_saved(tmp_path):
-    model = block('h_')
+    inp = keras.Input((8, 8, 8))
+    model, x = keras.Model(inp, layers.SeparableConv(4, 3, padding='same')(block('h_')(inp))), tf.random.normal((1, 8, 8, 8), seed=1)
     model.save(tmp_path/'a.keras')
-    x = tf.random.normal((1, 8, 8, 8), seed=1)
     np.testing.assert_array_equal(keras.models.load_model(tmp_path/'a.keras')(x), model(x))
+
+
+def test_a_swish_is_a_swish():
+    with pytest.raises(ValueError, match='only be swish'): layers.Swish('relu')
+
+
+@pytest.mark.parametrize('kw', [dict(scale=False), dict(center=False), dict(axis=1)])
+def test_a_norm_of_another_kind_is_keras_own(kw):
+    x, nets = tf.random.normal((2, 5, 5, 5), seed=1), [keras.Sequential([keras.Input((5, 5, 5)), norm(**kw)]) for norm in (layers.BatchNorm, keras_layers.BatchNormalization)]
+    for a, b in zip(*(gradients(net, x, '') for net in nets), strict=True): np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@ours_only
+@pytest.mark.parametrize('shape', [(1, 1, 8), (8, 8, 1), (8, 8, 8)])
+def test_any_factor_excites_with_the_right_gradient(shape):
+    inputs = [keras.Input((8, 8, 8)), keras.Input(shape)]
+    def net(norm, act, excite): return keras.Model(inputs, excite([act(norm(inputs[0])), inputs[1]]))
+    def run(model, xs):
+        with tf.GradientTape() as tape:
+            tape.watch(xs)
+            loss = tf.reduce_sum(model(xs, training=True)**2)
+        return tape.gradient(loss, xs)
+    xs = [tf.random.normal((2, 8, 8, 8), seed=1), tf.random.normal((2, *shape), seed=2)]
+    ours, theirs = net(layers.BatchNorm(), layers.Swish(), layers.Excite()), net(keras_layers.BatchNormalization(), keras_layers.Activation('swish'), keras_layers.Multiply())
+    for a, b in zip(run(ours, xs), run(theirs, xs), strict=True): np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
 @given(st.floats(-50, 50), st.floats(.01, 50), st.integers(1, 6))
 @settings(max_examples=25)
 def test_statistics_of_a_product_are_those_of_its_answer(mean, std, channels):
     x, w = (mean+std*tf.random.normal((2, 7, 5, channels), seed=channels)), tf.random.normal((1, 1, channels, 12), seed=1)
-    true = tf.nn.moments(tf.cast(tf.nn.conv2d(x, w, 1, 'VALID'), 'float64'), (0, 1, 2))
-    size = float(tf.reduce_max(abs(w)))*(abs(mean)+std)*channels
-    for found, t, scale in zip(layers.product_stats(x, w), true, (size, size**2)): np.testing.assert_allclose(found, t, rtol=1e-4, atol=1e-5*scale)
+    true = tf.nn.moments(tf.nn.conv2d(tf.cast(x, 'float64'), tf.cast(w, 'float64'), 1, 'VALID'), (0, 1, 2))
+    top = float(tf.reduce_max(abs(w)))*channels
+    for found, t, atol in zip(layers.product_stats(x, w), true, (1e-5*top*(abs(mean)+std), 1e-4*(top*std)**2)): np.testing.assert_allclose(found, t, rtol=1e-3, atol=atol)
     assert (np.array(layers.product_stats(x, w)[1]) >= 0).all()
 
 
+@ours_only
 @pytest.mark.parametrize('conv, widens', [(layers.Conv(16, 1, use_bias=False), True), (layers.Conv(7, 1, use_bias=False), False), (layers.Conv(16, 1), False), (layers.Conv(16, 1, use_bias=False, activation='relu'), False)])
 def test_what_counts_as_a_product(conv, widens):
     y = conv(tf.ones((1, 4, 4, 4)), training=True)
