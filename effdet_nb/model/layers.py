@@ -246,7 +246,7 @@ def product_swish(
 # %% ../../nbs/model/22_layers.ipynb #a41c7e16
 @keras.saving.register_keras_serializable('effdet_nb')
 class Swish(layers.Activation):
-    "x*sigmoid(x); where a `BatchNorm` made x, training does not keep it."
+    "`x*sigmoid(x)`; where a `BatchNorm` made x, training does not keep it."
     def __init__(self, activation='swish', **kw):
         super().__init__(activation, **kw)
         if self.activation is not keras.activations.silu: raise ValueError(f'Swish: activation is {activation}, but it can only be swish. For another one take keras.layers.Activation')
