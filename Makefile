@@ -48,7 +48,7 @@ docs: $(DEV)  ## the site, offline, into _docs/
 	@echo 'docs: $(CURDIR)/_docs/index.html'
 
 pytest: $(DEV)  ## the guards in tests/; all of them with MARK=
-	@TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(MARK)' $(ARGS)
+	@TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m '$(MARK)' $(ARGS)
 
 bench: $(DEV)  ## how fast it is, beside other ways of doing the same
 	@for script in $(filter-out bench/interleave.py, $(wildcard bench/*.py)); do echo "# $$script"; TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python $$script; done

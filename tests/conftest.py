@@ -10,6 +10,13 @@ from hypothesis import HealthCheck, settings
 settings.register_profile('busy machine', deadline=None, suppress_health_check=[HealthCheck.too_slow]) # a slow machine is no fault
 settings.load_profile('busy machine')
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
+LONG = ('quickstart', 'devices', 'export', 'train', 'cli', 'fields', 'resume', 'prune', 'weights_in', 'site')     # files that take minutes, the longest first
+
+
+def pytest_collection_modifyitems(items):
+    "Long files begin, or one worker would sit over the last of them while the other has nothing to do."
+    rank = {f'test_{name}': i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONG)))
 
 
 def lacking(what, cure):
