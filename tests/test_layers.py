@@ -11,20 +11,22 @@ def block(name='a_', **kw):
     return keras.Model(inp, inverted_residual(Layers({}, **kw), inp, Block(name, 3, 1, 6, 8, 8)))
 
 
+def slopes(f, xs, weights=()):
+    "What `f` answers, and the gradients of its square."
+    with tf.GradientTape() as tape:
+        tape.watch(xs)
+        loss = tf.reduce_sum(tf.cast(y := f(*xs), 'float32')**2)
+    return [y, *tape.gradient(loss, [*xs, *weights])]
+
+
 def gradients(model, x, compiled):
-    def run(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = model(x, training=True)
-            loss = tf.reduce_sum(tf.cast(y, 'float32')**2)
-        return [y, *tape.gradient(loss, [x, *model.trainable_weights])]
+    def run(x): return slopes(lambda x: model(x, training=True), [x], model.trainable_weights)
     return [np.asarray(tf.cast(g, 'float32')) for g in (tf.function(run, jit_compile=compiled == 'xla') if compiled else run)(x)]
 
 
-ours_only = pytest.mark.skipif(not layers.tf_on_cpu(), reason="with a GPU all but the norm is Keras' own")
+# Never skipped on a machine without a GPU, and so never in CI.
+ours_only = pytest.mark.skipif(not layers.tf_on_cpu(), reason="what is tested here is not used beside a GPU, where TensorFlow's and Keras' own gradients are taken")
 OURS = dict(Swish='Activation', Squeeze='GlobalAveragePooling2D', Excite='Multiply', Conv='Conv2D', DepthwiseConv='DepthwiseConv2D', SeparableConv='SeparableConv2D')
-
-
 WAYS = ('point_conv', 'depth_conv', 'frugal_swish', 'product_swish', 'frugal_excite')
 
 
@@ -82,9 +84,7 @@ def test_it_is_made_again_only_while_training_and_only_behind_a_norm_that_learns
 
 def readers(model, wanted):
     "The kinds of operations that read the answers of those operations of a step that are `wanted`."
-    def run(x):
-        with tf.GradientTape() as tape: loss = tf.reduce_sum(model(x, training=True)**2)
-        return tape.gradient(loss, model.trainable_weights)
+    def run(x): return slopes(lambda: model(x, training=True), [], model.trainable_weights)[1:]
     graph = tf.function(run).get_concrete_function(tf.TensorSpec((2, 8, 8, 8))).graph
     found = [op for op in graph.get_operations() if wanted(op)]
     def consumers(t):
@@ -120,22 +120,15 @@ def test_what_was_excited_is_not_kept(monkeypatch):
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([3, 5]), st.sampled_from([1, 2, 3]), st.integers(1, 4))
 @settings(max_examples=25)
 def test_a_depthwise_convolution_of_any_size_learns_the_same(h, w, kernel, stride, channels):
-    x, k = tf.random.normal((2, h, w, channels), seed=h), tf.random.normal((kernel, kernel, channels, 1), seed=w)
-    def run(conv):
-        with tf.GradientTape() as tape:
-            tape.watch((x, k))
-            loss = tf.reduce_sum((y := conv(x, k))**2)
-        return y, *tape.gradient(loss, (x, k))
-    theirs = run(lambda x, k: tf.nn.depthwise_conv2d(x, k, (1, stride, stride, 1), 'SAME'))
-    for a, b in zip(run(lambda x, k: layers.depth_conv(x, k, stride)), theirs, strict=True): np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    xs = [tf.random.normal((2, h, w, channels), seed=h), tf.random.normal((kernel, kernel, channels, 1), seed=w)]
+    theirs = slopes(lambda x, k: tf.nn.depthwise_conv2d(x, k, (1, stride, stride, 1), 'SAME'), xs)
+    for a, b in zip(slopes(lambda x, k: layers.depth_conv(x, k, stride), xs), theirs, strict=True): np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_a_depthwise_kernel_of_one_by_hand():
     x, k = tf.random.normal((2, 4, 8, 1), seed=1), tf.fill((1, 1, 1, 1), 2.)
-    with tf.GradientTape() as tape:
-        tape.watch(k)
-        loss = tf.reduce_sum(layers.depth_conv(x, k, 2)**2)
-    np.testing.assert_allclose(tape.gradient(loss, k), tf.fill((1, 1, 1, 1), 2*2*tf.reduce_sum(x[:, ::2, ::2]**2)), rtol=1e-5)
+    *_, slope = slopes(lambda x, k: layers.depth_conv(x, k, 2), [x, k])
+    np.testing.assert_allclose(slope, tf.fill((1, 1, 1, 1), 2*2*tf.reduce_sum(x[:, ::2, ::2]**2)), rtol=1e-5)
 
 
 @ours_only
@@ -189,11 +182,7 @@ def test_a_norm_of_another_kind_is_keras_own(kw):
 def test_any_factor_excites_with_the_right_gradient(shape):
     inputs = [keras.Input((8, 8, 8)), keras.Input(shape)]
     def net(norm, act, excite): return keras.Model(inputs, excite([act(norm(inputs[0])), inputs[1]]))
-    def run(model, xs):
-        with tf.GradientTape() as tape:
-            tape.watch(xs)
-            loss = tf.reduce_sum(model(xs, training=True)**2)
-        return tape.gradient(loss, xs)
+    def run(model, xs): return slopes(lambda *xs: model(xs, training=True), xs)
     xs = [tf.random.normal((2, 8, 8, 8), seed=1), tf.random.normal((2, *shape), seed=2)]
     ours, theirs = net(layers.BatchNorm(), layers.Swish(), layers.Excite()), net(keras_layers.BatchNormalization(), keras_layers.Activation('swish'), keras_layers.Multiply())
     for a, b in zip(run(ours, xs), run(theirs, xs), strict=True): np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
