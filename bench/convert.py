@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 from effdet_nb.data.convert import dataset_convert
-from interleave import interleave, report
+from time_interleaved import time_interleaved, print_timings
 
-PEER = r'''
+PEER_SCRIPT = r'''
 import io, json, sys, time
 import numpy as np
 from PIL import Image
@@ -38,7 +38,7 @@ print(json.dumps(dict(seconds=time.perf_counter()-start, masks=count, outside=ou
 '''
 
 
-def repeated(source, target, files):
+def repeat_dataset(source, target, files):
     "Copies a data set until it has so many pictures; returns its COCO file."
     data = json.loads((source/'train.json').read_text())
     by_image = {i['id']: [] for i in data['images']}
@@ -55,10 +55,10 @@ def repeated(source, target, files):
     return target/'all.json'
 
 
-def against_cp(source, files, rounds):
+def compare_with_cp(source, files, rounds):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        annotations = repeated(source, folder/'in', files)
+        annotations = repeat_dataset(source, folder/'in', files)
         size = sum(p.stat().st_size for p in (folder/'in'/'images').iterdir())
 
         def cp():
@@ -69,28 +69,28 @@ def against_cp(source, files, rounds):
             shutil.rmtree(folder/'out', ignore_errors=True)
             dataset_convert(folder/'in'/'images', annotations, folder/'out', 'all', 256, workers=workers)
         print(f'{files:,} files of {size/files/1024:.0f} kB on average, {os.cpu_count()} cores')
-        report('copying or converting', interleave({'cp -r': cp, 'dataset_convert': convert}, rounds, 1), 'cp -r')
+        print_timings('copying or converting', time_interleaved({'cp -r': cp, 'dataset_convert': convert}, rounds, 1), 'cp -r')
 
 
-def against_contours(source, peer, repeats):
+def compare_with_find_contours(source, peer, repeats):
     import time
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        annotations = repeated(source, folder/'in', repeats)
+        annotations = repeat_dataset(source, folder/'in', repeats)
         data = json.loads(annotations.read_text())
         by_image = {i['id']: [] for i in data['images']}
         for a in data['annotations']: by_image[a['image_id']].append((a['bbox'], a['segmentation']))
         (folder/'masks.json').write_text(json.dumps([(i['height'], i['width'], by_image[i['id']]) for i in data['images']]))
         ratios = []
         for _ in range(3):
-            theirs = json.loads(subprocess.run([peer, '-c', PEER, folder/'masks.json'], capture_output=True, text=True, check=True).stdout)
+            theirs = json.loads(subprocess.run([peer, '-c', PEER_SCRIPT, folder/'masks.json'], capture_output=True, text=True, check=True).stdout)
             seconds = {}
             for masks in (False, True):
                 start = time.perf_counter()
                 summary = dataset_convert(folder/'in'/'images', annotations, folder/f'out{masks}', 'all', 4, include_masks=masks, workers=1)
                 seconds[masks] = time.perf_counter()-start
             ratios.append((theirs['seconds']/(seconds[True]-seconds[False]), theirs['seconds']/seconds[True]))
-            print(f'{theirs["masks"]:,} masks: contours {theirs["seconds"]:.2f} s ({theirs["outside"]} outside); ours {seconds[True]-seconds[False]:.2f} s ({len(summary.masks_outside)} outside), '
+            print(f'{theirs["masks"]:,} masks: contours {theirs["seconds"]:.2f} s ({theirs["outside"]} outside); ours {seconds[True]-seconds[False]:.2f} s ({len(summary.masks_outside_box)} outside), '
                   f'whole conversion {seconds[True]:.2f} s')
         print('masks are {:.1f} times as fast as contours, one process each; the whole conversion, pictures included, {:.1f} times'.format(*(sorted(r)[1] for r in zip(*ratios))))
 
@@ -103,9 +103,9 @@ def main():
     parser.add_argument('--peer', default=os.environ.get('PEER_PYTHON'))
     parser.add_argument('--skip', nargs='*', default=[], choices=['cp', 'masks'])
     args = parser.parse_args()
-    if 'cp' not in args.skip: against_cp(args.data/'bccd', args.files, args.rounds)
+    if 'cp' not in args.skip: compare_with_cp(args.data/'bccd', args.files, args.rounds)
     if 'masks' in args.skip: return
-    if args.peer: against_contours(args.data/'coco_mini', args.peer, 70)
+    if args.peer: compare_with_find_contours(args.data/'coco_mini', args.peer, 70)
     else: print('masks: no --peer or PEER_PYTHON, see --help')
 
 

@@ -9,9 +9,9 @@ import argparse
 import os
 import subprocess
 
-from interleave import interleave, report
+from time_interleaved import time_interleaved, print_timings
 
-PEER = '''
+PEER_SCRIPT = '''
 import sys, torch
 from effdet import create_model
 torch.set_num_threads(int(sys.argv[1]))
@@ -25,9 +25,9 @@ with torch.inference_mode():
 '''
 
 
-def peer(python, threads):
+def start_peer(python, threads):
     "A function that lets the peer look at its 8 pictures once."
-    run = subprocess.Popen([python, '-W', 'ignore', '-c', PEER, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    run = subprocess.Popen([python, '-W', 'ignore', '-c', PEER_SCRIPT, str(threads)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline() == 'ready\n', 'the peer did not start'
     def look():
         run.stdin.write('go\n'); run.stdin.flush()
@@ -44,17 +44,17 @@ def main():
     import effdet_nb   # first: it sets the switches that TensorFlow reads
     import keras
     import numpy as np
-    from effdet_nb.model.detector import Arch, build
-    if a.part != 'forward':
+    from effdet_nb.detector.efficientdet import Arch, build
+    if a.list_name != 'forward':
         ways = {'EfficientNetB5': lambda: keras.applications.EfficientNetB5(weights=None, include_top=False, input_shape=(512, 512, 3)),
                 'D5': lambda: build(Arch('efficientdet-d5', (512, 512), 90))}
-        report('building', interleave(ways, a.rounds, 1), 'EfficientNetB5')
-    if a.part == 'build': return
+        print_timings('building', time_interleaved(ways, a.rounds, 1), 'EfficientNetB5')
+    if a.list_name == 'build': return
     if not a.peer: return print('\nNo peer: make one as `--help` says and name it with --peer or PEER_PYTHON')
     model, images = build(Arch()), np.random.default_rng(0).integers(0, 256, (8, 512, 512, 3)).astype('uint8')
     model.jit_compile = False
-    ways = {'effdet': peer(a.peer, len(os.sched_getaffinity(0))), 'ours': lambda: model.predict_on_batch(images)}
-    report('D0, 8 pictures of 512 pixels, the network alone', interleave(ways, a.rounds, 2), 'effdet')
+    ways = {'effdet': start_peer(a.peer, len(os.sched_getaffinity(0))), 'ours': lambda: model.predict_on_batch(images)}
+    print_timings('D0, 8 pictures of 512 pixels, the network alone', time_interleaved(ways, a.rounds, 2), 'effdet')
 
 
 if __name__ == '__main__': main()

@@ -19,24 +19,25 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from interleave import interleave
-from effdet_nb.data.coco import ClassTable, load_coco
-from effdet_nb.learn.samples import detect, on_canvas, samples_from_json
-from effdet_nb.learn.evaluate import coco_metrics, evaluate
+from time_interleaved import time_interleaved
+from effdet_nb.data.classes import ClassTable
+from effdet_nb.data.coco import load_coco
+from effdet_nb.evaluate.ground_truth import predict_samples, letterbox_sample, samples_from_coco
+from effdet_nb.evaluate.evaluate import coco_metrics, evaluate
 
 
-def drawn(num):
+def draw_toy_images(num):
     "Photograph-sized JPEGs of drawn shapes."
     from PIL import Image
-    from effdet_nb.data.shapes import draw_dataset
-    folder = draw_dataset(Path(tempfile.mkdtemp())/'shapes', num_train=1, num_val=num, size=(480, 640))
+    from effdet_nb.detector.toy_data import make_toy_dataset
+    folder = make_toy_dataset(Path(tempfile.mkdtemp())/'shapes', num_train=1, num_val=num, image_hw=(480, 640))
     return folder/'val', folder/'val.json'
 
 
 def random_detector(classes, size):
     "EfficientDet-D0 as it begins."
-    from effdet_nb.model.detect import KerasDetector
-    from effdet_nb.model.detector import Arch, build
+    from effdet_nb.detector.predictor import KerasDetector
+    from effdet_nb.detector.efficientdet import Arch, build
     import keras
     keras.utils.set_random_seed(0)
     arch = Arch(num_classes=classes.num_classes, image_hw=(size, size))
@@ -54,25 +55,25 @@ def main():
     p.add_argument('--rounds', type=int, default=3)
     p.add_argument('--parts', action='store_true', help='time the parts one after the other as well')
     a = p.parse_args()
-    folder, file = (a.images, a.annotations) if a.images else drawn(a.num)
+    folder, file = (a.images, a.annotations) if a.images else draw_toy_images(a.num_steps)
     coco = load_coco(file)
     if a.model:
-        from effdet_nb.deploy.runtime import load_detector
+        from effdet_nb.export.runtimes import load_detector
         detector = load_detector(a.model)
-    else: detector = random_detector(ClassTable.make(coco.categories), a.size)
-    samples = list(islice(samples_from_json(coco, folder), a.num))
-    canvases = [on_canvas(s, detector.image_hw)[0].canvas for s in samples]
+    else: detector = random_detector(ClassTable.from_categories(coco.categories), a.size)
+    samples = list(islice(samples_from_coco(coco, folder), a.num_steps))
+    canvases = [letterbox_sample(s, detector.image_hw)[0].image for s in samples]
     batches = [np.stack(canvases[i:i+a.batch_size]) for i in range(0, len(canvases), a.batch_size)]
     ways = {'bare forward': lambda: [detector.raw(b) for b in batches],
             'whole evaluate': lambda: evaluate(detector, samples, batch_size=a.batch_size)}
-    seconds = interleave(ways, rounds=a.rounds, warmup=1)
+    seconds = time_interleaved(ways, rounds=a.rounds, warmup=1)
     ratio = statistics.median(w/b for b, w in zip(seconds['bare forward'], seconds['whole evaluate']))
     print(f'{len(samples)} pictures, {detector.image_hw[0]} x {detector.image_hw[1]}, {type(detector).__name__}, batch {a.batch_size}')
     for name, s in seconds.items(): print(f'{name}: median {statistics.median(s):.2f} s, fastest {min(s):.2f} s')
     print(f'whole / bare: {ratio:.2f} (median of the rounds)')
     if not a.parts: return
-    outs, results = [detector.raw(b) for b in batches], list(detect(detector, samples, a.batch_size))
-    for name, f in {'decode and resize': lambda: [on_canvas(s, detector.image_hw) for s in samples], 'answers (suppression)': lambda: [detector.answers(o) for o in outs],
+    outs, results = [detector.raw(b) for b in batches], list(predict_samples(detector, samples, a.batch_size))
+    for name, f in {'decode and resize': lambda: [letterbox_sample(s, detector.image_hw) for s in samples], 'answers (suppression)': lambda: [detector.answers(o) for o in outs],
                     'metric': lambda: coco_metrics(results, detector.classes)}.items():
         start = time.perf_counter()
         f()

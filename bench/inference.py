@@ -18,22 +18,22 @@ import tempfile
 import time
 from pathlib import Path
 
-FIRST = '''
+FIRST_RESULT_SCRIPT = '''
 import sys, time; start = time.perf_counter()
-from effdet_nb.deploy.infer import infer
+from effdet_nb.app.infer import infer
 infer(sys.argv[1], sys.argv[2], out_label_path=sys.argv[3])
 print(time.perf_counter()-start, [m for m in ('tensorflow', 'keras') if m in sys.modules])'''
 
 
-def make_files(folder, size, classes):
+def export_models(folder, size, classes):
     "Our D0 with fresh weights as .onnx, with its ending and without. In a process of its own: TensorFlow's threads shall not disturb."
     code = f'''
 import onnx
 from effdet_nb.data.coco import ClassTable
-from effdet_nb.deploy.graph import raw_graph
-from effdet_nb.deploy.endings import end_with_operators
-from effdet_nb.model.detect import save_detector
-from effdet_nb.model.detector import Arch, build
+from effdet_nb.export.onnx_graph import raw_graph
+from effdet_nb.export.onnx_nms import end_with_operators
+from effdet_nb.detector.predictor import save_detector
+from effdet_nb.detector.efficientdet import Arch, build
 arch = Arch(image_hw=({size},{size}), num_classes={classes})
 save_detector({str(folder/"a.tlt")!r}, build(arch), arch, ClassTable.make([dict(id=i, name=f'c{{i}}') for i in range(1, {classes})], num_classes={classes}))
 raw = raw_graph({str(folder/"a.tlt")!r})[0]
@@ -41,7 +41,7 @@ onnx.save(raw, {str(folder/"raw.onnx")!r}); onnx.save(end_with_operators(raw), {
     subprocess.run([sys.executable, '-c', code], check=True, env=os.environ | dict(TF_CPP_MIN_LOG_LEVEL='3'), stderr=subprocess.DEVNULL)
 
 
-class Peer:
+class PeerProcess:
     "Another Python that runs `way count` and says how long it took."
     def __init__(self, python, setup):
         script = Path(__file__).with_name('peer_effdet.py')
@@ -59,7 +59,7 @@ class Peer:
         return float(heard)
 
 
-def timed(f):
+def time_call(f):
     start = time.perf_counter()
     f()
     return time.perf_counter()-start
@@ -74,17 +74,17 @@ def main():
     a = parser.parse_args()
     import numpy as np
     import onnxruntime
-    from effdet_nb.deploy.infer import find_images, infer
-    from effdet_nb.deploy.runtime import OnnxDetector
+    from effdet_nb.app.infer import find_images, infer
+    from effdet_nb.export.runtimes import OnnxDetector
     temporary = tempfile.TemporaryDirectory()
     folder = Path(a.files or temporary.name)
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder/'final.onnx').is_file(): make_files(folder, a.size, a.classes)
+    if not (folder/'final.onnx').is_file(): export_models(folder, a.size, a.classes)
     pictures = [str(p) for p in find_images(a.images)[:a.count]]
     few = Path(temporary.name)/'few'
     few.mkdir()
     for p in pictures: (few/Path(p).name).symlink_to(Path(p).resolve())
-    peer = Peer(a.peer, dict(folder=temporary.name, pictures=pictures, size=a.size, classes=a.classes, ours=str(folder/'final.onnx'))) if a.peer else None
+    peer = PeerProcess(a.peer, dict(folder=temporary.name, pictures=pictures, size=a.size, classes=a.classes, ours=str(folder/'final.onnx'))) if a.peer else None
     detector = OnnxDetector(folder/'final.onnx', threads=1, method='hard')
     how, out = dict(threshold=0., max_detections=12), Path(temporary.name)
 
@@ -97,9 +97,9 @@ def main():
             for _ in pictures: session.run(None, {'input': pixels})
         return run
     final, raw = bare('final.onnx'), bare('raw.onnx')
-    ways = {'ours, disk to labels': lambda: timed(lambda: infer(detector, few, out_label_path=out/'labels', **how)),
-            'ours, also drawn and written': lambda: timed(lambda: infer(detector, few, out/'painted', out/'labels', **how)),
-            'ours bare, suppression inside': lambda: timed(final), 'ours bare, raw answers': lambda: timed(raw)}
+    ways = {'ours, disk to labels': lambda: time_call(lambda: infer(detector, few, out_label_path=out/'labels', **how)),
+            'ours, also drawn and written': lambda: time_call(lambda: infer(detector, few, out/'painted', out/'labels', **how)),
+            'ours bare, suppression inside': lambda: time_call(final), 'ours bare, raw answers': lambda: time_call(raw)}
     if peer: ways |= {'effdet, disk to boxes': lambda: peer('effdet', len(pictures)), 'effdet export bare': lambda: peer('effdet_ort', len(pictures)),
                       'effdet export bare, OpenVINO': lambda: peer('effdet_openvino', len(pictures)), 'ours bare, OpenVINO': lambda: peer('ours_openvino', len(pictures))}
     else: print('no effdet: name the Python of an environment that has it with --peer or PEER_PYTHON (see --help)')
@@ -115,7 +115,7 @@ def main():
     ratio = lambda x, y: statistics.median(p/q for p, q in zip(seconds[x], seconds[y]))
     if peer: print(f"\nours to labels / effdet to boxes: {ratio('effdet, disk to boxes', 'ours, disk to labels'):.2f} times as fast")
     print(f"drawing and writing: {100*(ratio('ours, also drawn and written', 'ours, disk to labels')-1):.0f} % more time")
-    first = [subprocess.run([sys.executable, '-c', FIRST, folder/'final.onnx', pictures[0], out/'first'], capture_output=True, text=True, check=True).stdout.split(' ', 1) for _ in range(3)]
+    first = [subprocess.run([sys.executable, '-c', FIRST_RESULT_SCRIPT, folder/'final.onnx', pictures[0], out/'first'], capture_output=True, text=True, check=True).stdout.split(' ', 1) for _ in range(3)]
     print(f'start to first result: {min(float(t) for t, _ in first):.2f} s (fastest of 3), frameworks imported: {first[0][1].strip()}')
 
 

@@ -3,7 +3,7 @@ import statistics
 import time
 
 
-def interleave(ways, rounds=15, warmup=2):
+def time_interleaved(ways, rounds=15, warmup=2):
     "Calls each of `ways` (name → function without arguments) once a round and returns name → list of seconds."
     for _ in range(warmup):
         for way in ways.values(): way()
@@ -16,7 +16,7 @@ def interleave(ways, rounds=15, warmup=2):
     return seconds
 
 
-def report(title, seconds, base):
+def print_timings(title, seconds, base):
     "Prints a markdown table: median, fastest, and how many times as fast as `base`, as the median of the rounds' ratios."
     print(f'\n| {title} | median ms | fastest ms | times `{base}` |\n|---|---|---|---|')
     for name, mine in seconds.items():

@@ -5,12 +5,12 @@
 import statistics, subprocess, sys, time
 
 
-def serve(keep):
+def run_worker(keep):
     "Times one pass for each line on stdin."
     import effdet_nb   # first: it sets the switches that TensorFlow reads
     import tensorflow as tf
-    from effdet_nb.learn.step import keep_memory
-    if keep and not keep_memory(): sys.exit('the C library of this system has no such switch')
+    from effdet_nb.train.trainer import keep_freed_memory
+    if keep and not keep_freed_memory(): sys.exit('the C library of this system has no such switch')
     x = tf.random.normal([4, 256, 256, 48]); scale = tf.ones([48])
 
     @tf.function(autograph=False)
@@ -38,4 +38,4 @@ def main():
     for w in workers.values(): w.stdin.close(); w.wait()
 
 
-if __name__ == '__main__': serve(sys.argv[1]=='kept') if len(sys.argv) > 1 else main()
+if __name__ == '__main__': run_worker(sys.argv[1]=='kept') if len(sys.argv) > 1 else main()

@@ -11,13 +11,14 @@ import numpy as np
 import effdet_nb   # first: it sets the switches that TensorFlow reads
 import tensorflow as tf
 
-from effdet_nb.learn.loss import focal_elements, focal_loss
-from interleave import interleave, report
+from effdet_nb.detector.loss import sigmoid_focal_loss
+from effdet_nb.accel.fast_focal import fast_focal_loss
+from time_interleaved import time_interleaved, print_timings
 
 ALPHA, GAMMA = .25, 1.5
 
 
-def textbook(logits, targets):
+def textbook_focal_loss(logits, targets):
     "One-hot labels, probabilities, a power, and TensorFlow's cross-entropy."
     labels = tf.one_hot(targets, logits.shape[-1])
     p = tf.sigmoid(logits)
@@ -26,8 +27,8 @@ def textbook(logits, targets):
     return tf.reduce_sum(weight * (1-truth)**GAMMA * tf.nn.sigmoid_cross_entropy_with_logits(labels, logits))
 
 
-def elements(logits, targets): return tf.reduce_sum(focal_elements(logits, tf.one_hot(targets, logits.shape[-1]), ALPHA, GAMMA))
-def ours(logits, targets): return focal_loss(logits, targets, ALPHA, GAMMA)
+def elementwise_focal_loss(logits, targets): return tf.reduce_sum(sigmoid_focal_loss(logits, tf.one_hot(targets, logits.shape[-1]), ALPHA, GAMMA))
+def package_focal_loss(logits, targets): return fast_focal_loss(logits, targets, ALPHA, GAMMA)
 
 
 def with_gradient(loss):
@@ -49,13 +50,13 @@ def main():
     logits = tf.constant(rng.standard_normal((a.batch, 49_104, 90), 'float32')*1.5 - 3)
     targets = np.where(rng.random((a.batch, 49_104)) < .002, rng.integers(0, 90, (a.batch, 49_104)), -1)
     targets = tf.constant(targets, tf.int32)
-    ways = {name: with_gradient(loss) for name, loss in {'textbook': textbook, 'focal_elements': elements, 'focal_loss': ours}.items()}
+    ways = {name: with_gradient(loss) for name, loss in {'textbook': textbook_focal_loss, 'focal_elements': elementwise_focal_loss, 'focal_loss': package_focal_loss}.items()}
     total, slope = ways['textbook'](logits, targets)
     for way in ways.values():
         value, gradient = way(logits, targets)
         assert abs(float(value/total)-1) < 1e-5 and float(tf.reduce_max(abs(gradient-slope))) < 1e-5, 'all ways must agree'
     print(f'{a.batch} x 49,104 x 90 logits, tensorflow {tf.__version__}, {os.cpu_count()} cores')
-    report('forward and backward', interleave({name: lambda way=way: way(logits, targets)[1][0, 0, 0].numpy() for name, way in ways.items()}, a.rounds), 'textbook')
+    print_timings('forward and backward', time_interleaved({name: lambda way=way: way(logits, targets)[1][0, 0, 0].numpy() for name, way in ways.items()}, a.rounds), 'textbook')
 
 
 if __name__ == '__main__': main()

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from effdet_nb.learn.metric import Found, Sought, average_precision
+from effdet_nb.evaluate.coco_metric import DetectionColumns, GroundTruthColumns, average_precision
 
 
-def made_up(images, boxes, detections, classes=80, seed=0):
+def random_coco_data(images, boxes, detections, classes=80, seed=0):
     "Pictures with few classes each, boxes of all sizes, one crowd in a hundred; detections near boxes (six in ten) and anywhere."
     r = np.random.default_rng(seed)
     often = r.dirichlet(np.full(classes, .5))
@@ -31,7 +31,7 @@ def made_up(images, boxes, detections, classes=80, seed=0):
     favourite = r.choice(classes, (images, 3), p=often)
     cls = np.where(r.random(boxes)<.8, favourite[image, r.integers(0, 3, boxes)], r.choice(classes, boxes, p=often))
     bbox = np.round(np.concatenate([r.uniform(0, 639, (boxes, 2)), np.exp(r.uniform(np.log(8), np.log(400), (boxes, 2)))], 1), 2)
-    sought = Sought(image, cls, bbox, bbox[:, 2]*bbox[:, 3]*r.uniform(.4, 1, boxes), r.random(boxes)<.01)
+    sought = GroundTruthColumns(image, cls, bbox, bbox[:, 2]*bbox[:, 3]*r.uniform(.4, 1, boxes), r.random(boxes)<.01)
     i, near = r.integers(0, boxes, detections), r.random(detections)<.6
     shaken = bbox[i]+bbox[i][:, [2, 3, 2, 3]]*r.normal(0, .15, (detections, 4))
     box = np.where(near[:, None], shaken, np.concatenate([r.uniform(0, 640, (detections, 2)), np.exp(r.uniform(2, 6, (detections, 2)))], 1))
@@ -39,24 +39,24 @@ def made_up(images, boxes, detections, classes=80, seed=0):
     score = np.round(r.random(detections)**2, 4)
     at, named = np.where(near, image[i], r.integers(0, images, detections)), np.where(near & (r.random(detections)<.8), cls[i], r.choice(classes, detections, p=often))
     order = np.lexsort((-score, at))
-    return Found(at[order], named[order], box.astype(np.float32).astype(float)[order], score[order]), sought
+    return DetectionColumns(at[order], named[order], box.astype(np.float32).astype(float)[order], score[order]), sought
 
 
-def as_dicts(found, sought, images, classes):
+def to_coco_dicts(found, sought, images, classes):
     "What the other two want: annotations and results as lists of dicts. Making them is not timed."
     truth = dict(images=[dict(id=i) for i in range(images)], categories=[dict(id=k) for k in range(1, classes+1)],
                  annotations=[dict(id=n, image_id=i, category_id=k+1, bbox=b, area=a, iscrowd=int(c)) for n, (i, k, b, a, c) in enumerate(zip(*(o.tolist() for o in sought)), 1)])
     return truth, [dict(image_id=i, category_id=k+1, bbox=b, score=s) for i, k, b, s in zip(*(o.tolist() for o in found))]
 
 
-def one(way, args):
+def run_implementation(way, args):
     "Runs one way in this process and prints seconds, memory and the numbers as JSON."
-    found, sought = made_up(args.images, args.boxes, args.detections)
+    found, sought = random_coco_data(args.images, args.boxes, args.detections)
     if way=='effdet_nb':
         start = time.perf_counter()
         numbers, _ = average_precision(found, sought, 80)
     else:
-        truth, results = as_dicts(found, sought, args.images, 80)
+        truth, results = to_coco_dicts(found, sought, args.images, 80)
         if way=='pycocotools':
             from pycocotools.coco import COCO
             from pycocotools.cocoeval import COCOeval
@@ -77,7 +77,7 @@ def main():
     for name, default in (('images', 5000), ('boxes', 36_000), ('detections', 500_000)): p.add_argument(f'--{name}', type=int, default=default)
     p.add_argument('--way', help=argparse.SUPPRESS)
     args = p.parse_args()
-    if args.way: return one(args.way, args)
+    if args.way: return run_implementation(args.way, args)
     ways = ['effdet_nb', 'pycocotools'] + ['faster-coco-eval']*bool(importlib.util.find_spec('faster_coco_eval'))
     size = [f'--{k}={getattr(args, k)}' for k in ('images', 'boxes', 'detections')]
     told = {}

@@ -10,47 +10,48 @@ import numpy as np
 import effdet_nb   # first: it sets the switches that TensorFlow reads
 import tensorflow as tf
 
-from effdet_nb.learn import loss as L, targets as T
-from effdet_nb.model.anchors import all_anchors, decode
-from effdet_nb.model.detector import Arch, build
-from effdet_nb.model.postprocess import postprocess
-from effdet_nb.model.transfer import Weights, fill
+from effdet_nb.detector import loss as L, targets as T
+from effdet_nb.accel import fast_focal
+from effdet_nb.detector.anchors import all_anchors, decode_boxes
+from effdet_nb.detector.efficientdet import Arch, build
+from effdet_nb.detector.nms import postprocess
+from effdet_nb.weights.name_map import SourceWeights, load_pretrained
 
 folder = Path(sys.argv[1])
-load = lambda name: np.load(folder/name, allow_pickle=False)
-off = lambda a, b: float(np.abs(np.asarray(a, 'f8')-np.asarray(b, 'f8')).max())
-rel = lambda a, b: float((np.abs(np.asarray(a, 'f8')-np.asarray(b, 'f8'))/np.abs(np.asarray(b, 'f8'))).max())
+load_reference = lambda name: np.load(folder/name, allow_pickle=False)
+max_abs_difference = lambda a, b: float(np.abs(np.asarray(a, 'f8')-np.asarray(b, 'f8')).max())
+max_relative_difference = lambda a, b: float((np.abs(np.asarray(a, 'f8')-np.asarray(b, 'f8'))/np.abs(np.asarray(b, 'f8'))).max())
 rows = []
 
 
-def row(what, ours, reference, difference): rows.append(f'| {what} | {ours} | {reference} | {difference:.1g} |' if difference else f'| {what} | {ours} | {reference} | 0 |')
+def add_row(what, ours, reference, difference): rows.append(f'| {what} | {ours} | {reference} | {difference:.1g} |' if difference else f'| {what} | {ours} | {reference} | 0 |')
 
 
-weights, ref = load('d0_weights.npz'), load('d0_forward_512.npz')
+weights, ref = load_reference('d0_weights.npz'), load_reference('d0_forward_512.npz')
 model = build(Arch())
-fill(model, Weights('d0', 'reference', 'google', {re.sub('^efficientnet-b0', 'backbone', k.replace('|', '/')): weights[k] for k in weights.files}), Arch())
+load_pretrained(model, SourceWeights('d0', 'reference', 'google', {re.sub('^efficientnet-b0', 'backbone', k.replace('|', '/')): weights[k] for k in weights.files}), Arch())
 image = ref[next(k for k in ref.files if ref[k].dtype == np.uint8)].reshape(1, 512, 512, 3)
 out, start = model(image), 0
 for level, n, stride in zip(range(3, 8), (64, 32, 16, 8, 4), (7, 5, 1, 1, 1)):
     for name, key, c in (('class', 'cls_logits', 90), ('box', 'box_deltas', 4)):
         ours = np.array(out[key])[0, start:start+9*n*n].reshape(1, n, n, 9*c)
         theirs = ref[f'{name}_{level}']
-        row(f'D0 forward, {name} outputs of P{level}, mean absolute value', f'{np.abs(ours).mean():.4f}', f'{ref[f"stats_{level}"][1 if name == "class" else 4]:.4f}', off(ours[:, ::stride, ::stride].reshape(theirs.shape), theirs))
+        add_row(f'D0 forward, {name} outputs of P{level}, mean absolute value', f'{np.abs(ours).mean():.4f}', f'{ref[f"stats_{level}"][1 if name == "class" else 4]:.4f}', max_abs_difference(ours[:, ::stride, ::stride].reshape(theirs.shape), theirs))
     start += 9*n*n
 
-ref = load('anchors_512x512.npz')
+ref = load_reference('anchors_512x512.npz')
 exact = ((1., 1.), (2**.5, 2**-.5), (2**-.5, 2**.5))
 for what, a, b in (('1.4 : 0.7', all_anchors((512, 512)), ref['anchors_ratios_1p4_0p7']), ('2 : 1', all_anchors((512, 512), exact), ref['anchors'])):
-    row(f'anchors, ratios {what}, last corner', f'{a[-1, -1]:.4f}', f'{b[-1, -1]:.4f}', off(a, b))
+    add_row(f'anchors, ratios {what}, last corner', f'{a[-1, -1]:.4f}', f'{b[-1, -1]:.4f}', max_abs_difference(a, b))
 
-ref, anchors = load('targets_512.npz'), ref['anchors']
+ref, anchors = load_reference('targets_512.npz'), ref['anchors']
 for i in range(6):
     part = lambda kind, width: np.concatenate([ref[f'case{i}_{kind}_targets_{l}'].reshape(-1, width) for l in range(3, 8)])
     cls, box, n = map(np.asarray, T.assign(anchors, ref[f'case{i}_gt_boxes_abs_yxyx'], ref[f'case{i}_gt_classes_1based']-1))
     assert (cls == part('cls', 1)[:, 0]).all()
-    row(f'targets of case {i}, positives (classes equal everywhere), box targets', int(n), int(ref[f'case{i}_num_positives']), off(box, part('box', 4)))
+    add_row(f'targets of case {i}, positives (classes equal everywhere), box targets', int(n), int(ref[f'case{i}_num_positives']), max_abs_difference(box, part('box', 4)))
 
-numbers = load('losses_512.npz')
+numbers = load_reference('losses_512.npz')
 made = []
 for level in range(3, 8):
     rng, side = np.random.RandomState(100+level), 512//2**level
@@ -59,20 +60,20 @@ for level in range(3, 8):
     made.append((logits.reshape(2, -1, 90), boxes.reshape(2, -1, 4), part('cls').astype('int32'), part('box', 4)))
 loss = L.detection_loss(*(np.concatenate(p, 1) for p in zip(*made)), np.int32([ref[f'case{c}_num_positives'] for c in numbers['case_ids']]))
 for what, key, theirs in (('focal loss (relative)', 'cls', 'focal_ls0_total'), ('Huber loss (relative)', 'box', 'huber_total'), ('total loss (relative)', 'total', 'det_loss_total_ls0')):
-    row(what, f'{float(loss[key]):.5f}', f'{float(numbers[theirs]):.5f}', rel(loss[key], numbers[theirs]))
+    add_row(what, f'{float(loss[key]):.5f}', f'{float(numbers[theirs]):.5f}', max_relative_difference(loss[key], numbers[theirs]))
 x, y = tf.constant(numbers['elem_x'][:, None]), numbers['elem_y']
 with tf.GradientTape() as tape:
     tape.watch(x)
-    total = L.focal_loss(x, np.where(y > 0, 0, -1).astype('int32'))
+    total = fast_focal.fast_focal_loss(x, np.where(y > 0, 0, -1).astype('int32'))
 grad = np.array(tape.gradient(total, x))[:, 0]
-row('gradient of the focal loss, sum of 64 (largest difference absolute)', f'{grad.sum():.4f}', f'{numbers["elem_focal_grad"].sum():.4f}', off(grad, numbers['elem_focal_grad']))
+add_row('gradient of the focal loss, sum of 64 (largest difference absolute)', f'{grad.sum():.4f}', f'{numbers["elem_focal_grad"].sum():.4f}', max_abs_difference(grad, numbers['elem_focal_grad']))
 
-o = load('postprocess_small.npz')
+o = load_reference('postprocess_small.npz')
 raw = lambda i: (np.concatenate([o[f'class_{l}'][i].reshape(-1, int(o['num_classes'])) for l in range(3, 8)]), np.concatenate([o[f'box_{l}'][i].reshape(-1, 4) for l in range(3, 8)]), o['anchors'])
-row('decoded boxes, pixels, first corner', f'{decode(raw(0)[1], raw(0)[2])[0, 0]:.3f}', f'{o["pre_boxes"][0][0, 0]:.3f}', max(off(decode(raw(i)[1], raw(i)[2]), o['pre_boxes'][i]) for i in (0, 1)))
+add_row('decoded boxes, pixels, first corner', f'{decode_boxes(raw(0)[1], raw(0)[2])[0, 0]:.3f}', f'{o["pre_boxes"][0][0, 0]:.3f}', max(max_abs_difference(decode_boxes(raw(i)[1], raw(i)[2]), o['pre_boxes'][i]) for i in (0, 1)))
 for scope in ('global', 'per_class'):
     for method, threshold in (('hard', 0.), ('gaussian', .001)):
         found = [postprocess(*raw(i), method=method, per_class=scope == 'per_class', top_k=0, score_threshold=threshold) for i in (0, 1)]
         valid = [int(v) for v in o[f'{scope}_{method}_valid']]
-        row(f'{scope} {method} suppression, detections; scores', sum(map(len, found)), sum(valid), max(off(f.scores, o[f'{scope}_{method}_scores'][i][:valid[i]]) for i, f in enumerate(found)))
+        add_row(f'{scope} {method} suppression, detections; scores', sum(map(len, found)), sum(valid), max(max_abs_difference(f.scores, o[f'{scope}_{method}_scores'][i][:valid[i]]) for i, f in enumerate(found)))
 print('\n'.join(['| what | ours | reference | largest difference |', '|---|--:|--:|--:|', *rows]))

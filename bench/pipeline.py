@@ -16,7 +16,7 @@ from pathlib import Path
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
-PEER = r'''
+PEER_SCRIPT = r'''
 import json, sys, time
 import torch
 from pathlib import Path
@@ -50,25 +50,25 @@ augmentation_config {{ rand_hflip: True }}
 model_config {{ model_name: "efficientdet-d0" }}'''
 
 
-def pipeline_speed(spec, batches):
-    from effdet_nb.data.dataset import train_dataset
-    from effdet_nb.learn.targets import anchor_grid, assign_likely
-    from effdet_nb.model.anchors import all_anchors
-    batch = iter(train_dataset(spec, anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign=assign_likely))
+def pipeline_images_per_second(spec, batches):
+    from effdet_nb.data.pipeline import train_dataset
+    from effdet_nb.accel.grid_targets import anchor_grid, assign_on_grid
+    from effdet_nb.detector.anchors import all_anchors
+    batch = iter(train_dataset(spec, anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign_fn=assign_on_grid))
     for _ in range(4): next(batch)
     start = time.perf_counter()
     for _ in range(batches): next(batch)
     return 8*batches/(time.perf_counter()-start)
 
 
-def step_speed(spec, steps):
-    from effdet_nb.data.dataset import train_dataset
-    from effdet_nb.learn.targets import anchor_grid, assign_likely
-    from effdet_nb.learn.begin import start_arch
-    from effdet_nb.learn.step import Trainer
-    from effdet_nb.model.anchors import all_anchors
-    trainer = Trainer(spec, start_arch(spec)[0])
-    batch = next(iter(train_dataset(spec, anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign=assign_likely)))
+def train_step_images_per_second(spec, steps):
+    from effdet_nb.data.pipeline import train_dataset
+    from effdet_nb.accel.grid_targets import anchor_grid, assign_on_grid
+    from effdet_nb.train.fit import resolve_arch
+    from effdet_nb.train.trainer import Trainer
+    from effdet_nb.detector.anchors import all_anchors
+    trainer = Trainer(spec, resolve_arch(spec)[0])
+    batch = next(iter(train_dataset(spec, anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign_fn=assign_on_grid)))
     import numpy as np
     np.asarray(trainer.train_step(batch))
     start = time.perf_counter()
@@ -76,8 +76,8 @@ def step_speed(spec, steps):
     return 8*steps/(time.perf_counter()-start)
 
 
-def peer_speed(peer, data, batches):
-    out = subprocess.run([peer, '-c', PEER, data/'images', data/'train.json', '8', str(batches)], capture_output=True, text=True)
+def peer_images_per_second(peer, data, batches):
+    out = subprocess.run([peer, '-c', PEER_SCRIPT, data/'images', data/'train.json', '8', str(batches)], capture_output=True, text=True)
     if out.returncode: raise SystemExit(f'effdet: {out.stderr[-2000:]}')
     return json.loads(out.stdout.splitlines()[-1])
 
@@ -91,15 +91,15 @@ def main():
     parser.add_argument('--peer', default=os.environ.get('PEER_PYTHON'))
     args = parser.parse_args()
     from effdet_nb.data.convert import dataset_convert
-    from effdet_nb.spec import Spec
+    from effdet_nb.train.spec import Spec
     with tempfile.TemporaryDirectory() as folder:
         dataset_convert(args.data/'bccd'/'images', args.data/'bccd'/'train.json', folder, 'train', 8)
         spec, rounds = Spec.parse(spec_text(folder)), []
         for _ in range(args.rounds):
-            ours, theirs = pipeline_speed(spec, args.batches), peer_speed(args.peer, args.data/'bccd', args.batches) if args.peer else None
+            ours, theirs = pipeline_images_per_second(spec, args.batches), peer_images_per_second(args.peer, args.data/'bccd', args.batches) if args.peer else None
             rounds.append((ours, theirs))
             print(f'input pipeline with targets: {ours:.1f} images/s' + (f'; effdet: {theirs:.1f}, ratio {ours/theirs:.1f}' if theirs else ''), flush=True)
-        step = step_speed(spec, args.steps) if args.steps else None
+        step = train_step_images_per_second(spec, args.num_steps) if args.num_steps else None
         ours = statistics.median(o for o, _ in rounds)
         if step: print(f'D0 training step at 512 pixels, batch 8: {step:.2f} images/s; the pipeline is {ours/step:.1f} times as fast')
         if args.peer: print(f'beside effdet: {statistics.median(o/t for o, t in rounds):.1f} times, the median of {len(rounds)} rounds')

@@ -20,7 +20,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
 
-PEER = '''
+PEER_SCRIPT = '''
 import json, sys, time, torch, torch_pruning as tp
 from effdet import create_model
 name, size = sys.argv[1], int(sys.argv[2])
@@ -39,50 +39,50 @@ print(json.dumps(dict(before=before, after=count(), groups=grouped-start, cuttin
 '''
 
 
-def peer(python, variant, size):
+def run_peer(python, variant, size):
     "Runs the peer once, in its own environment."
-    r = subprocess.run([python, '-W', 'ignore', '-c', PEER, f'tf_efficientdet_{variant}', str(size)], capture_output=True, text=True)
+    r = subprocess.run([python, '-W', 'ignore', '-c', PEER_SCRIPT, f'tf_efficientdet_{variant}', str(size)], capture_output=True, text=True)
     if r.returncode: raise SystemExit(f'{python} cannot run the peer. In an environment of its own: pip install torch torchvision effdet==0.4.1 torch-pruning, and name its Python in PEER_PYTHON\n{r.stderr[-1500:]}')
     return json.loads(r.stdout.splitlines()[-1])
 
 
-def ours(stored, share):
+def time_pruning(stored, share):
     "Groups, decisions and slicing of a stored model; seconds of each, and parameters before and after."
-    from effdet_nb.learn.channels import channel_graph, cut, outline
-    from effdet_nb.learn.choose import Pruning, find_threshold, group_norms
-    from effdet_nb.model.detector import arch_from_dict
+    from effdet_nb.prune.channel_groups import channel_graph, prune_weights, abstract_model
+    from effdet_nb.prune.pruning_plan import PruningPlan, find_threshold, group_norms
+    from effdet_nb.detector.efficientdet import arch_from_dict
     from dataclasses import replace
     start = time.perf_counter()
-    graph = channel_graph(outline(arch_from_dict(stored.meta['arch'])))
+    graph = channel_graph(abstract_model(arch_from_dict(stored.meta['arch'])))
     grouped = time.perf_counter()
-    plan = Pruning(graph, group_norms(graph, stored.weights))
+    plan = PruningPlan(graph, group_norms(graph, stored.weights))
     plan = replace(plan, threshold=find_threshold(plan, share))
     chosen = time.perf_counter()
-    weights = cut(stored.weights, graph, plan.kept)
+    weights = prune_weights(stored.weights, graph, plan.kept_indices)
     end = time.perf_counter()
     assert sum(w.size for w in weights.values()) == plan.params[1]
     return dict(before=plan.params[0], after=plan.params[1], groups=grouped-start, choosing=chosen-grouped, cutting=end-chosen, total=end-start)
 
 
-def command(path, folder):
+def time_command(path, folder):
     "Seconds and peak megabytes of the whole command."
     start = time.perf_counter()
-    code = "import resource, sys\nfrom effdet_nb.cli import efficientdet_tf1\nsys.argv = ['efficientdet_tf1', 'prune', '-m', sys.argv[1], '-o', sys.argv[2], '--target_params', '0.2']\nefficientdet_tf1()\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    code = "import resource, sys\nfrom effdet_nb.app.cli import efficientdet_tf1\nsys.argv = ['efficientdet_tf1', 'prune', '-m', sys.argv[1], '-o', sys.argv[2], '--target_params', '0.2']\nefficientdet_tf1()\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     r = subprocess.run([sys.executable, '-c', code, path, folder], capture_output=True, text=True)
     assert r.returncode == 0, r.stderr
     *_, all_row, memory = [l for l in r.stdout.splitlines() if l.startswith('all') or l.isdigit()]
     return time.perf_counter()-start, int(memory)/1e3, all_row
 
 
-def save(variant, size, folder):
+def save_random_model(variant, size, folder):
     "A file with fresh weights, and moving averages as training would leave them."
-    from effdet_nb.data.coco import ClassTable
-    from effdet_nb.model.detect import save_detector, weights_of
-    from effdet_nb.model.detector import Arch, build
+    from effdet_nb.data.classes import ClassTable
+    from effdet_nb.weights.model_file import save_detector, weights_by_path
+    from effdet_nb.detector.efficientdet import Arch, build
     arch = Arch(f'efficientdet-{variant}', (size, size), num_classes=3)
     model = build(arch)
-    classes = ClassTable.make([{'id': i, 'name': f'class {i}'} for i in (1, 2, 3)], 3)
-    return save_detector(f'{folder}/{variant}.tlt', model, arch, classes, ema=weights_of(model))
+    classes = ClassTable.from_categories([{'id': i, 'name': f'class {i}'} for i in (1, 2, 3)], 3)
+    return save_detector(f'{folder}/{variant}.tlt', model, arch, classes, ema=weights_by_path(model))
 
 
 def main():
@@ -93,23 +93,23 @@ def main():
     parser.add_argument('--peer', default=os.environ.get('PEER_PYTHON', ''), help='Python of the environment with torch, effdet and torch-pruning')
     parser.add_argument('--command', action='store_true', help='time the whole command, too')
     args = parser.parse_args()
-    from effdet_nb.model.detector import SCALING
-    from effdet_nb.model.store import load_model
+    from effdet_nb.detector.efficientdet import VARIANTS
+    from effdet_nb.weights.model_file import load_model_file
     if not args.peer: print('no PEER_PYTHON: ours alone. To compare, pip install torch torchvision effdet==0.4.1 torch-pruning in an environment of its own')
     for variant in args.variants:
-        size = args.size or SCALING[f'efficientdet-{variant}'][0]
+        size = args.size or VARIANTS[f'efficientdet-{variant}'][0]
         with tempfile.TemporaryDirectory() as folder:
-            stored = load_model(save(variant, size, folder))
-            theirs = peer(args.peer, variant, size) if args.peer else None
+            stored = load_model_file(save_random_model(variant, size, folder))
+            theirs = run_peer(args.peer, variant, size) if args.peer else None
             share = theirs['after']/theirs['before'] if theirs else .35
-            rounds = sorted((ours(stored, share) for _ in range(args.rounds)), key=lambda r: r['total'])
+            rounds = sorted((time_pruning(stored, share) for _ in range(args.rounds)), key=lambda r: r['total'])
             mine = rounds[len(rounds)//2]
             print(f'\n| {variant} at {size} pixels | parameters | groups s | choosing s | cutting s | total s |\n|---|---|---|---|---|---|')
             for name, r in (('Torch-Pruning', theirs), ('effdet_nb', mine)):
                 if r: print(f'| {name} | {r["before"]:,} → {r["after"]:,} ({r["after"]/r["before"]:.1%}) | {r["groups"]:.2f} | {r.get("choosing", 0) or "with cutting" if r is theirs else round(r["choosing"], 2)} | {r["cutting"]:.2f} | {r["total"]:.2f} |')
             if theirs: print(f'{theirs["total"]/mine["total"]:.1f} times as fast')
             if args.command:
-                seconds, megabytes, row = command(f'{folder}/{variant}.tlt', f'{folder}/out')
+                seconds, megabytes, row = time_command(f'{folder}/{variant}.tlt', f'{folder}/out')
                 print(f'effdet_prune --target_params 0.2, everything: {seconds:.1f} s, peak {megabytes:,.0f} MB\n{row}')
 
 

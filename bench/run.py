@@ -8,12 +8,12 @@ import argparse, re, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 
-def records(folder, side, count):
+def write_toy_records(folder, side, count):
     "Drawn pictures as records, and the spec of a run over them."
     import effdet_nb   # first: it sets the switches that TensorFlow reads
     from effdet_nb.data.convert import dataset_convert
-    from effdet_nb.data.shapes import draw_dataset
-    draw_dataset(folder/'shapes', num_train=count, num_val=1, size=(side, side), seed=0)
+    from effdet_nb.detector.toy_data import make_toy_dataset
+    make_toy_dataset(folder/'shapes', num_train=count, num_val=1, image_hw=(side, side), seed=0)
     dataset_convert(folder/'shapes'/'train', folder/'shapes'/'train.json', folder/'records', 'train', num_shards=2, workers=1)
 
 
@@ -24,7 +24,7 @@ training_config {{ train_batch_size: {batch} num_examples_per_epoch: {batch*step
 eval_config {{ eval_after_training: False }}'''
 
 
-def command(folder):
+def run_train_command(folder):
     "Runs effdet_train; the seconds at which its lines came, and the lines."
     start, lines = time.perf_counter(), []
     with subprocess.Popen([Path(sys.executable).with_name('effdet_train'), '-e', folder/'spec.txt', '-d', folder/'run'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
@@ -33,15 +33,15 @@ def command(folder):
     return lines
 
 
-def checkpoint(folder):
+def time_checkpoints(folder):
     "Seconds of five checkpoints of a run, and the size of one."
-    from effdet_nb.data.coco import ClassTable
-    from effdet_nb.learn.step import Trainer
-    import effdet_nb.learn.saving
-    from effdet_nb.model.detector import arch_from_spec
-    from effdet_nb.spec import Spec
+    from effdet_nb.data.classes import ClassTable
+    from effdet_nb.train.trainer import Trainer
+    import effdet_nb.train.checkpoints
+    from effdet_nb.train.experiment import arch_from_spec
+    from effdet_nb.train.spec import Spec
     spec = Spec.load(folder/'spec.txt')
-    trainer, classes, seconds = Trainer(spec, arch_from_spec(spec)), ClassTable.make([{'id': i, 'name': str(i)} for i in (1,2,3)], 4), []
+    trainer, classes, seconds = Trainer(spec, arch_from_spec(spec)), ClassTable.from_categories([{'id': i, 'name': str(i)} for i in (1,2,3)], 4), []
     for i in range(5):
         start = time.perf_counter()
         path = trainer.save(folder/f'{i}.tlt', classes)
@@ -54,13 +54,13 @@ def main():
     p.add_argument('--side', type=int, default=512); p.add_argument('--batch', type=int, default=4); p.add_argument('--steps', type=int, default=8)
     a = p.parse_args()
     folder = Path(tempfile.mkdtemp())
-    records(folder, a.side, a.batch*2)
-    (folder/'spec.txt').write_text(spec_text(folder, a.side, a.batch, a.steps))
-    lines = command(folder)
+    write_toy_records(folder, a.native_side, a.batch*2)
+    (folder/'spec.txt').write_text(spec_text(folder, a.native_side, a.batch, a.num_steps))
+    lines = run_train_command(folder)
     steps = [t for t,line in lines if re.match(r'step \d', line)]
     step = statistics.median(b-a for a,b in zip(steps, steps[1:]))
     wait = next((m[1] for _,line in reversed(lines) if (m := re.search(r'(\d+% waiting for input)', line))), 'not said')
-    saving, mb = checkpoint(folder)
+    saving, mb = time_checkpoints(folder)
     print(f'| until | seconds | in steps |\n|---|---|---|\n| the first step is done | {steps[0]:.1f} | {steps[0]/step:.0f} |\n| a further step | {step:.2f} | 1 |\n| a checkpoint of {mb:.0f} MB is written | {saving:.2f} | {saving/step:.2f} |\n\n{wait}')
 
 

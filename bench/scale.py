@@ -16,11 +16,11 @@ from pathlib import Path
 from PIL import Image
 
 
-def polygon(rng, x, y, w, h, points):
+def random_polygon(rng, x, y, w, h, points):
     return [round(v, 2) for _ in range(points) for v in (x+rng.random()*w, y+rng.random()*h)]
 
 
-def write_json(path, images, annotations, names):
+def write_coco_json(path, images, annotations, names):
     "Writes annotation by annotation, so that making the file needs no memory of its own."
     rng = random.Random(0)
     with open(path, 'w') as f:
@@ -31,17 +31,17 @@ def write_json(path, images, annotations, names):
         for k in range(annotations):
             w, h = rng.uniform(5, 200), rng.uniform(5, 200)
             x, y = rng.uniform(0, 640-w), rng.uniform(0, 480-h)
-            entry = dict(segmentation=[polygon(rng, x, y, w, h, rng.randrange(5, 55))], area=w*h/2, iscrowd=0, image_id=k*images//annotations+1, bbox=[round(v, 2) for v in (x, y, w, h)], category_id=k % 80+1, id=k+1)
+            entry = dict(segmentation=[random_polygon(rng, x, y, w, h, rng.randrange(5, 55))], area=w*h/2, iscrowd=0, image_id=k*images//annotations+1, bbox=[round(v, 2) for v in (x, y, w, h)], category_id=k % 80+1, id=k+1)
             f.write((', ' if k else '') + json.dumps(entry))
         f.write('], "categories": ' + json.dumps([dict(id=c+1, name=f'class {c+1}', supercategory='thing') for c in range(80)]) + '}')
 
 
-def convert(folder, masks, workers):
+def time_conversion(folder, masks, workers):
     from effdet_nb.data.convert import dataset_convert
     start = time.perf_counter()
     summary = dataset_convert(folder/'images', folder/'coco.json', folder/'out', 'train', 256, include_masks=masks, workers=workers)
     seconds, gb = time.perf_counter()-start, [resource.getrusage(w).ru_maxrss/2**20 for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(f'{summary.images:,} images, {sum(summary.boxes.values()):,} boxes{" with masks" if masks else ""} in {seconds:.0f} s; peak memory {gb[0]:.2f} GB, largest worker {gb[1]:.2f} GB, {workers} workers: at most {gb[0]+workers*gb[1]:.2f} GB together')
+    print(f'{summary.num_images:,} images, {sum(summary.boxes_by_name.values()):,} boxes{" with masks" if masks else ""} in {seconds:.0f} s; peak memory {gb[0]:.2f} GB, largest worker {gb[1]:.2f} GB, {workers} workers: at most {gb[0]+workers*gb[1]:.2f} GB together')
 
 
 def main():
@@ -56,9 +56,9 @@ def main():
         (folder/'images').mkdir()
         names = [f'{i:012d}.jpg' for i in range(16)]
         for i, name in enumerate(names): Image.new('RGB', (640, 480), (i*10, 90, 120)).save(folder/'images'/name, quality=30)
-        write_json(folder/'coco.json', args.images, args.annotations, names)
+        write_coco_json(folder/'coco.json', args.images, args.annotations, names)
         print(f'{(folder/"coco.json").stat().st_size/1e6:,.0f} MB of JSON', flush=True)
-        convert(folder, args.masks, args.workers)
+        time_conversion(folder, args.masks, args.workers)
 
 
 if __name__ == '__main__': main()

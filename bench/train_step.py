@@ -11,7 +11,7 @@ import argparse, os, statistics, subprocess, sys, time
 SIDE, BATCH, BOXES, CLASSES = 512, 4, 7, 90
 
 
-def scene():
+def random_batch():
     "The same pictures and boxes for both: uint8 [4, 512, 512, 3], boxes yxyx [4, 7, 4], channels [4, 7]."
     import numpy as np
     rng = np.random.default_rng(0)
@@ -20,20 +20,21 @@ def scene():
     return rng.integers(0, 255, (BATCH, SIDE, SIDE, 3), np.uint8), boxes, rng.integers(0, CLASSES-1, (BATCH, BOXES)).astype('int32')
 
 
-def ours():
+def make_package_step():
     "Our step, as a function."
     import effdet_nb   # first: it sets the switches that TensorFlow reads
     import tensorflow as tf
-    from effdet_nb.learn.step import Trainer, keep_memory
-    from effdet_nb.learn.targets import assign
-    from effdet_nb.model.detector import arch_anchors, arch_from_spec
-    from effdet_nb.spec import Spec
+    from effdet_nb.train.trainer import Trainer, keep_freed_memory
+    from effdet_nb.detector.targets import assign
+    from effdet_nb.detector.efficientdet import arch_anchors
+    from effdet_nb.train.experiment import arch_from_spec
+    from effdet_nb.train.spec import Spec
     spec = Spec().replace(dataset_config=dict(num_classes=CLASSES, image_size=f'{SIDE},{SIDE}'),
                           training_config=dict(train_batch_size=BATCH, num_examples_per_epoch=400, num_epochs=10, learning_rate=.01))
-    keep_memory()           # as `train` does
+    keep_freed_memory()           # as `train` does
     trainer = Trainer(spec, arch_from_spec(spec))
     anchors = tf.constant(arch_anchors(trainer.arch))
-    images, boxes, channels = map(tf.constant, scene())
+    images, boxes, channels = map(tf.constant, random_batch())
 
     @tf.function
     def targets(): return [assign(anchors, boxes[i], channels[i]) for i in range(BATCH)]
@@ -44,15 +45,15 @@ def ours():
     return step
 
 
-def effdet():
+def make_effdet_step():
     "The peer's step, as a function."
     import torch
-    from effdet import DetBenchTrain, EfficientDet, get_efficientdet_config
+    from make_effdet_step import DetBenchTrain, EfficientDet, get_efficientdet_config
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = get_efficientdet_config('tf_efficientdet_d0')
     bench = DetBenchTrain(EfficientDet(config, pretrained_backbone=False), create_labeler=True).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(bench.parameters(), lr=.01, momentum=.9)
-    images, boxes, channels = scene()
+    images, boxes, channels = random_batch()
     x = ((torch.from_numpy(images).permute(0, 3, 1, 2).float()-120)/58).contiguous(memory_format=torch.channels_last)
     target = dict(bbox=torch.from_numpy(boxes), cls=torch.from_numpy(channels).float()+1)
 
@@ -66,18 +67,18 @@ def effdet():
     return step
 
 
-def peak_mb():
+def peak_memory_mb():
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024
 
 
-def serve(who):
+def run_worker(who):
     "Takes a step for each line on stdin; answers with seconds, loss and peak memory."
     start = time.perf_counter()
-    step = dict(ours=ours, effdet=effdet)[who]()
+    step = dict(ours=make_package_step, effdet=make_effdet_step)[who]()
     while True:
         loss = step()
-        print(f'@ {time.perf_counter()-start} {loss} {peak_mb()}', flush=True)
+        print(f'@ {time.perf_counter()-start} {loss} {peak_memory_mb()}', flush=True)
         if not sys.stdin.readline(): return
         start = time.perf_counter()
 
@@ -102,7 +103,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--peer', default=os.environ.get('PEER_PYTHON')); p.add_argument('--rounds', type=int, default=9); p.add_argument('--serve')
     a = p.parse_args()
-    if a.serve: return serve(a.serve)
+    if a.serve: return run_worker(a.serve)
     workers = {'ours': Worker(sys.executable, 'ours')}
     if a.peer: workers['effdet'] = Worker(a.peer, 'effdet')
     else: print('no peer: see --help for how to make one')

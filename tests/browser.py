@@ -8,17 +8,17 @@ import sys
 import time
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--hide-scrollbars', '--remote-debugging-pipe']
+CHROMIUM_FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync', '--hide-scrollbars', '--remote-debugging-pipe']
 
-HAND_OVER = 'import fcntl, os, sys; ends = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 50) for n in sys.argv[1:3]]; os.dup2(ends[0], 3); os.dup2(ends[1], 4); os.execv(sys.argv[3], sys.argv[3:])' # it hears at 3, speaks at 4
+PIPE_LAUNCHER = 'import fcntl, os, sys; ends = [fcntl.fcntl(int(n), fcntl.F_DUPFD, 50) for n in sys.argv[1:3]]; os.dup2(ends[0], 3); os.dup2(ends[1], 4); os.execv(sys.argv[3], sys.argv[3:])' # it hears at 3, speaks at 4
 
 
 class Browser:
     "A headless chromium with one tab. `asked` lists the addresses a page wanted, `said` what it complained about."
     def __init__(self, profile, timeout=60):
         ours_out, theirs_in = os.pipe(), os.pipe()        # what it says; what it hears
-        self.timeout, self.count, self.said, self.asked, self.events, self.rest = timeout, 0, [], [], [], b''
-        self.process = subprocess.Popen([sys.executable, '-c', HAND_OVER, str(theirs_in[0]), str(ours_out[1]), CHROMIUM, *FLAGS, f'--user-data-dir={profile}', 'about:blank'],
+        self.timeout, self.count, self.said, self.asked, self.events, self.partial_line = timeout, 0, [], [], [], b''
+        self.process = subprocess.Popen([sys.executable, '-c', PIPE_LAUNCHER, str(theirs_in[0]), str(ours_out[1]), CHROMIUM, *CHROMIUM_FLAGS, f'--user-data-dir={profile}', 'about:blank'],
                                         pass_fds=(theirs_in[0], ours_out[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(theirs_in[0]); os.close(ours_out[1])
         self.reads, self.writes, self.session = ours_out[0], theirs_in[1], None
@@ -36,11 +36,11 @@ class Browser:
     def message(self):
         "The next thing the browser says."
         end = time.monotonic()+self.timeout
-        while b'\0' not in self.rest:
+        while b'\0' not in self.partial_line:
             data = os.read(self.reads, 2**16)
             if not data or time.monotonic()>end: raise RuntimeError('the browser ended, or says nothing')
-            self.rest += data
-        one, _, self.rest = self.rest.partition(b'\0')
+            self.partial_line += data
+        one, _, self.partial_line = self.partial_line.partition(b'\0')
         return self.note(json.loads(one))
 
     def note(self, m):

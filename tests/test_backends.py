@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from effdet_nb.learn.loss import detection_loss
-from effdet_nb.learn.targets import assign
-from effdet_nb.model.detect import weights_of
-from effdet_nb.model.detector import Arch, arch_anchors, build
+from effdet_nb.detector.loss import detection_loss
+from effdet_nb.detector.targets import assign
+from effdet_nb.weights.model_file import weights_by_path
+from effdet_nb.detector.efficientdet import Arch, arch_anchors, build
 
 HW = (133, 160)     # odd on purpose: padding and nearest neighbours are where backends part
 
@@ -27,9 +27,9 @@ CODE = '''
 import json, sys
 import numpy as np, keras
 assert keras.backend.backend() == sys.argv[1] and 'tensorflow' not in sys.modules
-from effdet_nb.model.detector import Arch, arch_anchors, build
-from effdet_nb.learn.loss import detection_loss
-from effdet_nb.learn.targets import assign
+from effdet_nb.detector.efficientdet import Arch, arch_anchors, build
+from effdet_nb.detector.loss import detection_loss
+from effdet_nb.detector.targets import assign
 data = np.load(sys.argv[2])
 model = build(Arch(sys.argv[3], (133, 160), 3))
 for w in model.weights: w.assign(data['w|' + w.path])
@@ -62,7 +62,7 @@ def test_another_backend_gives_the_same_numbers(backend, name, tmp_path):
         out = model(image, training=False)
         loss = detection_loss(out['cls_logits'], out['box_deltas'], t[0][None], t[1][None], t[2][None])['total']
     grad = np.abs(tape.gradient(loss, model.get_layer('class-predict').bias)).sum()
-    np.savez(tmp_path/'in.npz', image=image, boxes=boxes, classes=classes, **{'w|'+k: v for k, v in weights_of(model).items()})
+    np.savez(tmp_path/'in.npz', image=image, boxes=boxes, classes=classes, **{'w|'+k: v for k, v in weights_by_path(model).items()})
     (tmp_path/'run.py').write_text(CODE)
     ran = subprocess.run([python, tmp_path/'run.py', backend, tmp_path/'in.npz', name, tmp_path/'out.npz'], env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]

@@ -1,10 +1,10 @@
-"Guards for effdet_nb.data.boxes: identities that must hold for any boxes."
+"Guards for effdet_nb.detector.boxes: identities that must hold for any boxes."
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from effdet_nb.data.boxes import area, as_boxes, clip, draw_boxes, hflip, iou, xywh_to_yxyx, yxyx_to_xywh
+from effdet_nb.detector.boxes import area, as_boxes, clip_boxes, draw_boxes, flip_boxes, iou, xywh_to_yxyx, yxyx_to_xywh
 
 
 def some_boxes(low=-50, high=250):
@@ -40,21 +40,21 @@ def test_iou_with_itself_is_one(boxes):
 
 @given(some_boxes())
 def test_flip_twice_is_nothing_and_keeps_overlaps(boxes):
-    assert np.array_equal(hflip(hflip(boxes, 200), 200), boxes)
-    np.testing.assert_allclose(iou(hflip(boxes, 200), hflip(boxes, 200)), iou(boxes, boxes))
+    assert np.array_equal(flip_boxes(flip_boxes(boxes, 200), 200), boxes)
+    np.testing.assert_allclose(iou(flip_boxes(boxes, 200), flip_boxes(boxes, 200)), iou(boxes, boxes))
 
 
 @given(some_boxes())
 def test_clip_stays_inside_and_is_idempotent(boxes):
-    inside = clip(boxes, (100, 150))
+    inside = clip_boxes(boxes, (100, 150))
     assert (inside >= 0).all() and (inside[:, 0::2] <= 100).all() and (inside[:, 1::2] <= 150).all()
-    assert np.array_equal(clip(inside, (100, 150)), inside)
+    assert np.array_equal(clip_boxes(inside, (100, 150)), inside)
     assert (area(inside) <= area(boxes)).all()
 
 
 @pytest.mark.parametrize('empty', [[], (), np.zeros((0, 4)), np.zeros((0, 4), int)])
 def test_no_boxes_are_fine_everywhere(empty):
-    for out in (as_boxes(empty), clip(empty, (9, 9)), hflip(empty, 9), xywh_to_yxyx(empty), yxyx_to_xywh(empty)):
+    for out in (as_boxes(empty), clip_boxes(empty, (9, 9)), flip_boxes(empty, 9), xywh_to_yxyx(empty), yxyx_to_xywh(empty)):
         assert out.shape == (0, 4) and out.dtype == np.float32
     assert area(empty).shape == (0,) and iou(empty, empty).shape == (0, 0)
 
@@ -69,5 +69,5 @@ def test_drawing_survives_any_box_and_leaves_the_picture_alone(boxes):
 def test_functions_leave_their_input_alone():
     boxes = np.float32([[-5, -5, 500, 500]])
     before = boxes.copy()
-    clip(boxes, (10, 10)), hflip(boxes, 10), iou(boxes, boxes), yxyx_to_xywh(boxes)
+    clip_boxes(boxes, (10, 10)), flip_boxes(boxes, 10), iou(boxes, boxes), yxyx_to_xywh(boxes)
     assert np.array_equal(boxes, before)

@@ -7,10 +7,10 @@ import pytest
 
 from effdet_nb.data import check as C
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.data.shapes import draw_dataset
-from effdet_nb.model.anchors import all_anchors
-from effdet_nb.spec import Spec
-from test_dataset import foreign, picture, write
+from effdet_nb.detector.toy_data import make_toy_dataset
+from effdet_nb.detector.anchors import all_anchors
+from effdet_nb.train.spec import Spec
+from test_pipeline import foreign, picture, write
 
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*is given twice')      # a test spec overrides by repeating
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*is given twice')      # a test
 
 @pytest.fixture(scope='module')
 def drawn(tmp_path_factory):
-    folder = draw_dataset(tmp_path_factory.mktemp('check'), 20, 8, (128,160))
+    folder = make_toy_dataset(tmp_path_factory.mktemp('check'), 20, 8, (128,160))
     for tag in ('train','val'): dataset_convert(folder/tag, folder/f'{tag}.json', folder/'rec', tag, num_shards=2)
     return folder
 
@@ -34,7 +34,7 @@ def says(check): return '\n'.join(map(str, check.problems))
 
 def test_good_data_passes(drawn):
     check = look(make_spec(drawn), pictures=True, sums=True)
-    assert check.problems == [] and repr(check).endswith('no problems') and check.scans['training'].total == 20
+    assert check.problems == [] and repr(check).endswith('no problems') and check.scans['training'].num_records == 20
     assert C.check_before_training(make_spec(drawn)).problems == []
 
 
@@ -56,7 +56,7 @@ mistakes = {
 def test_mistakes_of_the_spec(drawn, change, serious, message):
     check = look(make_spec(drawn, **{k: v.replace('{}', str(drawn)) for k,v in change.items()}))
     assert re.search(message, says(check)), says(check)
-    assert len(check.serious) == serious
+    assert len(check.errors) == serious
     if serious:
         with pytest.raises(ValueError, match='the data does not fit the spec'): C.check_before_training(make_spec(drawn, **{k: v.replace('{}', str(drawn)) for k,v in change.items()}))
 
@@ -86,18 +86,18 @@ faults = {
 def test_faults_of_records(tmp_path, records, serious, message):
     check = look(foreign_spec(tmp_path, records()))
     assert re.search(message, says(check)), says(check)
-    assert len(check.serious) == serious, says(check)
+    assert len(check.errors) == serious, says(check)
 
 
 def test_damaged_records_are_no_problem_where_they_are_skipped(tmp_path):
     spec = foreign_spec(tmp_path, [foreign('a'), b'\x0anothing'], more='skip_corrupt: True')
     check = look(spec)
-    assert not check.serious and 'skip_corrupt leaves them out' in says(check)
+    assert not check.errors and 'skip_corrupt leaves them out' in says(check)
 
 
 def test_pictures_are_decoded_if_asked(tmp_path):
     spec = foreign_spec(tmp_path, [foreign('a'), foreign('b', encoded=picture(2)[:200])])
-    assert not look(spec).serious
+    assert not look(spec).errors
     assert '1 of 2 records are damaged: train-00000-of-00001, record 1: its picture cannot be decoded' in says(look(spec, pictures=True))
 
 
@@ -123,25 +123,25 @@ def test_duplicate_ids_in_validation(tmp_path):
 def test_a_sample_is_spread_over_all_records(drawn):
     check = look(make_spec(drawn), limit=4)
     scan = check.scans['training']
-    assert scan.index.tolist() == [0, 6, 12, 19] and scan.total == 20 and '(looked at 4 of 20)' in repr(check)
+    assert scan.record_index.tolist() == [0, 6, 12, 19] and scan.num_records == 20 and '(looked at 4 of 20)' in repr(check)
 
 
 def test_best_fit_is_the_iou_of_boxes_on_one_centre():
-    from effdet_nb.data.boxes import iou
+    from effdet_nb.detector.boxes import iou
     rng = np.random.default_rng(0)
     sides, anchors = rng.uniform(1, 200, (50,2)), rng.uniform(1, 200, (9,2))
     centred = lambda s: np.concatenate([-s/2, s/2], 1)
-    np.testing.assert_allclose(C.best_fit(sides, anchors), iou(centred(sides), centred(anchors)).max(1), rtol=1e-4)
-    assert len(C.best_fit(np.zeros((0,2)), anchors)) == 0
+    np.testing.assert_allclose(C.best_shape_iou(sides, anchors), iou(centred(sides), centred(anchors)).max(1), rtol=1e-4)
+    assert len(C.best_shape_iou(np.zeros((0,2)), anchors)) == 0
 
 
 @pytest.mark.parametrize('name, classes', [pytest.param('bccd', 4, marks=pytest.mark.slow), ('coco_mini', 91)])
-def test_real_sets_pass_and_make_a_page(shared, tmp_path, name, classes):
-    from effdet_nb.deploy.datapage import check_spec
-    data = shared/'data'/name
+def test_real_sets_pass_and_make_a_page(shared_dir, tmp_path, name, classes):
+    from effdet_nb.app.dataset_page import check_dataset
+    data = shared_dir/'data'/name
     for tag in ('train','val'): dataset_convert(data/'images', data/f'{tag}.json', tmp_path/'rec', tag, num_shards=4)
     (tmp_path/'val.json').write_bytes((data/'val.json').read_bytes())
-    check = check_spec(make_spec(tmp_path, f'num_classes: {classes} image_size: "512,512"'), tmp_path/'page.html')
-    assert not check.serious, says(check)
+    check = check_dataset(make_spec(tmp_path, f'num_classes: {classes} image_size: "512,512"'), tmp_path/'page.html')
+    assert not check.errors, says(check)
     page = (tmp_path/'page.html').read_text()
     assert page.count('<image') == 24 and page.count('<img') == 6 and 'src="http' not in page and len(page) < 3_000_000

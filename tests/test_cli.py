@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from effdet_nb.data.shapes import draw_dataset
-from effdet_nb.status import read_status
+from effdet_nb.detector.toy_data import make_toy_dataset
+from effdet_nb.core.console import read_status
 
 BIN = Path(sys.executable).parent
 TASKS = ['dataset_convert', 'check', 'train', 'evaluate', 'prune', 'inference', 'export', 'gen_trt_engine', 'quickstart', 'import']
@@ -37,7 +37,7 @@ def fails(out, *words, code=1):
 def work(tmp_path_factory):
     "A folder with a drawn data set, its records, a spec, and a model trained for an epoch under a key; all made by commands."
     folder = tmp_path_factory.mktemp('work')
-    draw_dataset(folder/'data', 12, 6, (128,128))
+    make_toy_dataset(folder/'data', 12, 6, (128,128))
     for tag,shards in (('train',2), ('val',1)):
         out = run('dataset_convert', '-i', f'data/{tag}', '-a', f'data/{tag}.json', '-o', 'rec', '-s', shards, cwd=folder)
         assert out.returncode==0, out.stderr
@@ -57,7 +57,7 @@ def trained(work):
 def test_help_needs_no_heavy_import_and_says_what_the_task_does(task, tmp_path):
     out = run(task, '--help', cwd=tmp_path)
     assert out.returncode==0 and 'usage:' in out.stdout and not out.stderr
-    code = f"import sys; sys.argv = ['x','{task}','--help']\nimport effdet_nb.cli as c\ntry: c.efficientdet_tf1()\nexcept SystemExit: pass\nprint([m for m in ('tensorflow','keras','numpy') if m in sys.modules])"
+    code = f"import sys; sys.argv = ['x','{task}','--help']\nimport effdet_nb.app.cli as c\ntry: c.efficientdet_tf1()\nexcept SystemExit: pass\nprint([m for m in ('tensorflow','keras','numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=ENV).stdout.strip().endswith('[]')
 
 def test_the_umbrella_knows_every_task(tmp_path):
@@ -79,7 +79,7 @@ SEED = { # flags as NVIDIA's page writes them
 @pytest.mark.parametrize('task, line', [(t,l) for t,ls in SEED.items() for l in ls])
 def test_flags_of_both_tao_versions_are_understood(task, line):
     from fastcore.script import anno_parser
-    import effdet_nb.cli as cli
+    import effdet_nb.app.cli as cli
     anno_parser(cli.TASKS[task], task).parse_args(line.split())
 
 @pytest.mark.parametrize('line, words', [
@@ -148,7 +148,7 @@ def test_results_on_stdout_and_dashes_forgiven(work, tmp_path):
 
 WAITS = '''
 import sys, time
-import effdet_nb.cli as c
+import effdet_nb.app.cli as c
 @c.command
 def effdet_wait():
     "Wait."
@@ -177,7 +177,7 @@ def test_a_reader_who_has_seen_enough_hears_no_complaint(work, tmp_path):
     assert p.returncode==141 and 'rror' not in err and 'pipe' not in err
 
 def test_held_back_text_appears_only_when_it_is_needed(tmp_path):
-    code = 'import os\nfrom effdet_nb.command import held_back\nwith held_back(): os.write(2, b"hello\\n"); {}'
+    code = 'import os\nfrom effdet_nb.app.command import held_back\nwith held_back(): os.write(2, b"hello\\n"); {}'
     def stderr(then): return subprocess.run([sys.executable, '-c', code.format(then)], capture_output=True, text=True, cwd=tmp_path).stderr
     assert stderr('pass')=='' and stderr('1/0').startswith('hello\n')
 
@@ -210,7 +210,7 @@ def test_evaluate_prints_the_table_and_writes_numbers(trained):
 def test_several_models_are_compared_and_each_is_read(trained):
     work,_ = trained
     from fastcore.script import anno_parser
-    import effdet_nb.cli as cli
+    import effdet_nb.app.cli as cli
     assert anno_parser(cli.TASKS['evaluate'], 'x').parse_args('-e a -m b c -m d'.split()).model_path==['b','c','d']
     out = run('evaluate', '-e', 'spec.txt', '-m', 'run/model.step-3.tlt', '-m', 'run/model.best.tlt', '-k', KEY, '--nms', 'hard', '-r', 'both', cwd=work)
     assert out.returncode==0, out.stderr
@@ -291,7 +291,7 @@ def test_evaluate_takes_exported_files_without_tensorflow(trained):
     work,_ = trained
     out = run('export', '-m', 'run/model.step-3.tlt', '-k', KEY, '-o', 'exported/b.onnx', '-v', cwd=work)
     assert out.returncode==0 and 'nms onnx' in out.stdout, out.stderr
-    code = "import sys; sys.argv = 'x evaluate -e spec.txt -m exported/b.onnx'.split()\nimport effdet_nb.cli as c; c.efficientdet_tf1(); print('tensorflow' in sys.modules)"
+    code = "import sys; sys.argv = 'x evaluate -e spec.txt -m exported/b.onnx'.split()\nimport effdet_nb.app.cli as c; c.efficientdet_tf1(); print('tensorflow' in sys.modules)"
     out = subprocess.run([sys.executable, '-c', code], cwd=work, env=ENV, capture_output=True, text=True)
     assert out.returncode==0 and out.stdout.startswith('6 images') and out.stdout.endswith('False\n'), out.stderr
 
@@ -322,11 +322,11 @@ def test_a_pruned_model_is_retrained(trained):
 def test_quickstart_offers_every_setting_and_leaves_defaults_to_it():
     import inspect
     from dataclasses import fields
-    import effdet_nb.cli as cli
-    from effdet_nb.deploy.quickstart import Settings, quickstart
+    import effdet_nb.app.cli as cli
+    from effdet_nb.app.quickstart import QuickstartSettings, quickstart
     mine = {k:p.default for k,p in inspect.signature(cli.effdet_quickstart).parameters.items() if k not in ('key','log_file','verbose')}
     assert mine.pop('folder')==inspect.signature(quickstart).parameters['folder'].default
-    assert set(mine)=={f.name for f in fields(Settings)} and set(mine.values())=={None}
+    assert set(mine)=={f.name for f in fields(QuickstartSettings)} and set(mine.values())=={None}
 
 def test_quickstart_settings_are_checked_at_once(tmp_path):
     fails(run('quickstart', '--folder', 'q', '--size', 100, cwd=tmp_path), '128')

@@ -4,7 +4,8 @@ import json
 import pytest
 from hypothesis import given, strategies as st
 
-from effdet_nb.data.coco import ClassTable, CocoError, load_coco
+from effdet_nb.data.classes import ClassTable
+from effdet_nb.data.coco import CocoError, load_coco
 
 
 def good():
@@ -98,11 +99,11 @@ def test_all_problems_at_once_and_only_twenty_shown(tmp_path):
 
 @given(st.sets(st.integers(0, 300), min_size=1, max_size=40), st.integers(0, 400))
 def test_tables_are_bijections(ids, extra):
-    table = ClassTable.make([dict(id=k, name=f'n{k}') for k in sorted(ids, reverse=True)], len(ids) + extra)
+    table = ClassTable.from_categories([dict(id=k, name=f'n{k}') for k in sorted(ids, reverse=True)], len(ids) + extra)
     channels = [table.channel(k) for k in table.ids]
     assert len(set(channels)) == len(ids) and all(0 <= c < table.num_classes for c in channels)
-    assert [table.id(c) for c in channels] == sorted(ids) and [table.name(c) for c in channels] == [f'n{k}' for k in sorted(ids)]
-    everything = [table.id(c) for c in range(table.num_classes)]
+    assert [table.category_id(c) for c in channels] == sorted(ids) and [table.class_name(c) for c in channels] == [f'n{k}' for k in sorted(ids)]
+    everything = [table.category_id(c) for c in range(table.num_classes)]
     assert len(set(everything)) == table.num_classes       # idle channels take no category's id
     assert ClassTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
     if min(ids) >= 1 and max(ids) < table.num_classes: assert channels == [k - 1 for k in table.ids]
@@ -111,19 +112,19 @@ def test_tables_are_bijections(ids, extra):
 def test_too_few_channels_names_the_boxes():
     categories = [dict(id=k, name=str(k)) for k in range(1, 6)]
     with pytest.raises(ValueError, match=r'2 ids \(4 to 5\) with 1,007 boxes would have no channel. Set dataset_config.num_classes to 6'):
-        ClassTable.make(categories, 3, {4: 1000, 5: 7, 1: 3})
-    with pytest.raises(ValueError, match='no categories'): ClassTable.make([])
+        ClassTable.from_categories(categories, 3, {4: 1000, 5: 7, 1: 3})
+    with pytest.raises(ValueError, match='no categories'): ClassTable.from_categories([])
 
 
 @pytest.mark.parametrize('channel', [-1, 3])
 def test_channels_end_somewhere(channel):
-    with pytest.raises(ValueError, match='channels 0 to 2'): ClassTable((1, 2), ('a', 'b'), 3).id(channel)
+    with pytest.raises(ValueError, match='channels 0 to 2'): ClassTable((1, 2), ('a', 'b'), 3).category_id(channel)
 
 
-def test_real_files_load(shared):
-    bccd, mini = (load_coco(shared/'data'/n/'train.json') for n in ('bccd', 'coco_mini'))
+def test_real_files_load(shared_dir):
+    bccd, mini = (load_coco(shared_dir/'data'/n/'train.json') for n in ('bccd', 'coco_mini'))
     assert (len(bccd.images), bccd.num_annotations) == (205, 2805)
     assert (len(mini.images), mini.num_annotations) == (35, 425)
     assert sum(not a for a in mini.annotations.values()) == 1
-    assert ClassTable.make(bccd.categories).is_identity
-    assert ClassTable.make(mini.categories).channel(90) == 79 and ClassTable.make(mini.categories, 91).channel(90) == 89
+    assert ClassTable.from_categories(bccd.categories).is_identity
+    assert ClassTable.from_categories(mini.categories).channel(90) == 79 and ClassTable.from_categories(mini.categories, 91).channel(90) == 89

@@ -1,4 +1,4 @@
-"Guards for effdet_nb.data.faults and convert: every fault named and counted, nothing lost, nothing half-written, nothing done twice."
+"Guards for effdet_nb.data.validate and convert: every fault named and counted, nothing lost, nothing half-written, nothing done twice."
 import hashlib
 import io
 import json
@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from effdet_nb.data import convert, faults as faults_module
+from effdet_nb.data import convert, validate as faults_module
 from effdet_nb.data.coco import CocoError
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.data.faults import judge_box, look_at, mask_png, worst_image
-from effdet_nb.data.shapes import draw_dataset
-from effdet_nb.data.tfrecord import KEYS, load_sidecar, parse_example, read_example, read_records, record_files
+from effdet_nb.data.validate import validate_box, probe_image, mask_png, worst_image_id
+from effdet_nb.detector.toy_data import make_toy_dataset
+from effdet_nb.data.tfrecord import FEATURE_TYPES, load_sidecar, parse_example, decode_example, read_records, find_record_files
 
 
 # --- boxes ---
@@ -30,7 +30,7 @@ finite = st.floats(-1e6, 1e6)
 
 @given(st.tuples(finite, finite, finite, finite), st.booleans())
 def test_judged_boxes_lie_inside(bbox, clip):
-    box, wrong = judge_box(bbox, (100, 150), clip)
+    box, wrong = validate_box(bbox, (100, 150), clip)
     if box is None: assert wrong
     else:
         y1, x1, y2, x2 = box
@@ -41,7 +41,7 @@ def test_judged_boxes_lie_inside(bbox, clip):
 @pytest.mark.parametrize('bbox,wrong', [([0, 0, 150, 100], ''), ([0, 0, 150.01, 100], 'out of bounds'), ([-.01, 0, 9, 9], 'out of bounds'), ([0, -1, 9, 9], 'out of bounds'),
                                         ([0, 99, 9, 2], 'out of bounds'), ([1, 1, 0, 5], 'no size'), ([1, 1, 5, 0], 'no size'), ([1, 1, -5, 5], 'no size'), ([1, 1, 5, 1e-12], 'no size'),
                                         ([float('nan'), 1, 5, 5], 'not finite'), ([1, 1, float('inf'), 5], 'not finite'), ([149.7, 0, .1 + .2, 9], '')])
-def test_boxes_left_out(bbox, wrong): assert judge_box(bbox, (100, 150))[1] == wrong
+def test_boxes_left_out(bbox, wrong): assert validate_box(bbox, (100, 150))[1] == wrong
 
 
 # --- pictures and masks ---
@@ -60,9 +60,9 @@ def test_a_mask_is_what_was_drawn(h, w, data):
 def test_jpegs_look_the_same_with_and_without_pil(tmp_path, monkeypatch, kw):
     kw = dict(kw)
     Image.new(kw.pop('mode', 'RGB'), (37, 23), 90).save(tmp_path/'a.jpg', **kw)
-    ours = look_at(tmp_path/'a.jpg')
+    ours = probe_image(tmp_path/'a.jpg')
     monkeypatch.setattr(faults_module, '_plain_jpeg_size', lambda data: None)
-    assert look_at(tmp_path/'a.jpg') == ours and ours.size == (23, 37)
+    assert probe_image(tmp_path/'a.jpg') == ours and ours.original_hw == (23, 37)
 
 
 @given(st.data())
@@ -79,7 +79,7 @@ def test_no_damaged_header_breaks_the_short_look(data):
 # --- conversion ---
 
 @pytest.fixture(scope='session')
-def drawn_once(tmp_path_factory): return draw_dataset(tmp_path_factory.mktemp('drawn'), 14, 4)
+def drawn_once(tmp_path_factory): return make_toy_dataset(tmp_path_factory.mktemp('drawn'), 14, 4)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def edit(path, change):
     path.write_text(json.dumps(data))
 
 
-def examples(files): return [read_example(r) for f in files for r in read_records(f)]
+def examples(files): return [decode_example(r) for f in files for r in read_records(f)]
 def listing(folder): return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob('*')) if Path(folder).exists() else None
 
 
@@ -104,7 +104,7 @@ def test_every_picture_and_box_arrives(drawn):
     summary = dataset_convert(images, annotations, out, tag='t', num_shards=3)
     assert listing(out) == ['t-00000-of-00003.tfrecord', 't-00001-of-00003.tfrecord', 't-00002-of-00003.tfrecord', 't_records.json', 't_report.json', 't_report.png', 't_warnings.json']
     for k, f in enumerate(summary.files):
-        assert [read_example(r)['source_id'] for r in read_records(f)] == [str(i['id']) for i in truth['images'][k::3]]
+        assert [decode_example(r)['source_id'] for r in read_records(f)] == [str(i['id']) for i in truth['images'][k::3]]
     for e in examples(summary.files):
         info = next(i for i in truth['images'] if str(i['id']) == e['source_id'])
         anns = [a for a in truth['annotations'] if a['image_id'] == info['id'] and a['bbox'][0] + a['bbox'][2] <= 128]
@@ -115,7 +115,7 @@ def test_every_picture_and_box_arrives(drawn):
         assert e['labels'].tolist() == [a['category_id'] for a in anns] and e['is_crowd'].tolist() == [bool(a['iscrowd']) for a in anns]
         np.testing.assert_allclose(e['area'], [a['area'] for a in anns])
     raw = parse_example(next(read_records(summary.files[0])))
-    assert set(raw) == set(KEYS) - {'image/object/mask'} and raw['image/key/sha256'] == [hashlib.sha256(raw['image/encoded'][0]).hexdigest().encode()]
+    assert set(raw) == set(FEATURE_TYPES) - {'image/object/mask'} and raw['image/key/sha256'] == [hashlib.sha256(raw['image/encoded'][0]).hexdigest().encode()]
 
 
 def test_workers_and_repeats_give_the_same_bytes(drawn, tmp_path):
@@ -143,7 +143,7 @@ def test_masks_come_back(drawn):
         for png, area in zip(e['masks'], e['area']):
             mask = np.asarray(Image.open(io.BytesIO(png)))
             assert mask.shape == (128, 128) and set(np.unique(mask)) <= {0, 1} and abs(int(mask.sum()) - area) <= max(20, .08*area)
-    assert not summary.masks_outside
+    assert not summary.masks_outside_box
 
 
 def test_warnings_log_is_taos(drawn):
@@ -161,8 +161,8 @@ def test_warnings_log_is_taos(drawn):
     summary = dataset_convert(images, annotations, out, include_masks=True, num_shards=2)
     log = json.loads((out/'train_warnings.json').read_text())
     assert log['200365'] == {'box': [1, 918], 'mask': [2]} and set(log) == {'200365', '4'} and log['4']['mask'] == []
-    assert summary.dropped['out of bounds'][0][0] in (200365, 4) and len(summary.dropped['out of bounds']) == 3
-    assert summary.masks_outside == [(200365, 2)]
+    assert summary.dropped_boxes['out of bounds'][0][0] in (200365, 4) and len(summary.dropped_boxes['out of bounds']) == 3
+    assert summary.masks_outside_box == [(200365, 2)]
     assert 'masks outside their box (kept)' in repr(summary)
 
 
@@ -284,21 +284,21 @@ def test_every_fault_costs_what_it_must_and_is_named(drawn, spoil, where, reason
     summary = dataset_convert(images, annotations, out, num_shards=2, include_masks=True)
     assert getattr(summary, where) == {reason: items}
     lost_images = len(items) if where == 'pictures' and reason != 'image id used twice' else 0
-    left_out = sum(map(len, summary.dropped.values()))
-    assert summary.images == 14 - lost_images == len(examples(summary.files))
-    assert sum(summary.boxes.values()) == len(json.loads(annotations.read_text())['annotations']) - left_out
+    left_out = sum(map(len, summary.dropped_boxes.values()))
+    assert summary.num_images == 14 - lost_images == len(examples(summary.files))
+    assert sum(summary.boxes_by_name.values()) == len(json.loads(annotations.read_text())['annotations']) - left_out
     said = repr(summary)
     assert reason in said and f'{len(items):>9,}  such as' in said
     report = json.loads((out/'train_report.json').read_text())
     of_it, = (o for o in report['reasons'] if o['reason'] == reason)
-    assert of_it['count'] == len(items) and report['images'] == summary.images
+    assert of_it['count'] == len(items) and report['images'] == summary.num_images
     if where != 'notes': assert of_it['cure'] and of_it['serious']
     serious = [o for o in report['reasons'] if o['serious']]
     if serious:
         before = {n: (out/n).read_bytes() for n in listing(out)}
         with pytest.raises(ValueError, match='--strict allows none. Nothing was written') as e: dataset_convert(images, annotations, out, num_shards=3, include_masks=True, strict=True)
         assert reason in str(e.value) and {n: (out/n).read_bytes() for n in listing(out)} == before
-    else: assert dataset_convert(images, annotations, out, num_shards=2, strict=True, include_masks=True).images == 14
+    else: assert dataset_convert(images, annotations, out, num_shards=2, strict=True, include_masks=True).num_images == 14
 
 
 hopeless = {
@@ -331,8 +331,8 @@ def test_many_faults_at_once_are_all_known_also_by_workers(drawn):
     (images/'000003.jpg').unlink()
     edit(annotations, lambda d: [box(i, bbox=[0, 0, 999, 9])(images, d) for i, a in enumerate(d['annotations']) if a['image_id'] == 7])
     summary = dataset_convert(images, annotations, out, num_shards=4, workers=2)
-    assert {k: len(v) for k, v in summary.pictures.items()} == {'not a picture': 3, 'file missing': 1} and summary.images == 10
-    assert {i for i, _ in summary.dropped['out of bounds']} == {4, 7} and {i for i, _ in summary.dropped['of a picture left out']} == {1, 3, 6, 9} - {2}
+    assert {k: len(v) for k, v in summary.dropped_images.items()} == {'not a picture': 3, 'file missing': 1} and summary.num_images == 10
+    assert {i for i, _ in summary.dropped_boxes['out of bounds']} == {4, 7} and {i for i, _ in summary.dropped_boxes['of a picture left out']} == {1, 3, 6, 9} - {2}
     with Image.open(out/'train_report.png') as im: assert im.size == (166, 166)             # image 7 or 4, and a margin
     assert 'not a picture' in repr(summary) and summary.counts['images_left_out'] == 4
 
@@ -341,7 +341,7 @@ def test_the_picture_of_the_worst_is_the_worst(drawn):
     images, annotations, out = drawn
     edit(annotations, lambda d: [a.update(bbox=[-20, -20, 30, 30]) for a in d['annotations'] if a['image_id'] == 9])
     many = dataset_convert(images, annotations, out, num_shards=1)
-    assert worst_image(many.findings) == 9
+    assert worst_image_id(many.report) == 9
     drawn_png = np.asarray(Image.open(out/'train_report.png')).astype(int)
     red = (drawn_png[..., 0] > 180) & (drawn_png[..., 1] < 80)
     assert red[:19].any() and red[:, :19].any()                                          # outlines in the margin, where the boxes are
@@ -354,7 +354,7 @@ def test_clip_keeps_what_remains_and_is_not_held_against_you(drawn):
     images, annotations, out = drawn
     edit(annotations, lambda d: d['annotations'][0].update(bbox=[-5, 110, 30, 40]))
     summary = dataset_convert(images, annotations, out, num_shards=1, clip=True, strict=True)
-    assert (1, 1) in summary.clipped and len(summary.clipped) == 2 and not summary.dropped
+    assert (1, 1) in summary.clipped_boxes and len(summary.clipped_boxes) == 2 and not summary.dropped_boxes
     first = next(e for e in examples(summary.files) if e['source_id'] == '1')
     np.testing.assert_allclose(first['boxes'][0], [110, 0, 128, 25], atol=1e-4)
     assert json.loads((out/'train_warnings.json').read_text())['1'] == {'box': [1], 'mask': []}
@@ -382,7 +382,7 @@ def test_number_of_shards(drawn, capsys):
     given = dataset_convert(images, annotations, out, tag='given', num_shards=20)
     assert '6 of the 20 shards will be empty, since there are 14 pictures' in capsys.readouterr().err
     assert len(given.files) == 20 and given.files[19].stat().st_size == 0 and list(read_records(given.files[19])) == []
-    assert load_sidecar(out/'given-*').images == 14
+    assert load_sidecar(out/'given-*').num_images == 14
 
 
 def test_other_shard_counts_do_not_mix(drawn):
@@ -392,17 +392,17 @@ def test_other_shard_counts_do_not_mix(drawn):
     assert [n for n in listing(out) if n.endswith('tfrecord')] == ['train-00000-of-00002.tfrecord', 'train-00001-of-00002.tfrecord']
     (out/'train-00000-of-00009.tfrecord').write_bytes(b'')                  # somebody else's: kept, refused
     with pytest.raises(ValueError, match='train-00000-of-00009.tfrecord are of another conversion'): dataset_convert(images, annotations, out, num_shards=3)
-    assert (out/'train-00000-of-00009.tfrecord').exists() and load_sidecar(out/'train-*-of-00002*').images == 14
+    assert (out/'train-00000-of-00009.tfrecord').exists() and load_sidecar(out/'train-*-of-00002*').num_images == 14
 
 
 def test_sidecar(drawn):
     images, annotations, out = drawn
     summary = dataset_convert(images, annotations, out, num_shards=3)
     known = load_sidecar(out/'train*')
-    assert known.images == 14 and list(known.files) == [str(f) for f in summary.files] == record_files(out/'train*')
+    assert known.num_images == 14 and list(known.files) == [str(f) for f in summary.files] == find_record_files(out/'train*')
     found = examples(summary.files)
-    assert known.most_boxes == max(len(e['boxes']) for e in found) and sum(known.boxes_by_category.values()) == sum(len(e['boxes']) for e in found)
-    assert [known.classes.name(c) for c in range(3)] == ['circle', 'square', 'triangle'] and known.classes.num_classes == 4
+    assert known.max_boxes == max(len(e['boxes']) for e in found) and sum(known.boxes_by_category.values()) == sum(len(e['boxes']) for e in found)
+    assert [known.classes.class_name(c) for c in range(3)] == ['circle', 'square', 'triangle'] and known.classes.num_classes == 4
     for s in json.loads((out/'train_records.json').read_text())['shards']: assert hashlib.sha256((out/s['file']).read_bytes()).hexdigest() == s['sha256']
     assert str(out.parent) not in (out/'train_records.json').read_text()
     truncate(summary.files[1])
@@ -414,7 +414,7 @@ def test_sidecar(drawn):
 def test_two_conversions_one_pattern(drawn):
     images, annotations, out = drawn
     for tag in ('a', 'b'): dataset_convert(images, annotations, out, tag=tag, num_shards=2)
-    assert load_sidecar(out/'[ab]-*').images == 28
+    assert load_sidecar(out/'[ab]-*').num_images == 28
     edit(annotations, lambda d: d['categories'][0].update(name='disc'))
     dataset_convert(images, annotations, out, tag='b', num_shards=2)
     with pytest.raises(ValueError, match='different categories'): load_sidecar(out/'[ab]-*')
@@ -513,7 +513,7 @@ def test_a_full_disk_keeps_what_was_done(drawn, monkeypatch, capsys):
     monkeypatch.setattr(convert, 'write_records', full)
     with pytest.raises(OSError, match='No space left'): dataset_convert(images, annotations, out, num_shards=4)
     monkeypatch.undo()
-    assert dataset_convert(images, annotations, out, num_shards=4).images == 14
+    assert dataset_convert(images, annotations, out, num_shards=4).num_images == 14
     assert 'going on, 2 of 4 shards' in capsys.readouterr().err
 
 
@@ -539,18 +539,18 @@ def test_without_beam_its_absence_is_told(drawn, monkeypatch):
 # --- real pictures ---
 
 @pytest.mark.parametrize('split,image,annotation,kept', [('train', '171', 2288, 2804), ('val', '274', 3692, 1137)])
-def test_bccd_loses_one_box_and_says_which(shared, tmp_path, split, image, annotation, kept):
-    data = shared/'data'/'bccd'
+def test_bccd_loses_one_box_and_says_which(shared_dir, tmp_path, split, image, annotation, kept):
+    data = shared_dir/'data'/'bccd'
     summary = dataset_convert(data/'images', data/f'{split}.json', tmp_path, num_shards=4)
     assert json.loads((tmp_path/f'{split}_warnings.json').read_text()) == {image: {'box': [annotation], 'mask': []}}
-    assert sum(summary.boxes.values()) == kept and {k: len(v) for k, v in summary.dropped.items()} == {'no size': 1}
+    assert sum(summary.boxes_by_name.values()) == kept and {k: len(v) for k, v in summary.dropped_boxes.items()} == {'no size': 1}
 
 
 @pytest.mark.parametrize('split,images,objects', [('train', 35, 425), ('val', 32, 359)])
-def test_coco_mini_with_masks(shared, tmp_path, split, images, objects):
-    data = shared/'data'/'coco_mini'
+def test_coco_mini_with_masks(shared_dir, tmp_path, split, images, objects):
+    data = shared_dir/'data'/'coco_mini'
     summary = dataset_convert(data/'images', data/f'{split}.json', tmp_path, include_masks=True, num_shards=4)
-    assert summary.images == images and sum(summary.boxes.values()) == objects and not summary.dropped and not summary.masks_outside
+    assert summary.num_images == images and sum(summary.boxes_by_name.values()) == objects and not summary.dropped_boxes and not summary.masks_outside_box
     found = examples(summary.files)
     assert sum(len(e['masks']) for e in found) == objects
     areas = np.array([(np.asarray(Image.open(io.BytesIO(m))).sum(), a, c) for e in found for m, a, c in zip(e['masks'], e['area'], e['is_crowd'])])

@@ -7,10 +7,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from effdet_nb.deploy.deepstream import nvinfer_settings, write_deepstream
-from effdet_nb.deploy.graph import description
-from effdet_nb.deploy.endings import end_with_operators, end_with_plugin
-from onnx_toy import answers, pictures, toy
+from effdet_nb.export.deepstream import nvinfer_config, write_deepstream
+from effdet_nb.export.onnx_graph import get_metadata
+from effdet_nb.export.onnx_nms import add_onnx_nms, add_trt_nms
+from onnx_toy import run_onnxruntime, noise_images, toy_onnx_model
 
 # the part of DeepStream's headers that the reader uses, as NVIDIA documents it
 HEADER = r'''
@@ -35,11 +35,11 @@ extern "C" int call(int *n, float *boxes, float *scores, int *channels, unsigned
 }'''
 
 
-@pytest.mark.parametrize('end', [end_with_plugin, end_with_operators])
+@pytest.mark.parametrize('end', [add_trt_nms, add_onnx_nms])
 @pytest.mark.parametrize('batch', ['batch', 4])
 def test_the_settings_are_those_of_the_file(tmp_path, end, batch):
-    proto = end(toy(image_hw=(128, 256), batch=batch))
-    write_deepstream(description(proto), tmp_path/'a.onnx', tmp_path/'deep'/'er')
+    proto = end(toy_onnx_model(image_hw=(128, 256), batch=batch))
+    write_deepstream(get_metadata(proto), tmp_path/'a.onnx', tmp_path/'deep'/'er')
     said = configparser.ConfigParser()
     said.read(tmp_path/'deep'/'er'/'nvinfer_config.txt')
     p = said['property']
@@ -47,7 +47,7 @@ def test_the_settings_are_those_of_the_file(tmp_path, end, batch):
     assert p['infer-dims'].split(';') == [str(n) for n in shape[1:]] and p['network-input-order'] == '1'
     assert p['output-blob-names'].split(';') == [o.name for o in proto.graph.output]
     assert p['onnx-file'] == 'a.onnx' and int(p['batch-size']) == (4 if batch == 4 else 1)
-    assert float(said['class-attrs-all']['pre-cluster-threshold']) >= description(proto)['nms']['score_threshold']
+    assert float(said['class-attrs-all']['pre-cluster-threshold']) >= get_metadata(proto)['nms']['score_threshold']
     lines = (tmp_path/'deep'/'er'/'labels.txt').read_text().splitlines()
     assert len(lines) == int(p['num-detected-classes']) == 3 and lines[:2] == ['thing 1', 'thing 2']
     assert p['labelfile-path'] == 'labels.txt' and p['custom-lib-path'] in (tmp_path/'deep'/'er'/'README.md').read_text()
@@ -55,20 +55,20 @@ def test_the_settings_are_those_of_the_file(tmp_path, end, batch):
 
 
 def test_sealed_and_int8_files_go_by_an_engine():
-    meta = description(end_with_plugin(toy()))
+    meta = get_metadata(add_trt_nms(toy_onnx_model()))
     for name, kind in (('a.etlt', 'fp32'), ('a.onnx', 'int8')):
-        text = nvinfer_settings(meta | dict(data_type=kind), name)
+        text = nvinfer_config(meta | dict(data_type=kind), name)
         assert 'onnx-file' not in text and 'model-engine-file=a.engine' in text
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='needs g++')
 def test_the_reader_compiles_and_reads(tmp_path):
-    proto = end_with_operators(toy(), score_threshold=.3)
-    write_deepstream(description(proto), 'a.onnx', tmp_path)
+    proto = add_onnx_nms(toy_onnx_model(), score_threshold=.3)
+    write_deepstream(get_metadata(proto), 'a.onnx', tmp_path)
     (tmp_path/'nvdsinfer_custom_impl.h').write_text(HEADER); (tmp_path/'call.cpp').write_text(CALLER)
     subprocess.run(['g++', '-shared', '-fPIC', '-std=c++17', '-Wall', '-Werror', 'call.cpp', '-o', 'call.so'], cwd=tmp_path, check=True)
     call = ctypes.CDLL(str(tmp_path/'call.so')).call
-    out = answers(proto, pictures(1))
+    out = run_onnxruntime(proto, noise_images(1))
     n, boxes, scores, channels = (np.ascontiguousarray(out[k][0]) for k in ('num_detections', 'detection_boxes', 'detection_scores', 'detection_classes'))
     read, at = np.zeros((len(scores), 6), np.float32), lambda a: a.ctypes.data_as(ctypes.c_void_p)
     found = call(at(n), at(boxes), at(scores), at(channels), 128, 128, 3, ctypes.c_float(.5), at(read))

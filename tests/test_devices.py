@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.data.dataset import train_dataset
-from effdet_nb.data.shapes import draw_dataset
-from effdet_nb.learn import saving
-from effdet_nb.learn.prune import prune
-from effdet_nb.model import detector
-from effdet_nb.model.store import load_model
-from effdet_nb.spec import Spec
-from effdet_nb.status import read_status
+from effdet_nb.data.pipeline import train_dataset
+from effdet_nb.detector.toy_data import make_toy_dataset
+from effdet_nb.train import checkpoints as saving
+from effdet_nb.prune.prune import prune
+from effdet_nb.detector import efficientdet as detector
+from effdet_nb.weights.model_file import load_model_file
+from effdet_nb.train.spec import Spec
+from effdet_nb.core.console import read_status
 
 # Blocks are dropped at random in training, others on other devices: here none are. The detections of the last evaluation are kept.
 SCRIPT = '''
@@ -29,7 +29,7 @@ from effdet_nb.model import detector
 detector.SCALING['efficientdet-d0'] = (128, .35, .3, 16, 1, 1)
 detector.Scaling.drop_connect = 0.
 from effdet_nb.learn import train as T
-from effdet_nb.spec import Spec
+from effdet_nb.train.spec import Spec
 evaluate, seen = T.evaluate, []
 T.evaluate = lambda *a, **k: seen.append(evaluate(*a, **k)) or seen[-1]
 spec = Spec.load(spec)
@@ -46,7 +46,7 @@ print('step', history[-1]['step'])
 def folder(tmp_path_factory):
     "Two steps an epoch for one device with pictures in fours, as for two with pictures in twos; one file of records for both."
     folder = tmp_path_factory.mktemp('devices')
-    draw_dataset(folder/'shapes', num_train=8, num_val=3, size=(128, 128), seed=0)
+    make_toy_dataset(folder/'shapes', num_train=8, num_val=3, image_hw=(128, 128), seed=0)
     for split in ('train', 'val'): dataset_convert(folder/'shapes'/split, folder/'shapes'/f'{split}.json', folder, split, num_shards=1, workers=1)
     spec = Spec().replace(
         dataset_config=dict(training_file_pattern=f'{folder}/train-*', validation_file_pattern=f'{folder}/val-*', validation_json_file=f'{folder}/shapes/val.json', num_classes=4, image_size='128,128', max_instances_per_image=20),
@@ -89,7 +89,7 @@ def one(folder): finished(start(folder, 'one', 'one')); return folder/'one'
 
 def equal(one, two, atol=1e-5):
     "All weights, averages and losses agree, and so do the detections of the last evaluation."
-    a, b = (load_model(saving.newest_checkpoint(p)) for p in (one, two))
+    a, b = (load_model_file(saving.latest_checkpoint(p)) for p in (one, two))
     assert a.meta['step'] == b.meta['step'] and a.weights.keys() == b.weights.keys()
     for group in ('weights', 'ema'):
         for k, v in getattr(a, group).items(): np.testing.assert_allclose(getattr(b, group)[k], v, rtol=0, atol=atol, err_msg=f'{group} {k}')
@@ -101,7 +101,7 @@ def equal(one, two, atol=1e-5):
 
 def test_parts_of_a_step_are_disjoint_with_fewer_files_than_machines(folder):
     spec = Spec.load(folder/'spec.txt')
-    def pictures(batch, *shard): return [b['images'] for b in train_dataset(spec, batch_size=batch, shard=shard).take(2).as_numpy_iterator()]
+    def pictures(batch, *shard): return [b['images'] for b in train_dataset(spec, batch_size=batch, worker=shard).take(2).as_numpy_iterator()]
     parts = [pictures(2, i, 2) for i in range(2)]
     for step, whole in enumerate(pictures(4, 0, 1)):
         np.testing.assert_array_equal(np.concatenate([p[step] for p in parts]), whole)
@@ -117,12 +117,12 @@ def test_two_devices_equal_one_after_eight_steps(folder, one):
 
 @pytest.mark.slow
 def test_two_devices_retrain_a_pruned_model_as_one_does(folder, one, monkeypatch):
-    monkeypatch.setitem(detector.SCALING, 'efficientdet-d0', (128, .35, .3, 16, 1, 1))
+    monkeypatch.setitem(detector.VARIANTS, 'efficientdet-d0', (128, .35, .3, 16, 1, 1))
     done = prune(one/'model.step-8.tlt', folder/'pruned.tlt', target_params=.5, min_num_filters=8)
     spec = Spec.load(folder/'spec.txt').replace(training_config=dict(num_epochs=1, pruned_model_path=str(done.path)))
     (folder/'retrain.txt').write_text(spec.to_text())
     for how in ('one', 'mirrored'): assert f'retraining the pruned {done.path}' in finished(start(folder, how, f'{how}-pruned', spec='retrain.txt'))[1]
-    after = load_model(folder/'mirrored-pruned'/'model.step-2.tlt').meta['arch']['widths']
+    after = load_model_file(folder/'mirrored-pruned'/'model.step-2.tlt').meta['arch']['widths']
     assert done.params[1] < done.params[0] and {n: after[n] for n in done.widths} == done.widths
     equal(folder/'one-pruned', folder/'mirrored-pruned')
 
@@ -140,33 +140,33 @@ def test_two_machines_equal_one_and_only_the_first_writes(folder, one):
 @pytest.mark.slow
 def test_a_machine_that_dies_ends_the_others_and_the_restart_under_slurm_goes_on(folder):
     first, second = pair(folder, ['lost', 'lost'], 400)
-    while not saving.checkpoints_in(folder/'lost') and first.poll() is None: time.sleep(.1)
+    while not saving.list_checkpoints(folder/'lost') and first.poll() is None: time.sleep(.1)
     second.kill(); killed = time.monotonic()
     _, err = first.communicate(timeout=300)
     assert time.monotonic()-killed < 60 and first.returncode not in (0, None)
     assert 'another of the 2 machines is gone' in err.splitlines()[-1], err[-3000:]
     assert read_status(folder/'lost')[-1]['status'] == 'FAILURE'
-    done = int(saving.newest_checkpoint(folder/'lost').stem.split('-')[-1])
+    done = int(saving.latest_checkpoint(folder/'lost').stem.split('-')[-1])
     for p in pair(folder, ['lost', 'lost'], done//2+1, slurm=True): assert f'step {done+2}' in finished(p)[0]
 
 
 def test_slurm_names_the_machine(monkeypatch):
-    from effdet_nb.learn.step import machine
-    assert machine() == (0, 1)
+    from effdet_nb.train.distributed import worker_rank_and_count
+    assert worker_rank_and_count() == (0, 1)
     for k, v in dict(SLURM_STEP_NUM_TASKS='4', SLURM_PROCID='2').items(): monkeypatch.setenv(k, v)
-    assert machine() == (2, 4)
+    assert worker_rank_and_count() == (2, 4)
     monkeypatch.setenv('TF_CONFIG', json.dumps(dict(cluster=dict(chief=['a:1'], worker=['b:1']), task=dict(type='worker', index=0))))
-    assert machine() == (1, 2)
+    assert worker_rank_and_count() == (1, 2)
 
 
 def test_slurm_without_nvidia_smi_gives_the_addresses_in_its_order_and_leaves_gpus_alone(monkeypatch, tmp_path):
     import tensorflow as tf
-    from effdet_nb.learn.step import cluster, slurm_workers
+    from effdet_nb.train.distributed import cluster_resolver, slurm_workers
     def put(**variables):
         for k, v in variables.items(): monkeypatch.setenv(k, v)
     put(PATH=str(tmp_path), CUDA_VISIBLE_DEVICES=os.environ.get('CUDA_VISIBLE_DEVICES', ''))                     # no nvidia-smi here
     put(SLURM_JOB_ID='70001', SLURM_STEP_NUM_TASKS='4', SLURM_PROCID='2', SLURM_STEP_NODELIST='node[03-04]', SLURM_STEP_TASKS_PER_NODE='2(x2)')
-    before, found = dict(os.environ), cluster()
+    before, found = dict(os.environ), cluster_resolver()
     assert found.cluster_spec().as_dict() == {'worker': ['node03:8889', 'node03:8890', 'node04:8889', 'node04:8890']}
     assert (found.task_type, found.task_id) == ('worker', 2)
     assert found.num_accelerators() == {'GPU': len(tf.config.list_physical_devices('GPU'))}
@@ -176,10 +176,10 @@ def test_slurm_without_nvidia_smi_gives_the_addresses_in_its_order_and_leaves_gp
 
 
 def test_machines_that_stand_at_different_steps_do_not_start(monkeypatch):
-    from effdet_nb.learn import begin as B
+    from effdet_nb.train import fit as B
     strategy = SimpleNamespace(experimental_distribute_values_from_function=lambda f: f(None), gather=lambda value, axis: np.append(value, 0.))
     trainer = SimpleNamespace(strategy=strategy, step=0)
-    monkeypatch.setattr(B, 'machine', lambda: (0, 2))
-    B.same_start(trainer, 'run')
+    monkeypatch.setattr(B, 'worker_rank_and_count', lambda: (0, 2))
+    B.check_workers_in_step(trainer, 'run')
     trainer.step = 40
-    with pytest.raises(ValueError, match=r'run: the machines stand at steps 0, 40.*one folder'): B.same_start(trainer, 'run')
+    with pytest.raises(ValueError, match=r'run: the machines stand at steps 0, 40.*one folder'): B.check_workers_in_step(trainer, 'run')

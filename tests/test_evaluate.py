@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from effdet_nb.data.coco import ClassTable, load_coco
-from effdet_nb.learn.samples import Truth, samples_from_json, samples_from_records, samples_from_spec
-from effdet_nb.learn.evaluate import COCO_NAMES, Metrics, coco_metrics, coco_results, evaluate, image_ap, image_aps, worst_images
-from effdet_nb.model.postprocess import Detections
-from test_samples import Fixed, pictures  # noqa: F401
+from effdet_nb.data.classes import ClassTable
+from effdet_nb.data.coco import load_coco
+from effdet_nb.evaluate.ground_truth import GroundTruth, samples_from_coco, samples_from_records
+from effdet_nb.train.experiment import eval_dataset_from_spec
+from effdet_nb.evaluate.evaluate import COCO_STAT_NAMES, Metrics, coco_metrics, coco_results, evaluate, image_ap, ap_per_image, worst_images
+from effdet_nb.detector.detections import Detections
+from test_ground_truth import Fixed, pictures  # noqa: F401
 
 
 def reference(annotations_file, results, image_ids=None):
@@ -32,7 +34,7 @@ def reference(annotations_file, results, image_ids=None):
 
 def guesses(truth, classes, rng):
     "What a middling detector might answer: shaken, repeated, confused and dreamed boxes."
-    boxes, channels = truth.boxes, np.array([classes.channel(int(k)) for k in truth.ids], int)
+    boxes, channels = truth.boxes, np.array([classes.channel(int(k)) for k in truth.category_ids], int)
     size = np.maximum((boxes[:, 2:]-boxes[:, :2])[:, [0, 1, 0, 1]], 1)
     shaken = np.concatenate([boxes+rng.normal(0, s, boxes.shape)*size for s in (.01, .08, .2)])
     corner = rng.uniform(0, 200, (5, 2))
@@ -46,15 +48,15 @@ def guesses(truth, classes, rng):
 
 
 @pytest.mark.parametrize('name, file, num_classes', [('bccd', 'test.json', None), ('coco_mini', None, 91)])
-def test_real_files_give_the_numbers_of_pycocotools(shared, name, file, num_classes):
-    folder = shared/'data'/name
+def test_real_files_give_the_numbers_of_pycocotools(shared_dir, name, file, num_classes):
+    folder = shared_dir/'data'/name
     file = folder/file if file else next(p for p in sorted(folder.rglob('*.json')) if 'instances' in p.name or p.parent==folder)
     coco = load_coco(file)
-    classes, rng = ClassTable.make(coco.categories, num_classes), np.random.default_rng(0)
-    truths = [t for _, t in samples_from_json(coco, folder)]
+    classes, rng = ClassTable.from_categories(coco.categories, num_classes), np.random.default_rng(0)
+    truths = [t for _, t in samples_from_coco(coco, folder)]
     metrics = coco_metrics([(t, guesses(t, classes, rng)) for t in truths], classes)
     stats, precision, ids = reference(file, coco_results(metrics))
-    np.testing.assert_allclose([metrics[k] for k in COCO_NAMES], stats, rtol=0, atol=1e-12)
+    np.testing.assert_allclose([metrics[k] for k in COCO_STAT_NAMES], stats, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(metrics.precision, precision)
     assert 0 < metrics['AP'] < 1 and [r['id'] for r in metrics.per_class]==list(ids)
     assert sum(r['num_boxes'] for r in metrics.per_class) == metrics.num_boxes == coco.num_annotations-metrics.num_crowds
@@ -75,68 +77,68 @@ def write_coco(path, rng, num_images, num_boxes):
 def test_random_files_give_the_numbers_of_pycocotools(tmp_path_factory, seed, num_images, num_boxes):
     rng, path = np.random.default_rng(seed), tmp_path_factory.mktemp('coco')/'a.json'
     coco = write_coco(path, rng, num_images, num_boxes)
-    classes = ClassTable.make(coco.categories, 10)
-    metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in samples_from_json(coco, '')], classes)
+    classes = ClassTable.from_categories(coco.categories, 10)
+    metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in samples_from_coco(coco, '')], classes)
     if not coco_results(metrics): return   # pycocotools cannot read an empty list of results; see the next test
-    np.testing.assert_allclose([metrics[k] for k in COCO_NAMES], reference(path, coco_results(metrics))[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose([metrics[k] for k in COCO_STAT_NAMES], reference(path, coco_results(metrics))[0], rtol=0, atol=1e-12)
 
 
 def test_more_than_a_hundred_detections_equal_pycocotools(tmp_path):
     rng = np.random.default_rng(3)
     coco = write_coco(tmp_path/'a.json', rng, 2, 90)
-    classes = ClassTable.make(coco.categories, 10)
-    metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in samples_from_json(coco, '')], classes)
+    classes = ClassTable.from_categories(coco.categories, 10)
+    metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in samples_from_coco(coco, '')], classes)
     assert max(len(d) for _, d in metrics.results) > 100
-    np.testing.assert_allclose([metrics[k] for k in COCO_NAMES], reference(tmp_path/'a.json', coco_results(metrics))[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose([metrics[k] for k in COCO_STAT_NAMES], reference(tmp_path/'a.json', coco_results(metrics))[0], rtol=0, atol=1e-12)
 
 
 def test_a_subset_is_judged_by_its_own_truth(tmp_path):
     rng = np.random.default_rng(4)
     coco = write_coco(tmp_path/'a.json', rng, 6, 30)
-    classes, some = ClassTable.make(coco.categories, 10), [i['id'] for i in coco.images[:3]]
-    metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in islice(samples_from_json(coco, ''), 3)], classes)
-    np.testing.assert_allclose([metrics[k] for k in COCO_NAMES], reference(tmp_path/'a.json', coco_results(metrics), some)[0], rtol=0, atol=1e-12)
+    classes, some = ClassTable.from_categories(coco.categories, 10), [i['id'] for i in coco.images[:3]]
+    metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in islice(samples_from_coco(coco, ''), 3)], classes)
+    np.testing.assert_allclose([metrics[k] for k in COCO_STAT_NAMES], reference(tmp_path/'a.json', coco_results(metrics), some)[0], rtol=0, atol=1e-12)
 
 
 def test_no_detections_and_no_truth_have_numbers():
     classes, boxes = ClassTable((1,), ('a',), 2), [[0, 0, 40, 40]]
     nothing = Detections([], [], [])
-    assert coco_metrics([(Truth(1, boxes, [1]), nothing)], classes)['AP'] == 0
-    assert set(coco_metrics([(Truth(1, [], []), Detections(boxes, [.9], [0]))], classes).values()) == {-1.}
-    assert set(coco_metrics([(Truth(1, [], []), nothing)], classes).values()) == {-1.}
-    assert coco_metrics([(Truth(1, boxes, [1], [True]), nothing)], classes).num_boxes == 0
+    assert coco_metrics([(GroundTruth(1, boxes, [1]), nothing)], classes)['AP'] == 0
+    assert set(coco_metrics([(GroundTruth(1, [], []), Detections(boxes, [.9], [0]))], classes).values()) == {-1.}
+    assert set(coco_metrics([(GroundTruth(1, [], []), nothing)], classes).values()) == {-1.}
+    assert coco_metrics([(GroundTruth(1, boxes, [1], [True]), nothing)], classes).num_boxes == 0
 
 
 def test_the_first_annotation_can_be_found():
     "An annotation numbered 0 counts as missed in pycocotools; ours are numbered from 1."
-    metrics = coco_metrics([(Truth(0, [[0, 0, 40, 40]], [1]), Detections([[0, 0, 40, 40]], [.9], [0]))], ClassTable((1,), ('a',), 2))
+    metrics = coco_metrics([(GroundTruth(0, [[0, 0, 40, 40]], [1]), Detections([[0, 0, 40, 40]], [.9], [0]))], ClassTable((1,), ('a',), 2))
     assert metrics['AP'] == pytest.approx(1) and metrics['ARmax1'] == 1
 
 
 def test_an_idle_channel_neither_helps_nor_hurts():
-    classes, t = ClassTable((1,), ('a',), 2), Truth('x', [[0, 0, 40, 40]], [1])
+    classes, t = ClassTable((1,), ('a',), 2), GroundTruth('x', [[0, 0, 40, 40]], [1])
     metrics = coco_metrics([(t, Detections([[0, 0, 40, 40]]*2, [.95, .9], [1, 0]))], classes)
     assert metrics['AP'] == pytest.approx(1) and len(coco_results(metrics)) == 1 and image_ap(*metrics.results[0], classes) == .5
 
 
 def test_every_picture_counts_and_boxes_come_home(pictures):
     detector = Fixed()
-    metrics = evaluate(detector, samples_from_json(pictures/'a.json', pictures), batch_size=3)
+    metrics = evaluate(detector, samples_from_coco(pictures/'a.json', pictures), batch_size=3)
     assert detector.seen == [3, 3, 1] and metrics.num_images == 7 and metrics['AP'] == pytest.approx(1)
     for t, d in metrics.results: np.testing.assert_array_equal(d.boxes, t.boxes)   # the padding was cut off
 
 
 def test_eval_samples_takes_the_first_and_reads_no_more(pictures):
     (pictures/'6.png').write_bytes(b'broken')
-    metrics = evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures), batch_size=4, eval_samples=6)
+    metrics = evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures), batch_size=4, eval_samples=6)
     assert [t.image_id for t, _ in metrics.results] == list(range(1000, 1006))
-    with pytest.raises(ValueError, match='6.png'): evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures))
+    with pytest.raises(ValueError, match='6.png'): evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures))
     with pytest.raises(ValueError, match='eval_samples 0: at least 1'): evaluate(Fixed(), [], eval_samples=0)
 
 
 def test_records_with_and_without_a_file_agree(pictures):
     coco = load_coco(pictures/'a.json')
-    records = [dict(image=p.read_bytes(), source_id=str(t.image_id), boxes=t.boxes, labels=t.ids, is_crowd=t.is_crowd, area=t.area) for p, t in samples_from_json(coco, pictures)]
+    records = [dict(image=p.read_bytes(), source_id=str(t.image_id), boxes=t.boxes, labels=t.category_ids, is_crowd=t.is_crowd, area=t.area) for p, t in samples_from_coco(coco, pictures)]
     alone, both = evaluate(Fixed(), samples_from_records(records)), evaluate(Fixed(), samples_from_records(records, pictures/'a.json'))
     assert dict(alone) == dict(both)
     assert coco_results(both)[0]['image_id'] == 1000        # the file's own id, a number
@@ -146,16 +148,16 @@ def test_records_with_and_without_a_file_agree(pictures):
 def test_an_empty_or_half_answer_is_refused(pictures):
     class Short(Fixed):
         def __call__(self, images): return super().__call__(images)[1:]
-    with pytest.raises(ValueError, match='3 answers for 4 pictures'): evaluate(Short(), samples_from_json(pictures/'a.json', pictures), batch_size=4)
-    with pytest.raises(ValueError, match='batch_size 0'): evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures), batch_size=0)
+    with pytest.raises(ValueError, match='3 answers for 4 pictures'): evaluate(Short(), samples_from_coco(pictures/'a.json', pictures), batch_size=4)
+    with pytest.raises(ValueError, match='batch_size 0'): evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures), batch_size=0)
     with pytest.raises(ValueError, match='no pictures at all'): evaluate(Fixed(), [])
-    with pytest.raises(FileNotFoundError, match='none.png'): evaluate(Fixed(), [(pictures/'none.png', Truth(1, [], []))])
+    with pytest.raises(FileNotFoundError, match='none.png'): evaluate(Fixed(), [(pictures/'none.png', GroundTruth(1, [], []))])
 
 
 def test_worst_pictures_come_first(pictures):
     class Half(Fixed):
         def __call__(self, images): return [d if i%2 else d[:0] for i, d in enumerate(super().__call__(images))]
-    metrics = evaluate(Half(), samples_from_json(pictures/'a.json', pictures), batch_size=7)
+    metrics = evaluate(Half(), samples_from_coco(pictures/'a.json', pictures), batch_size=7)
     assert [i for ap, i in worst_images(metrics, 4) if ap==0] == [1000, 1002, 1004, 1006]
 
 
@@ -167,31 +169,31 @@ def test_tables_fit_a_terminal_and_survive_odd_names():
 
 
 def test_nothing_is_printed_by_default(pictures, capfd):
-    evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures))
+    evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures))
     assert capfd.readouterr() == ('', '')
 
 
 def test_a_spec_names_records_and_file(pictures):
     from effdet_nb.data.convert import dataset_convert
-    from effdet_nb.spec import Spec
+    from effdet_nb.train.spec import Spec
     dataset_convert(pictures, pictures/'a.json', pictures/'records', 'val', num_shards=3)
     spec = Spec().replace(dataset_config=dict(validation_file_pattern=str(pictures/'records/val*')))
     both = spec.replace(dataset_config=dict(validation_json_file=str(pictures/'a.json')))
-    direct = evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures))
+    direct = evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures))
     for s in (spec, both):
-        metrics = evaluate(Fixed(), samples_from_spec(s), batch_size=2)
+        metrics = evaluate(Fixed(), eval_dataset_from_spec(s), batch_size=2)
         assert dict(metrics) == dict(direct) and {t.image_id for t, _ in metrics.results} == set(range(1000, 1007))
     with pytest.raises(FileNotFoundError, match='dataset_config.validation_file_pattern'):
-        list(samples_from_spec(spec.replace(dataset_config=dict(validation_file_pattern=str(pictures/'none*')))))
+        list(eval_dataset_from_spec(spec.replace(dataset_config=dict(validation_file_pattern=str(pictures/'none*')))))
 
 
 def test_progress_leaves_stdout_alone(pictures, capfd):
-    evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures), show_progress=True)
+    evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures), show_progress=True)
     assert capfd.readouterr().out == ''
 
 
 def test_pycocotools_counts_the_same_when_asked(pictures):
-    samples = list(samples_from_json(pictures/'a.json', pictures))
+    samples = list(samples_from_coco(pictures/'a.json', pictures))
     ours, theirs = (evaluate(Fixed(), samples, pycocotools=p) for p in (False, True))
     assert dict(ours) == dict(theirs) and ours.per_class == theirs.per_class
     np.testing.assert_array_equal(ours.precision, theirs.precision)
@@ -202,7 +204,7 @@ def test_suppression_in_a_thread_changes_nothing_and_keeps_order(pictures):
         def raw(self, images): return super().__call__(images)
         def answers(self, out): time.sleep(.01); return out
         def __call__(self, images): raise AssertionError('the two steps are asked for')
-    samples = list(samples_from_json(pictures/'a.json', pictures))
+    samples = list(samples_from_coco(pictures/'a.json', pictures))
     apart, whole = (evaluate(d, samples, batch_size=2) for d in (Apart(), Fixed()))
     assert dict(apart) == dict(whole) and [t.image_id for t, _ in apart.results] == [t.image_id for t, _ in whole.results]
     class Broken(Apart):
@@ -211,7 +213,7 @@ def test_suppression_in_a_thread_changes_nothing_and_keeps_order(pictures):
 
 
 def test_how_many_were_looked_at_is_said(pictures):
-    samples = list(samples_from_json(pictures/'a.json', pictures))
+    samples = list(samples_from_coco(pictures/'a.json', pictures))
     said = lambda s, n: str(evaluate(Fixed(), s, eval_samples=n)).split(', ')[0]
     assert said(samples, None) == '7 images'
     assert said(samples, 3) == 'the first 3 of 7 images (eval_samples 3)'
@@ -220,20 +222,20 @@ def test_how_many_were_looked_at_is_said(pictures):
 
 
 def test_a_dash_is_explained_and_only_then(pictures):
-    metrics = evaluate(Fixed(), samples_from_json(pictures/'a.json', pictures))
+    metrics = evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures))
     assert metrics['APl'] == -1 and 'there was no such box to find' in str(metrics) and 'there was no such box' in metrics._repr_markdown_()
     full = Metrics([.5]*12, [dict(id=1, name='a', num_boxes=1, num_detections=1, AP=.5, AP50=.5, AR=.5)], np.zeros((10, 101, 1)), [], ClassTable((1,), ('a',), 2))
     assert 'no such box' not in str(full)
 
 
-def test_image_ap_of_all_at_once_is_that_of_each(shared):
-    coco = load_coco(shared/'data'/'bccd'/'test.json')
-    classes, rng = ClassTable.make(coco.categories), np.random.default_rng(1)
-    results = [(t, guesses(t, classes, rng)) for _, t in islice(samples_from_json(coco, ''), 12)] + [(Truth('none', [], []), Detections([[0, 0, 9, 9]], [.3], [0]))]
-    np.testing.assert_allclose(image_aps(results, classes), [image_ap(t, d, classes) for t, d in results], rtol=0, atol=1e-12)
-    assert image_aps(results, classes)[-1] == pytest.approx(.7)
+def test_image_ap_of_all_at_once_is_that_of_each(shared_dir):
+    coco = load_coco(shared_dir/'data'/'bccd'/'test.json')
+    classes, rng = ClassTable.from_categories(coco.categories), np.random.default_rng(1)
+    results = [(t, guesses(t, classes, rng)) for _, t in islice(samples_from_coco(coco, ''), 12)] + [(GroundTruth('none', [], []), Detections([[0, 0, 9, 9]], [.3], [0]))]
+    np.testing.assert_allclose(ap_per_image(results, classes), [image_ap(t, d, classes) for t, d in results], rtol=0, atol=1e-12)
+    assert ap_per_image(results, classes)[-1] == pytest.approx(.7)
 
 
 def test_importing_is_light():
-    code = "import sys, effdet_nb.learn.evaluate; print([m for m in ('tensorflow', 'keras', 'matplotlib', 'pycocotools') if m in sys.modules])"
+    code = "import sys, effdet_nb.evaluate.evaluate; print([m for m in ('tensorflow', 'keras', 'matplotlib', 'pycocotools') if m in sys.modules])"
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'

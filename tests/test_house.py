@@ -5,11 +5,12 @@ import pytest, yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, LIB = ROOT/'nbs', ROOT/'effdet_nb'
-WINGS = {'fields': 0, 'spec': 0, 'status': 0, 'data': 1, 'model': 2, 'learn': 3, 'deploy': 4, 'command': 5, 'cli': 5}
+FOLDERS = ('core', 'detector', 'accel', 'data', 'evaluate', 'weights', 'train', 'prune', 'export', 'app')   # a module imports only from its left
 OPTIONAL = {'matplotlib', 'pycocotools', 'tf2onnx', 'onnx', 'tensorboard', 'tensorrt', 'apache_beam', 'nbdev', 'IPython'} # never at the top of a module
 HEAVY = {'tensorflow', 'keras', 'onnxruntime'}
-LIGHT = ['fields', 'spec', 'status', 'data.boxes', 'data.coco', 'data.shapes', 'data.tfrecord', 'data.letterbox', 'model.postprocess', 'model.seal', 'model.store', 'command', 'cli'] # no TensorFlow in these
-PURE = ['model', 'learn.targets', 'learn.loss', 'learn.optim']                                                       # keras, never tensorflow
+LIGHT = ['core.files', 'core.console', 'detector.boxes', 'detector.images', 'detector.toy_data', 'detector.nms', 'detector.detections', 'data.classes', 'data.coco', 'data.tfrecord',
+         'weights.encryption', 'weights.model_file', 'train.fields', 'train.spec', 'app.command', 'app.cli']          # no TensorFlow in these
+PURE = ['detector', 'train.optim']                # keras, never tensorflow
 
 def hidden(p, top): return any(part[0] in '._' for part in p.relative_to(top).parts)
 def notebooks(): return sorted(p for p in NBS.rglob('*.ipynb') if not hidden(p, NBS))
@@ -23,7 +24,7 @@ def chapter_order():
     order = {}
     for p in notebooks():
         for _,src,_ in code_cells(p):
-            if m := re.search(r'^#\|\s*default_exp\s+(\S+)', src, re.M): order[m[1]] = (WINGS.get(m[1].split('.')[0], 99), p.name)
+            if m := re.search(r'^#\|\s*default_exp\s+(\S+)', src, re.M): order[m[1]] = (FOLDERS.index(m[1].split('.')[0]), p.name)
     return order
 
 def imported(node, module):
@@ -56,14 +57,14 @@ def forbidden(module, tops):
 
 
 def test_the_guards_can_fail():
-    order = {'spec': (0,'00'), 'data.boxes': (1,'10'), 'data.coco': (1,'11'), 'model.store': (2,'26'), 'cli': (5,'90')}
-    tree = ast.parse('import keras, matplotlib.pyplot as plt\nfrom ..data.coco import x\nfrom effdet_nb.cli import y\nfrom . import store\ndef f(): import onnx')
-    names = [n for node in ast.walk(tree) for n in imported(node, 'model.store')]
-    assert wrong_way('model.store', names, order)==['cli', 'model.store']
-    assert wrong_way('data.boxes', names, order)==['cli', 'data.coco', 'model.store']
-    tops = [n for node in top_nodes(tree) for n in imported(node, 'model.store')]
-    assert forbidden('model.store', tops)==['keras', 'matplotlib'] and forbidden('learn.train', tops)==['matplotlib']
-    assert forbidden('learn.loss', ['tensorflow.data'])==['tensorflow']
+    order = {'train.spec': (6,'02'), 'data.classes': (3,'01'), 'data.coco': (3,'02'), 'weights.model_file': (5,'02'), 'app.cli': (9,'08')}
+    tree = ast.parse('import keras, matplotlib.pyplot as plt\nfrom ..data.coco import x\nfrom effdet_nb.app.cli import y\nfrom . import model_file\ndef f(): import onnx')
+    names = [n for node in ast.walk(tree) for n in imported(node, 'weights.model_file')]
+    assert wrong_way('weights.model_file', names, order)==['app.cli', 'weights.model_file']
+    assert wrong_way('data.classes', names, order)==['app.cli', 'data.coco', 'weights.model_file']
+    tops = [n for node in top_nodes(tree) for n in imported(node, 'weights.model_file')]
+    assert forbidden('weights.model_file', tops)==['keras', 'matplotlib'] and forbidden('train.fit', tops)==['matplotlib']
+    assert forbidden('detector.loss', ['tensorflow.data'])==['tensorflow']
     assert environment_touched(ast.parse('import os\nos.environ["A"] = "1"')) and not environment_touched(ast.parse('def f(): os.environ["A"]'))
 
 

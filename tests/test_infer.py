@@ -8,15 +8,16 @@ import pytest
 from hypothesis import given, strategies as st
 from PIL import Image
 
-from effdet_nb.data.coco import ClassTable
-from effdet_nb.deploy.infer import Summary, find_images, infer, kitti_line, predict, read_label_map, select, targets
-from effdet_nb.model.postprocess import Detections
-from effdet_nb.status import read_status
+from effdet_nb.data.classes import ClassTable
+from effdet_nb.app.infer import InferenceSummary, find_images, infer, predict_files, read_label_map, filter_detections, output_paths
+from effdet_nb.detector.detections import kitti_line
+from effdet_nb.detector.detections import Detections
+from effdet_nb.core.console import read_status
 
 
 class Whole:
     "A detector that finds one thing as large as the picture's canvas, and counts how often it was asked."
-    image_hw, classes, meta = (64,64), ClassTable.make([dict(id=7, name='traffic light')]), {}
+    image_hw, classes, meta = (64,64), ClassTable.from_categories([dict(id=7, name='traffic light')]), {}
     def __init__(self, score=.9): self.score, self.batches = score, []
     def __call__(self, images):
         assert images.dtype==np.uint8 and images.shape[1:]==(64,64,3)
@@ -38,7 +39,7 @@ def pictures(tmp_path):
 def test_every_format_gives_a_picture_of_the_same_name_and_size_and_a_label(pictures, tmp_path):
     detector = Whole()
     summary = infer(detector, pictures, tmp_path/'out'/'deep', tmp_path/'labels', batch_size=4)
-    assert summary.counts==dict(images=10, boxes=10, unreadable=0) and summary.boxes=={'traffic light': 10}
+    assert summary.counts==dict(images=10, boxes=10, unreadable=0) and summary.boxes_per_class=={'traffic light': 10}
     assert detector.batches==[4,4,2]                                       # the last partial batch too
     names = {p.name for p in find_images(pictures)}
     assert {p.name for p in (tmp_path/'out'/'deep').iterdir()}==names
@@ -98,7 +99,7 @@ def test_errors_come_before_the_model_is_opened_and_leave_nothing(pictures, tmp_
 
 def test_a_full_disk_is_an_error_and_not_an_unreadable_picture(pictures, tmp_path, monkeypatch):
     def full(*a, **k): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr('effdet_nb.status.os.fsync', full)
+    monkeypatch.setattr('effdet_nb.core.files.os.fsync', full)
     with pytest.raises(OSError, match='No space left'): infer(Whole(), pictures, tmp_path/'o')
     assert not list((tmp_path/'o').rglob('*'))
 
@@ -135,10 +136,10 @@ boxes = st.lists(st.tuples(st.integers(0,50), st.integers(0,50), st.integers(1,2
 
 @given(boxes, st.floats(0,1), st.booleans())
 def test_what_is_kept_is_sure_enough_and_alone_in_its_place(found, threshold, per_class):
-    from effdet_nb.data.boxes import iou
-    classes = ClassTable.make([dict(id=1, name='a'), dict(id=2, name='b')])
+    from effdet_nb.detector.boxes import iou
+    classes = ClassTable.from_categories([dict(id=1, name='a'), dict(id=2, name='b')])
     d = Detections([[y,x,y+h,x+w] for y,x,h,w,_,_ in found], [o[4] for o in found], [o[5] for o in found])
-    kept = select(d, classes, threshold, per_class)
+    kept = filter_detections(d, classes, threshold, per_class)
     assert (kept.scores>=np.float32(threshold)).all() and (np.diff(kept.scores)<=0).all() and (kept.classes<2).all()
     rivals = iou(kept.boxes, kept.boxes) * (1-np.eye(len(kept)))
     if per_class: rivals = rivals * (kept.classes[:,None]==kept.classes)
@@ -147,34 +148,34 @@ def test_what_is_kept_is_sure_enough_and_alone_in_its_place(found, threshold, pe
 
 
 def test_the_module_brings_no_framework():
-    code = 'import sys, effdet_nb.deploy.infer; print([m for m in ("tensorflow","keras","onnxruntime","matplotlib") if m in sys.modules])'
+    code = 'import sys, effdet_nb.app.infer; print([m for m in ("tensorflow","keras","onnxruntime","matplotlib") if m in sys.modules])'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
     assert out.stdout.strip()=='[]', out.stderr
 
 
 def test_summary_tells_a_blind_model_from_a_high_threshold():
-    assert 'the best score was 0.310' in repr(Summary(3, best_score=.31)) and 'lower threshold' not in repr(Summary(3, Counter(a=1), best_score=.6))
+    assert 'the best score was 0.310' in repr(InferenceSummary(3, best_score=.31)) and 'lower threshold' not in repr(InferenceSummary(3, Counter(a=1), best_score=.6))
 
 
 def test_a_keras_detector_finds_its_own_boxes_in_files_of_any_size(tmp_path):
-    from effdet_nb.model.detect import KerasDetector
-    from effdet_nb.model.detector import Arch, build
+    from effdet_nb.detector.predictor import KerasDetector
+    from effdet_nb.detector.efficientdet import Arch, build
     arch = Arch(image_hw=(128,128), num_classes=3)
-    detector = KerasDetector(build(arch), arch, ClassTable.make([dict(id=1, name='a'), dict(id=2, name='b')]), method='hard', score_threshold=.005)
+    detector = KerasDetector(build(arch), arch, ClassTable.from_categories([dict(id=1, name='a'), dict(id=2, name='b')]), method='hard', score_threshold=.005)
     rng = np.random.default_rng(0)
     (tmp_path/'in').mkdir()
     for i,size in enumerate([(300,200), (90,120), (128,128)]): Image.fromarray(rng.integers(0, 255, (*size,3), np.uint8)).save(tmp_path/'in'/f'{i}.png')
-    alone = [o for p in find_images(tmp_path/'in') for o in predict(detector, [p], threshold=.005)]
-    together = list(predict(detector, find_images(tmp_path/'in'), batch_size=2, threshold=.005))
+    alone = [o for p in find_images(tmp_path/'in') for o in predict_files(detector, [p], threshold=.005)]
+    together = list(predict_files(detector, find_images(tmp_path/'in'), batch_size=2, threshold=.005))
     for a,b in zip(alone, together): np.testing.assert_allclose(a.boxes, b.boxes, atol=.05)
-    assert sum(len(o.ids) for o in together)>0
-    summary = infer(detector, tmp_path/'in', results_dir=tmp_path/'r', threshold=.005)
-    assert summary.counts['boxes']==sum(len(o.ids) for o in together)
+    assert sum(len(o.category_ids) for o in together)>0
+    summary = infer(detector, tmp_path/'in', results_dir=tmp_path/'r', score_threshold=.005)
+    assert summary.counts['boxes']==sum(len(o.category_ids) for o in together)
 
 
 def test_patterns_choose_pictures_and_keep_their_folders(pictures, tmp_path):
     summary = infer(Whole(), str(pictures/'*.p[mn]g'), results_dir=tmp_path/'r')
-    assert summary.images==2 and {p.name for p in (tmp_path/'r'/'labels').iterdir()}=={'c.txt', 'é.txt'}
+    assert summary.num_images==2 and {p.name for p in (tmp_path/'r'/'labels').iterdir()}=={'c.txt', 'é.txt'}
     infer(Whole(), f'{pictures}/**/a.*', out_label_path=tmp_path/'l')
     assert {p.relative_to(tmp_path/'l').as_posix() for p in (tmp_path/'l').rglob('*.txt')}=={'a.txt', 'inner/a.txt'}
     assert [p.name for p in find_images(pictures/'we ird [1].jpg')]==['we ird [1].jpg']              # a name, though it looks like a pattern
@@ -210,20 +211,20 @@ def test_side_by_side_is_in_order_and_the_same(pictures, tmp_path):
     detector = Alone()
     one, many = (infer(d, pictures, results_dir=tmp_path/n, workers=3) for d,n in ((Whole(),'one'), (detector,'many')))
     assert one.counts==many.counts==dict(images=10, boxes=10, unreadable=1) and detector.batches==[1]*10
-    assert [f.path for f in one.found]==[f.path for f in many.found]
+    assert [f.path for f in one.predictions]==[f.path for f in many.predictions]
     for p in (tmp_path/'one').rglob('*.txt'): assert p.read_text()==(tmp_path/'many'/p.relative_to(tmp_path/'one')).read_text()
-    for s in (one, many): assert list(s.stages)==['read','network','choose','write'] and 'ms per picture: read' in repr(s)
-    with pytest.raises(ValueError, match='not readable'): list(predict(detector, find_images(pictures)))
+    for s in (one, many): assert list(s.stage_seconds)==['read','network','choose','write'] and 'ms per picture: read' in repr(s)
+    with pytest.raises(ValueError, match='not readable'): list(predict_files(detector, find_images(pictures)))
 
 
 def test_onnx_files_work_side_by_side(tmp_path, pictures):
     import onnx
-    from effdet_nb.deploy.endings import end_with_operators
-    from effdet_nb.deploy.runtime import OnnxDetector
-    from onnx_toy import toy
-    onnx.save(end_with_operators(toy()), tmp_path/'a.onnx')
-    onnx.save(end_with_operators(toy(batch=4)), tmp_path/'b.onnx')
+    from effdet_nb.export.onnx_nms import add_onnx_nms
+    from effdet_nb.export.runtimes import OnnxDetector
+    from onnx_toy import toy_onnx_model
+    onnx.save(add_onnx_nms(toy_onnx_model()), tmp_path/'a.onnx')
+    onnx.save(add_onnx_nms(toy_onnx_model(batch=4)), tmp_path/'b.onnx')
     assert [OnnxDetector(tmp_path/n, threads=t).is_parallel for n,t in (('a.onnx',1), ('a.onnx',None), ('b.onnx',1))]==[True, False, False]
-    a,b = (infer(tmp_path/n, pictures, out_label_path=tmp_path/n[0], threshold=.3) for n in ('a.onnx','b.onnx'))
+    a,b = (infer(tmp_path/n, pictures, out_label_path=tmp_path/n[0], score_threshold=.3) for n in ('a.onnx','b.onnx'))
     assert a.boxes==b.boxes and a.images==10
     for p in (tmp_path/'a').iterdir(): assert p.read_text()==(tmp_path/'b'/p.name).read_text()

@@ -2,11 +2,12 @@
 import numpy as np
 import pytest
 
-from effdet_nb.learn import loss as L
+from effdet_nb.detector import loss as L
+from effdet_nb.accel import fast_focal
 
 
 @pytest.fixture(scope='module')
-def oracle(shared): return np.load(shared/'oracle/losses_512.npz'), np.load(shared/'oracle/targets_512.npz')
+def oracle(shared_dir): return np.load(shared_dir/'oracle/losses_512.npz'), np.load(shared_dir/'oracle/targets_512.npz')
 
 
 @pytest.fixture(scope='module')
@@ -31,7 +32,7 @@ def test_each_level_equals_the_peers(oracle, levels, level):
     numbers, (logits, boxes, cls, box) = oracle[0], levels[level]
     normalizer = float(numbers['num_positives_sum_plus_1'])
     for smoothing in '0', '0.1':
-        np.testing.assert_allclose(float(L.focal_loss(logits, cls, label_smoothing=float(smoothing)))/normalizer, numbers[f'focal_ls{smoothing}_level{level}'], rtol=2e-6)
+        np.testing.assert_allclose(float(fast_focal.fast_focal_loss(logits, cls, label_smoothing=float(smoothing)))/normalizer, numbers[f'focal_ls{smoothing}_level{level}'], rtol=2e-6)
     np.testing.assert_allclose(float(L.box_loss(boxes, box))/(4*normalizer), numbers[f'huber_level{level}'], rtol=1e-5)
 
 
@@ -49,13 +50,13 @@ def test_total_equals_the_peers(oracle, levels):
 def test_single_elements_equal_the_peers(oracle):
     numbers = oracle[0]
     x, y = numbers['elem_x'], numbers['elem_y']
-    np.testing.assert_allclose(L.focal_elements(x, y), numbers['elem_focal_norm1'], rtol=2e-5, atol=1e-7)
-    np.testing.assert_allclose(L.focal_elements(x, y, label_smoothing=.1), numbers['elem_focal_ls0.1_norm1'], rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(L.sigmoid_focal_loss(x, y), numbers['elem_focal_norm1'], rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(L.sigmoid_focal_loss(x, y, label_smoothing=.1), numbers['elem_focal_ls0.1_norm1'], rtol=2e-5, atol=1e-7)
     import tensorflow as tf
     logits, targets = tf.constant(x[:, None]), np.where(y > 0, 0, -1).astype('int32')
     with tf.GradientTape() as tape:
         tape.watch(logits)
-        total = L.focal_loss(logits, targets)
+        total = fast_focal.fast_focal_loss(logits, targets)
     np.testing.assert_allclose(tape.gradient(total, logits)[:, 0], numbers['elem_focal_grad'], rtol=2e-5, atol=1e-6)
 
 
@@ -69,7 +70,7 @@ def test_loss_and_slope_stay_finite_at_the_edges(kind, jit):
     def both(x, targets):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            total = L.focal_loss(x, targets, label_smoothing=.1)
+            total = fast_focal.fast_focal_loss(x, targets, label_smoothing=.1)
         return total, tape.gradient(total, x)
 
     for channel in -1, 0:
@@ -90,9 +91,9 @@ def test_compiled_and_scaled_gradient_equals_the_definitions():
             total = 7*loss()/3
         return tape.gradient(total, logits)
 
-    want = slope(lambda: tf.reduce_sum(L.focal_elements(logits, onehot, .3, 1.7, .05)))
+    want = slope(lambda: tf.reduce_sum(L.sigmoid_focal_loss(logits, onehot, .3, 1.7, .05)))
     for jit in False, True:
-        np.testing.assert_allclose(tf.function(lambda: slope(lambda: L.focal_loss(logits, targets, .3, 1.7, .05)), jit_compile=jit)(), want, atol=2e-6)
+        np.testing.assert_allclose(tf.function(lambda: slope(lambda: fast_focal.fast_focal_loss(logits, targets, .3, 1.7, .05)), jit_compile=jit)(), want, atol=2e-6)
 
 
 def test_wrong_number_of_channels_is_refused():

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from keras import ops
 
-from effdet_nb.learn import optim as O
+from effdet_nb.train import optim as O
 
 
 def config(**changes):
@@ -28,26 +28,26 @@ def formula(step, c, steps_per_epoch):
 @given(st.integers(6, 400), st.floats(0, 5), st.floats(1, 3000), st.floats(0, 1))
 def test_schedule_follows_the_formula(epochs, warmup, steps_per_epoch, share):
     c = config(num_epochs=epochs, lr_warmup_epoch=warmup)
-    schedule = O.make_schedule(c, steps_per_epoch)
+    schedule = O.make_lr_schedule(c, steps_per_epoch)
     step = int(share*schedule.total_steps)
     assert float(schedule(step)) == pytest.approx(formula(step, c, steps_per_epoch), rel=1e-4, abs=1e-7)
     assert float(schedule(schedule.total_steps)) == 0 == float(schedule(schedule.total_steps*3))
 
 
 def test_schedule_without_warmup_starts_at_the_peak():
-    schedule = O.make_schedule(config(lr_warmup_epoch=0), 10)
+    schedule = O.make_lr_schedule(config(lr_warmup_epoch=0), 10)
     assert float(schedule(0)) == pytest.approx(.1) and float(schedule(1)) < .1
 
 
 def test_warmup_longer_than_the_training_warns_and_stays_finite():
-    with pytest.warns(UserWarning, match='never reached'): schedule = O.make_schedule(config(num_epochs=5), 7.5)
+    with pytest.warns(UserWarning, match='never reached'): schedule = O.make_lr_schedule(config(num_epochs=5), 7.5)
     assert np.isfinite(np.asarray(schedule(np.arange(100)))).all()
 
 
 def test_a_spec_of_the_project_makes_schedule_and_optimizer():
-    from effdet_nb.spec import Spec
+    from effdet_nb.train.spec import Spec
     c = Spec.parse('training_config { num_epochs: 10 lr_warmup_epoch: 1 lr_warmup_init: 0.001 learning_rate: 0.1 clip_gradients_norm: 0 momentum: 0 }').training_config
-    assert O.make_schedule(c, 4.5).get_config() == pytest.approx(dict(peak=.1, warmup_init=.001, warmup_steps=4, total_steps=45))
+    assert O.make_lr_schedule(c, 4.5).get_config() == pytest.approx(dict(peak=.1, warmup_init=.001, warmup_steps=4, total_steps=45))
     optimizer = O.make_optimizer(c, .1)
     assert optimizer.global_clipnorm is None and optimizer.momentum == 0
 
@@ -59,7 +59,7 @@ def test_zero_is_zero_and_the_loop_may_clip_by_itself():
 
 
 def test_optimizer_and_schedule_can_be_saved():
-    optimizer = O.make_optimizer(config(), O.Cosine(.1, .001, 5, 50))
+    optimizer = O.make_optimizer(config(), O.WarmupCosine(.1, .001, 5, 50))
     again = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
     assert again.get_config() == optimizer.get_config()
 
@@ -83,7 +83,7 @@ def net():
 
 
 def test_decay_is_for_kernels_only_and_l1_is_not_l2(net):
-    assert [v.path.split('/', 1)[1] for v in O.kernels(net.trainable_variables)] == ['conv/kernel', 'dw/kernel', 'sep/depthwise_kernel', 'sep/pointwise_kernel']
+    assert [v.path.split('/', 1)[1] for v in O.kernel_variables(net.trainable_variables)] == ['conv/kernel', 'dw/kernel', 'sep/depthwise_kernel', 'sep/pointwise_kernel']
     import tensorflow as tf
     for l1, l2 in (.3, 0), (0, .3), (.2, .1):
         with tf.GradientTape() as tape: penalty = O.l1_l2_penalty(net.trainable_variables, l1, l2)
@@ -100,13 +100,13 @@ def test_average_covers_weights_and_statistics_and_follows_the_rule(net):
     assert any('seed' in v.path for v in variables) and not any('seed' in path for path in ema.paths)
     assert {path.split('/')[-1] for path in ema.paths} >= {'kernel', 'gamma', 'moving_mean', 'moving_variance'}
     step_of = tf.function(lambda step: ema.update(variables, step))
-    want = {v.path: v.numpy().astype('f8') for v in O.averaged(variables)}
+    want = {v.path: v.numpy().astype('f8') for v in O.float_variables(variables)}
     rng = np.random.default_rng(0)
     for step in range(30):
-        for v in O.averaged(variables): v.assign(rng.normal(size=v.shape))
+        for v in O.float_variables(variables): v.assign(rng.normal(size=v.shape))
         step_of(tf.constant(step, tf.int64))
         keep = min(.99, (1+step)/(10+step))
-        for v in O.averaged(variables): want[v.path] = keep*want[v.path] + (1-keep)*v.numpy()
+        for v in O.float_variables(variables): want[v.path] = keep*want[v.path] + (1-keep)*v.numpy()
     for path, array in ema.to_dict().items(): np.testing.assert_allclose(array, want[path], atol=1e-5)
 
 
@@ -115,7 +115,7 @@ def test_stored_average_continues_bit_for_bit(net):
     def go(ema, steps):
         for step in steps:
             rng = np.random.default_rng(step)
-            for v in O.averaged(net.weights): v.assign(rng.normal(size=v.shape))
+            for v in O.float_variables(net.weights): v.assign(rng.normal(size=v.shape))
             ema.update(net.weights, step)
     go(straight, range(5))
     resumed = O.Ema(net.weights, .999)
@@ -127,10 +127,10 @@ def test_stored_average_continues_bit_for_bit(net):
 
 def test_swapping_lends_and_gives_back(net):
     ema = O.Ema(net.weights, .9)
-    for v in O.averaged(net.weights): v.assign(v.numpy()+1)
+    for v in O.float_variables(net.weights): v.assign(v.numpy()+1)
     before, average = [v.numpy().copy() for v in net.weights], ema.to_dict()
-    with pytest.raises(ZeroDivisionError), ema.swapped(net.weights):
-        for v in O.averaged(net.weights): np.testing.assert_array_equal(v, average[v.path])
+    with pytest.raises(ZeroDivisionError), ema.swapped_into(net.weights):
+        for v in O.float_variables(net.weights): np.testing.assert_array_equal(v, average[v.path])
         1/0
     for v, was in zip(net.weights, before): np.testing.assert_array_equal(v, was)
 
@@ -147,7 +147,7 @@ TWO_DEVICES = '''
 import tensorflow as tf
 tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()]*2)
 import keras, numpy as np
-from effdet_nb.learn.optim import Ema
+from effdet_nb.train.optim import Ema
 strategy = tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1'])
 with strategy.scope():
     net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.BatchNormalization(synchronized=True)])

@@ -8,8 +8,8 @@ import subprocess
 import numpy as np
 import pytest
 
-from effdet_nb.model.detector import Arch, arch_anchors, build, pixel_scale, scaling
-from effdet_nb.model.transfer import place
+from effdet_nb.detector.efficientdet import Arch, arch_anchors, build, pixel_mean_std, get_variant
+from effdet_nb.weights.name_map import parse_layer_name
 
 PEER = os.environ.get('PEER_PYTHON')
 RATIOS = ((1., 1.), (1.4, .7), (.7, 1.4))     # effdet's
@@ -37,7 +37,7 @@ def names(arch, weights):
     "{our path: effdet's name}."
     blocks, stages = {}, {}
     for w in weights:
-        kind, n = place(w.split('/')[0], arch)
+        kind, n = parse_layer_name(w.split('/')[0], arch)
         if 'i' in n and 'block' in w: blocks.setdefault(w.split('_')[0], n['second'] == '')
     first, where = dict(blocks), {}
     for b in blocks:
@@ -47,7 +47,7 @@ def names(arch, weights):
 
     def one(path):
         layer, variable = path.split('/')
-        kind, n = place(layer, arch)
+        kind, n = parse_layer_name(layer, arch)
         end = leaf.get(variable)
         separable = 'conv_pw.bias' if variable == 'bias' else end
         if layer.startswith('block'):
@@ -87,7 +87,7 @@ def test_effdet_says_the_same(name, hw, tmp_path):
         if 'gamma' in w.path or 'weighted_fusion' in w.path: w.assign(rng.uniform(.5, 1.5, w.shape))
         if 'predict/pointwise' in w.path: w.assign(rng.normal(0, .1, w.shape))
     image = rng.integers(0, 256, (1, *hw, 3)).astype('uint8')
-    mean, std = (np.float32(x) for x in pixel_scale(scaling(arch.name).lite))
+    mean, std = (np.float32(x) for x in pixel_mean_std(get_variant(arch.name).lite))
     weights = {w.path: np.array(w) for w in model.weights}
     theirs = names(arch, weights)
     np.savez(tmp_path/'in.npz', image=(image-mean)/std, **{'w|'+theirs[k]: turned(k, v) for k, v in weights.items()})

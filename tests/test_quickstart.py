@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from effdet_nb.deploy import quickstart as Q
-from effdet_nb.spec import Spec
+from effdet_nb.app import quickstart as Q
+from effdet_nb.train.spec import Spec
 
 
 @pytest.mark.parametrize('changed', [{}, dict(num_epochs=1, retrain_epochs=1), dict(size=256, batch_size=2), dict(num_epochs=100, learning_rate=.01, seed=7)])
 def test_any_settings_make_a_spec_that_trains(changed, tmp_path):
-    settings = Q.Settings(**changed)
+    settings = Q.QuickstartSettings(**changed)
     for spec in (settings.spec(tmp_path), settings.retrain_spec(tmp_path, tmp_path/'pruned.tlt')):
         assert not spec.problems()
         assert spec.training_config.lr_warmup_epoch < spec.training_config.num_epochs and 1 <= spec.eval_config.eval_epoch_cycle <= spec.training_config.num_epochs
@@ -34,9 +34,9 @@ def test_a_strangers_folder_is_left_alone(tmp_path):
 def test_the_commands_in_the_report_are_understood_by_the_commands(tmp_path):
     "Each is parsed by the parser of its own command; none may name an option that does not exist."
     from fastcore.script import anno_parser
-    from effdet_nb import cli
+    from effdet_nb.app import cli
     f = tmp_path.as_posix()
-    lines = [line for _,command in Q.by_hand(f, Q.Settings(), f'{f}/a.tlt', f'{f}/b.tlt', f'{f}/c.onnx') for line in command.splitlines()]
+    lines = [line for _,command in Q.shell_commands(f, Q.QuickstartSettings(), f'{f}/a.tlt', f'{f}/b.tlt', f'{f}/c.onnx') for line in command.splitlines()]
     seen = set()
     for line in lines:
         name,*args = shlex.split(line)
@@ -50,11 +50,11 @@ def test_the_command_has_no_settings_of_its_own():
     "Its options are settings, and one left out keeps the default of `Settings`."
     import inspect
     from dataclasses import asdict
-    from effdet_nb import cli
-    ours, theirs = asdict(Q.Settings()), inspect.signature(cli.effdet_quickstart).parameters
-    shared = set(ours) & set(theirs)
-    assert {'num_train', 'num_epochs', 'seed'}<=shared
-    assert all(theirs[k].default in (None, ours[k]) for k in shared)
+    from effdet_nb.app import cli
+    ours, theirs = asdict(Q.QuickstartSettings()), inspect.signature(cli.effdet_quickstart).parameters
+    shared_dir = set(ours) & set(theirs)
+    assert {'num_train', 'num_epochs', 'seed'}<=shared_dir
+    assert all(theirs[k].default in (None, ours[k]) for k in shared_dir)
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.data.shapes import draw_dataset
-from effdet_nb.data.tfrecord import read_example, read_records
-from effdet_nb.model.seal import CHUNK, seal
-from effdet_nb.model.store import load_etlt, load_model, save_etlt, save_model
-from effdet_nb.fields import proto_text
+from effdet_nb.detector.toy_data import make_toy_dataset
+from effdet_nb.data.tfrecord import decode_example, read_records
+from effdet_nb.weights.encryption import CHUNK_SIZE, encrypt
+from effdet_nb.weights.model_file import load_etlt, load_model_file, save_etlt, save_model_file
+from effdet_nb.train.fields import proto_schema
 
 PAGES = Path(__file__).resolve().parents[1]/'nbs'/'reference'
 KEY = 'nvidia_tlt'
@@ -50,10 +50,10 @@ def test_the_reader_on_the_page_reads_model_files(readers, tmp_path, key):
     weights = {'stem/conv/kernel': rng.normal(size=(3,3,64,200)).astype('f4'), 'half': rng.normal(size=5).astype('f2'), 'a name/with %, é and 画/': np.arange(4), 'flag': np.array([True,False]), 'scalar': np.float64(1.5),
                'empty': np.zeros((0,3), 'f4'), 'complex': np.array([1j], 'c8'), 'fortran': np.asfortranarray(rng.normal(size=(4,5)))}
     meta = dict(arch=dict(name='efficientdet-d0', image_hw=[128,128]), classes=dict(ids=[1,7], names=['é','狗'], num_classes=3), history=[dict(loss=1.5, AP=None)])
-    save_model(tmp_path/'m.tlt', weights, meta, key, ema={'half': weights['half']*2}, optimizer={'0000 velocity': np.ones(3)})
-    assert (tmp_path/'m.tlt').stat().st_size>4*CHUNK
+    save_model_file(tmp_path/'m.tlt', weights, meta, key, ema={'half': weights['half']*2}, optimizer={'0000 velocity': np.ones(3)})
+    assert (tmp_path/'m.tlt').stat().st_size>4*CHUNK_SIZE
     told, arrays = readers['read_tlt'](tmp_path/'m.tlt', key)
-    ours = load_model(tmp_path/'m.tlt', key)
+    ours = load_model_file(tmp_path/'m.tlt', key)
     assert told==ours.meta==meta and set(arrays)=={'weights','ema','optimizer'}
     for group, named in arrays.items():
         assert list(named)==list(getattr(ours, group))
@@ -62,19 +62,19 @@ def test_the_reader_on_the_page_reads_model_files(readers, tmp_path, key):
 
 
 def test_the_reader_refuses_a_wrong_key_and_damage(readers, tmp_path):
-    data = save_model(tmp_path/'m.tlt', {'w': np.arange(50_000)}, {}, KEY).read_bytes()
+    data = save_model_file(tmp_path/'m.tlt', {'w': np.arange(50_000)}, {}, KEY).read_bytes()
     with pytest.raises(ValueError, match='not the key'): readers['read_tlt'](tmp_path/'m.tlt', KEY+' ')
     for at in (20, 70, len(data)-1):
         (tmp_path/'bad.tlt').write_bytes(data[:at] + bytes([data[at]^1]) + data[at+1:])
         with pytest.raises(Exception): readers['read_tlt'](tmp_path/'bad.tlt', KEY)
-    (tmp_path/'cut.tlt').write_bytes(data[:64+CHUNK+16])
+    (tmp_path/'cut.tlt').write_bytes(data[:64+CHUNK_SIZE+16])
     with pytest.raises(Exception): readers['read_tlt'](tmp_path/'cut.tlt', KEY)
 
 
 @pytest.mark.parametrize('length', [0, 1, 15, 16, 17, 32, 33])
 def test_the_last_chunk_is_where_the_page_says(readers, length):
     data = bytes(range(length))
-    assert readers['unseal'](seal(data, KEY, 16), KEY)==data
+    assert readers['unseal'](encrypt(data, KEY, 16), KEY)==data
 
 
 @pytest.mark.parametrize('key', ['', KEY])
@@ -84,14 +84,14 @@ def test_the_reader_on_the_page_reads_exported_files(readers, tmp_path, key):
 
 
 def test_the_reader_on_the_page_reads_records(readers, tmp_path):
-    draw_dataset(tmp_path/'shapes', num_train=6, num_val=1, size=(64,96), seed=3)
+    make_toy_dataset(tmp_path/'shapes', num_train=6, num_val=1, image_hw=(64,96), seed=3)
     made = dataset_convert(tmp_path/'shapes'/'train', tmp_path/'shapes'/'train.json', tmp_path/'records', 'train', num_shards=2, workers=1)
     counts = []
     for shard in made.files:
         data = readers['records'](shard)
         assert data==list(read_records(shard))
         for record in data:
-            page, ours = readers['example'](record), read_example(record)
+            page, ours = readers['example'](record), decode_example(record)
             counts.append(len(ours['labels']))
             assert page['image/encoded']==[ours['image']] and page['image/width']==[96] and page['image/key/sha256'][0].decode()==ours['sha256']
             assert list(page['image/object/class/label'])==ours['labels'].tolist() and list(page['image/object/is_crowd'])==ours['is_crowd'].tolist()
@@ -120,4 +120,4 @@ def test_pages_show_what_the_code_says_today(page, tmp_path, monkeypatch):
 
 
 def test_the_schema_to_download_is_the_one_of_the_spec():
-    assert (PAGES/'effdet_nb.proto').read_text(encoding='utf-8')==proto_text(), 'run nbs/reference/spec.ipynb, which writes it'
+    assert (PAGES/'effdet_nb.proto').read_text(encoding='utf-8')==proto_schema(), 'run nbs/reference/spec.ipynb, which writes it'

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from effdet_nb.data.shapes import draw_dataset
+from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.learn import begin as B, saving, train as T
-from effdet_nb.learn.step import same_bits
-from effdet_nb.learn.step import make_plan
-from effdet_nb.model import detector
-from effdet_nb.model.store import load_model, read_meta
-from effdet_nb.spec import Spec
+from effdet_nb.train import experiment, fit as B, checkpoints as saving, fit as T
+from effdet_nb.train.trainer import enable_determinism
+from effdet_nb.train.trainer import make_training_schedule
+from effdet_nb.detector import efficientdet as detector
+from effdet_nb.weights.model_file import load_model_file, read_meta
+from effdet_nb.train.spec import Spec
 
 TINY = (128, .35, .3, 16, 1, 1)
 
@@ -28,13 +28,13 @@ TINY = (128, .35, .3, 16, 1, 1)
 @pytest.fixture(scope='module')
 def records(tmp_path_factory):
     folder = tmp_path_factory.mktemp('shapes')
-    draw_dataset(folder/'shapes', num_train=10, num_val=2, size=(128, 128), seed=0)
+    make_toy_dataset(folder/'shapes', num_train=10, num_val=2, image_hw=(128, 128), seed=0)
     for split in ('train', 'val'): dataset_convert(folder/'shapes'/split, folder/'shapes'/f'{split}.json', folder, split, num_shards=2, workers=1)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def small_network(monkeypatch): monkeypatch.setitem(detector.SCALING, 'efficientdet-d0', TINY)
+def small_network(monkeypatch): monkeypatch.setitem(detector.VARIANTS, 'efficientdet-d0', TINY)
 
 
 @pytest.fixture(scope='module')
@@ -60,7 +60,7 @@ def test_deterministic_means_graphs_as_they_were_written():
     "TensorFlow's rewriting adds in an order that differs between processes: one in three parted from the others."
     from tensorflow.python.framework import config
     try:
-        same_bits()
+        enable_determinism()
         assert config.is_op_determinism_enabled() and tf.config.optimizer.get_experimental_options()['disable_meta_optimizer']
     finally:
         config.disable_op_determinism()
@@ -81,26 +81,26 @@ class Process:
     "A run whose moving parts are built once and wiped for each start, as a new process would have them."
     def __init__(self, spec):
         keras.utils.set_random_seed(spec.training_config.tf_random_seed)
-        self.spec, self.trainer = spec, T.Trainer(spec, B.start_arch(spec)[0])
+        self.spec, self.trainer = spec, T.Trainer(spec, B.resolve_arch(spec)[0])
         t = self.trainer
-        self.variables = [*t.model.variables, *t.optimizer.variables, t.ema.vector]
-        self.fresh = [v.numpy() for v in self.variables]
+        self.variables = [*t.model.variables, *t.optimizer.variables, t.ema.flat_weights]
+        self.missing = [v.numpy() for v in self.variables]
 
     def start(self, folder, callbacks=()):
         t = self.trainer
         for v in self.variables: v.assign(tf.ones_like(v)*tf.cast(77, v.dtype))         # whatever is not restored spoils the result
-        t.step, t.history, t.sums, t.rows = 99, ['spoilt'], [1.]*7, []
-        if not saving.checkpoints_in(folder):
-            for v, value in zip(self.variables, self.fresh): v.assign(value)
-            t.step, t.history, t.sums = 0, [], None
-        t.begin(folder)
-        classes = B.spec_classes(self.spec)
-        calls = keras.callbacks.CallbackList([saving.Checkpoints(t, folder, classes), *callbacks], model=t.model)
-        return t.fit(T.endless_batches(t), classes, calls)
+        t.step, t.history, t.epoch_sums, t.metric_buffer = 99, ['spoilt'], [1.]*7, []
+        if not saving.list_checkpoints(folder):
+            for v, value in zip(self.variables, self.missing): v.assign(value)
+            t.step, t.history, t.epoch_sums = 0, [], None
+        t.initialize(folder)
+        classes = experiment.class_table_from_spec(self.spec)
+        calls = keras.callbacks.CallbackList([saving.CheckpointCallback(t, folder, classes), *callbacks], model=t.model)
+        return t.fit(T.training_batches(t), classes, calls)
 
 
 def same_files(a, b, name):
-    a, b = load_model(a/name), load_model(b/name)
+    a, b = load_model_file(a/name), load_model_file(b/name)
     for group in ('weights', 'ema', 'optimizer'):
         ours, theirs = getattr(a, group), getattr(b, group)
         assert ours and set(ours) == set(theirs)
@@ -144,26 +144,26 @@ def test_asked_to_stop_in_the_middle_of_an_epoch_it_saves_there(spec, tmp_path, 
 
     class Term(keras.callbacks.Callback):
         def on_train_batch_begin(self, step, logs=None):
-            if step == 3: trainer.advance = lambda *a: (signal.raise_signal(signal.SIGTERM), T.Trainer.advance(trainer, *a))[1]
+            if step == 3: trainer.run_steps = lambda *a: (signal.raise_signal(signal.SIGTERM), T.Trainer.run_steps(trainer, *a))[1]
     trainer, folder = process.trainer, tmp_path/'stopped'
-    with pytest.raises(KeyboardInterrupt, match='terminated'), T.Patience() as patience:
-        for v, value in zip(process.variables, process.fresh): v.assign(value)
-        trainer.step, trainer.history, trainer.sums = 0, [], None
-        calls = keras.callbacks.CallbackList([saver := saving.Checkpoints(trainer, folder, B.spec_classes(spec)), Term()], model=trainer.model)
-        trainer.fit(T.endless_batches(trainer), B.spec_classes(spec), calls, patience)
-    del trainer.advance
+    with pytest.raises(KeyboardInterrupt, match='terminated'), T.DeferredSignals() as patience:
+        for v, value in zip(process.variables, process.missing): v.assign(value)
+        trainer.step, trainer.history, trainer.epoch_sums = 0, [], None
+        calls = keras.callbacks.CallbackList([saver := saving.CheckpointCallback(trainer, folder, experiment.class_table_from_spec(spec)), Term()], model=trainer.model)
+        trainer.fit(T.training_batches(trainer), experiment.class_table_from_spec(spec), calls, patience)
+    del trainer.run_steps
     saver.write()
-    assert saving.newest_checkpoint(folder).name == 'model.step-4.tlt' and read_meta(folder/'model.step-4.tlt')['sums'][0] == 2
+    assert saving.latest_checkpoint(folder).name == 'model.step-4.tlt' and read_meta(folder/'model.step-4.tlt')['sums'][0] == 2
     assert numbers(process.start(folder)) == straight
     same_files(tmp_path/'straight', folder, 'model.step-10.tlt')
 
 
 RUN = '''
 import sys
-from effdet_nb.model import detector
+from effdet_nb.detector import efficientdet as detector
 detector.SCALING['efficientdet-d0'] = (128, .35, .3, 16, 1, 1)
-from effdet_nb.learn.train import train
-from effdet_nb.spec import Spec
+from effdet_nb.train.fit import train
+from effdet_nb.train.spec import Spec
 train(Spec.load('spec.txt'), sys.argv[1])
 '''
 
@@ -177,7 +177,7 @@ def test_a_process_that_is_killed_ends_the_same(spec, tmp_path):
     "Real processes and real SIGKILLs, one as soon as a checkpoint is there, one a random while later."
     (tmp_path/'run.py').write_text(RUN); (tmp_path/'spec.txt').write_text(spec.to_text())
     runs = [start(tmp_path, name) for name in ('straight', 'killed')]
-    while not saving.checkpoints_in(tmp_path/'killed') and runs[1].poll() is None: time.sleep(.05)
+    while not saving.list_checkpoints(tmp_path/'killed') and runs[1].poll() is None: time.sleep(.05)
     time.sleep(random.random()); runs[1].kill(); runs[1].wait()
     second = start(tmp_path, 'killed')
     before = (tmp_path/'killed'/'status.json').stat().st_size
@@ -191,15 +191,15 @@ def test_a_process_that_is_killed_ends_the_same(spec, tmp_path):
 def test_a_full_disk_leaves_the_checkpoint_before(spec, tmp_path):
     process = Process(spec.replace(training_config=dict(num_epochs=1)))
     process.start(tmp_path)
-    saver = saving.Checkpoints(process.trainer, tmp_path, B.spec_classes(spec))
+    saver = saving.CheckpointCallback(process.trainer, tmp_path, experiment.class_table_from_spec(spec))
     process.trainer.step = 3
     before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         with pytest.raises(OSError, match='could not be written .* the checkpoints before it are whole'): saver.write()
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, before); signal.signal(signal.SIGXFSZ, ignored)
-    assert [p.name for p in saving.checkpoints_in(tmp_path)] == ['model.step-2.tlt'] and not list(tmp_path.glob('.*'))
-    load_model(tmp_path/'model.step-2.tlt')
+    assert [p.name for p in saving.list_checkpoints(tmp_path)] == ['model.step-2.tlt'] and not list(tmp_path.glob('.*'))
+    load_model_file(tmp_path/'model.step-2.tlt')
 
 
 def test_what_may_change_on_the_way(spec, tmp_path):
@@ -207,10 +207,10 @@ def test_what_may_change_on_the_way(spec, tmp_path):
     process.start(tmp_path)
     trainer = process.trainer
     trainer.spec = spec.replace(training_config=dict(num_epochs=9, learning_rate=.01))
-    trainer.plan = make_plan(trainer.spec)
-    told = trainer.begin(tmp_path)
+    trainer.training_schedule = make_training_schedule(trainer.spec)
+    told = trainer.initialize(tmp_path)
     assert 'continuing from' in told and 'training_config.learning_rate 0.05 -> 0.01' in told and 'num_epochs 1 -> 9' in told
     trainer.spec = spec.replace(dataset_config=dict(num_classes=5), model_config=dict(anchor_scale=3.))
-    with pytest.raises(ValueError, match='num_classes was 4 and is 5; model_config.anchor_scale was 4.0 and is 3.0.* start another --model_dir'): trainer.begin(tmp_path)
-    trainer.spec, trainer.plan = spec, make_plan(spec.replace(training_config=dict(train_batch_size=5)))
-    with pytest.raises(ValueError, match='global batch was 4 and is 5'): trainer.begin(tmp_path)
+    with pytest.raises(ValueError, match='num_classes was 4 and is 5; model_config.anchor_scale was 4.0 and is 3.0.* start another --model_dir'): trainer.initialize(tmp_path)
+    trainer.spec, trainer.training_schedule = spec, make_training_schedule(spec.replace(training_config=dict(train_batch_size=5)))
+    with pytest.raises(ValueError, match='global batch was 4 and is 5'): trainer.initialize(tmp_path)

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
-from conftest import lacking
+from conftest import skip_missing
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE, SHOTS = ROOT/'_docs', ROOT/'_shots'
@@ -26,7 +26,7 @@ def named(p, site): return p.relative_to(site).as_posix()
 @pytest.fixture(scope='module')
 def site():
     "The built site."
-    if not (SITE/'index.html').is_file(): lacking('docs site', 'make docs')
+    if not (SITE/'index.html').is_file(): skip_missing('docs site', 'make docs')
     return SITE
 
 
@@ -183,12 +183,12 @@ def test_one_button_unfolds_the_code(site, browser):
 
 def test_formulas_and_diagrams_are_drawn(site, browser):
     sys.path.insert(0, str(ROOT/'tools'))
-    try: from draw_diagrams import FOLDER, diagrams
+    try: from draw_diagrams import DIAGRAM_FOLDER, find_diagrams
     finally: sys.path.pop(0)
-    missing = sorted(n for n in diagrams() if not (FOLDER/n).is_file())
-    unused = sorted(p.name for p in FOLDER.glob('*.svg') if p.name not in diagrams())
+    missing = sorted(n for n in find_diagrams() if not (DIAGRAM_FOLDER/n).is_file())
+    unused = sorted(p.name for p in DIAGRAM_FOLDER.glob('*.svg') if p.name not in find_diagrams())
     assert not (missing or unused), f'run tools/draw_diagrams.py: {missing} have no picture, {unused} no diagram'
-    assert {p.name for p in (site/'_images').glob('*.svg')} >= set(diagrams())
+    assert {p.name for p in (site/'_images').glob('*.svg')} >= set(find_diagrams())
     browser.size(*DESKTOP)
     browser.open((site/'learn'/'loss.html').as_uri())
     assert browser.run('document.querySelectorAll("article math").length')>5

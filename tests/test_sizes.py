@@ -3,35 +3,37 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effdet_nb.data.shapes import draw_dataset
+from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.deploy.export import export
-from effdet_nb.deploy.infer import infer
-from effdet_nb.deploy.runtime import load_detector
-from effdet_nb.learn import train as T
-from effdet_nb.learn.prune import channel_graph, prune
-from effdet_nb.model import detector
-from effdet_nb.model.anchors import all_anchors, feature_size
-from effdet_nb.model.bifpn import nearest_cells
-from effdet_nb.model.detect import KerasDetector, save_detector
-from effdet_nb.model.detector import Arch, arch_anchors, as_input, build
-from effdet_nb.model.weights_in import default_classes
-from effdet_nb.data.letterbox import to_channels
-from effdet_nb.spec import Spec
+from effdet_nb.export.export import export
+from effdet_nb.app.infer import infer
+from effdet_nb.export.runtimes import load_detector
+from effdet_nb.train import fit as T
+from effdet_nb.prune.channel_groups import channel_graph
+from effdet_nb.prune.prune import prune
+from effdet_nb.detector import efficientdet as detector
+from effdet_nb.detector.anchors import all_anchors, feature_size
+from effdet_nb.detector.bifpn import nearest_indices
+from effdet_nb.detector.predictor import KerasDetector
+from effdet_nb.weights.model_file import save_detector
+from effdet_nb.detector.efficientdet import Arch, arch_anchors, match_channels, build
+from effdet_nb.weights.import_weights import default_class_table
+from effdet_nb.detector.images import to_channels
+from effdet_nb.train.spec import Spec
 
 
 @pytest.fixture
 def small_network(monkeypatch):
     "The same wiring, thinner: tracing takes a third of the time."
-    monkeypatch.setitem(detector.SCALING, 'efficientdet-d0', (128, .35, .3, 16, 1, 1))
-    monkeypatch.setitem(detector.SCALING, 'efficientdet-lite0', (128, .35, .3, 16, 1, 1, 'lite', 3.))
+    monkeypatch.setitem(detector.VARIANTS, 'efficientdet-d0', (128, .35, .3, 16, 1, 1))
+    monkeypatch.setitem(detector.VARIANTS, 'efficientdet-lite0', (128, .35, .3, 16, 1, 1, 'lite', 3.))
 
 
 @pytest.fixture(scope='module')
 def records(tmp_path_factory):
     "Drawn scenes; half of the pictures are stored as grey PNG."
     folder = tmp_path_factory.mktemp('shapes')
-    draw_dataset(folder/'shapes', num_train=4, num_val=2, size=(150, 200), seed=0)
+    make_toy_dataset(folder/'shapes', num_train=4, num_val=2, image_hw=(150, 200), seed=0)
     for split in ('train', 'val'):
         for p in sorted((folder/'shapes'/split).iterdir())[::2]: Image.open(p).convert('L').save(p)
         dataset_convert(folder/'shapes'/split, folder/'shapes'/f'{split}.json', folder, split, num_shards=1, workers=1)
@@ -53,13 +55,13 @@ def test_odd_and_grey_go_all_the_way(small_network, records, tmp_path, name, siz
     exported = export(path, tmp_path/'m.onnx', nms='none')
     onnx_one = load_detector(exported.path)
     pictures = np.random.default_rng(0).integers(0, 256, (2, *keras_one.image_hw, 3)).astype('uint8')
-    for k, a in keras_one.raw(pictures).items(): np.testing.assert_allclose(onnx_one.raw(pictures)[k], a, atol=2e-3)
+    for k, a in keras_one.forward(pictures).items(): np.testing.assert_allclose(onnx_one.raw(pictures)[k], a, atol=2e-3)
     grey = to_channels(pictures, 1)
     for one in (keras_one, onnx_one): np.testing.assert_allclose(one.raw(grey)['cls_logits'], one.raw(np.repeat(grey, 3, -1))['cls_logits'], atol=1e-5)   # a camera may hand over one channel
-    infer(tmp_path/'m.onnx', records/'shapes'/'val', tmp_path/'out', tmp_path/'labels', threshold=.001)
+    infer(tmp_path/'m.onnx', records/'shapes'/'val', tmp_path/'out', tmp_path/'labels', score_threshold=.001)
     assert len(list((tmp_path/'out').iterdir())) == 2
     prune(path, tmp_path/'pruned.tlt', pruning_threshold=.9, min_num_filters=8)
-    assert KerasDetector.load(tmp_path/'pruned.tlt').raw(pictures)['box_deltas'].shape == keras_one.raw(pictures)['box_deltas'].shape
+    assert KerasDetector.load(tmp_path/'pruned.tlt').forward(pictures)['box_deltas'].shape == keras_one.forward(pictures)['box_deltas'].shape
 
 
 @pytest.mark.parametrize('hw', [(333, 500), (129, 511), (160, 288), (544, 960)])
@@ -79,16 +81,16 @@ def test_cells_are_repeated_as_tensorflows_resize_does(n, wanted):
     import tensorflow as tf
     row = np.arange(n, dtype='float32').reshape(1, n, 1, 1)
     theirs = tf.compat.v1.image.resize_nearest_neighbor(row, [wanted, 1])
-    np.testing.assert_array_equal(nearest_cells(n, wanted), np.array(theirs).ravel().astype(int))
+    np.testing.assert_array_equal(nearest_indices(n, wanted), np.array(theirs).ravel().astype(int))
 
 
 def test_both_ways_of_becoming_grey_agree():
     pictures = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype('uint8')
-    assert np.abs(to_channels(pictures, 1).astype(int)-np.array(as_input(pictures, 1)).astype(int)).max() <= 1      # a half may be rounded either way
+    assert np.abs(to_channels(pictures, 1).astype(int)-np.array(match_channels(pictures, 1)).astype(int)).max() <= 1      # a half may be rounded either way
     grey = np.arange(256, dtype='uint8').reshape(1, 16, 16, 1)
-    np.testing.assert_array_equal(as_input(np.repeat(grey, 3, -1), 1), grey)
+    np.testing.assert_array_equal(match_channels(np.repeat(grey, 3, -1), 1), grey)
 
 
 def test_a_lite_network_is_read_by_pruning(small_network):
     graph = channel_graph(build(Arch('efficientdet-lite0', (128, 128), 3)))
-    assert {'stem_conv', 'p6', 'class-0'} <= {n for g in graph.groups for n in g.makers} and all(g.size > 0 for g in graph.groups)
+    assert {'stem_conv', 'p6', 'class-0'} <= {n for g in graph.groups for n in g.producers} and all(g.size > 0 for g in graph.groups)

@@ -6,8 +6,8 @@ import pytest
 from google.protobuf import text_format
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
 
-from effdet_nb.fields import experiment_message, parse_aspects, parse_size, proto_text, reference_table, sections, settings
-from effdet_nb.spec import Spec, SpecError, task_sections
+from effdet_nb.train.fields import experiment_message_class, parse_aspect_ratios, parse_image_size, proto_schema, reference_table, SPEC_SECTIONS, section_fields
+from effdet_nb.train.spec import Spec, SpecError, TASK_SECTIONS
 
 # Field numbers of TAO's messages, in order: what keeps its files and ours the same language.
 tao = dict(
@@ -21,37 +21,37 @@ tao = dict(
 
 
 def test_the_table_has_taos_names_and_numbers():
-    assert list(sections)==list(tao)
+    assert list(SPEC_SECTIONS)==list(tao)
     for section,names in tao.items():
-        numbers = {n:f.metadata['number'] for n,f in settings(section).items()}
+        numbers = {n:f.metadata['number'] for n,f in section_fields(section).items()}
         assert {n:i for n,i in numbers.items() if i<=100}=={n:i for i,n in enumerate(names.split(), 1)}      # fields of our own are numbered from 101
         assert len(set(numbers.values()))==len(numbers)
 
 
 def test_every_field_is_explained():
-    for section in sections:
-        for name,f in settings(section).items():
+    for section in SPEC_SECTIONS:
+        for name,f in section_fields(section).items():
             assert f.metadata['doc'] and f'| `{name}` |' in reference_table(section)
 
 
-def test_the_manuals_sample_is_read_unchanged(shared):
-    text = next((shared/'seeds').glob('*.txt')).read_text()
+def test_the_manuals_sample_is_read_unchanged(shared_dir):
+    text = next((shared_dir/'seeds').glob('*.txt')).read_text()
     text = text[text.index('training_config {'):text.index('The top level structure')]
     spec = Spec.parse(text, 'sample.txt')
-    assert len(spec.given)==34-1 # its 34 lines name model_name twice
+    assert len(spec.fields_set)==34-1 # its 34 lines name model_name twice
     assert spec.model_config.model_name=='efficientdet-d0' and spec.training_config.profile_skip_steps==100
     problems = spec.problems('train')
     assert len(problems)==4 and all('leads to no file' in p and re.search(r'\(sample.txt:\d+:\d+\)$', p) for p in problems)
     for task in ('inference','export','prune','dataset_convert'): assert spec.check(task) is spec
 
 
-def test_the_manuals_sample_trains_once_its_files_are_there(shared, tmp_path):
-    text = next((shared/'seeds').glob('*.txt')).read_text()
+def test_the_manuals_sample_trains_once_its_files_are_there(shared_dir, tmp_path):
+    text = next((shared_dir/'seeds').glob('*.txt')).read_text()
     text = text[text.index('training_config {'):text.index('The top level structure')].replace('/path/to', str(tmp_path))
     for name in ('your/pretrained_model', 'coco/train-00000-of-00001.tfrecord', 'coco/val-00000-of-00001.tfrecord', 'coco/annotations/instances_val2017.json'):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/name).write_text('')
-    for task in task_sections: Spec.parse(text).check(task)
+    for task in TASK_SECTIONS: Spec.parse(text).check(task)
 
 
 def test_defaults_are_those_of_the_manual():
@@ -69,19 +69,19 @@ def test_defaults_are_those_of_the_manual():
 
 kinds = {int:st.integers(0, 2**32-1), bool:st.booleans(), str:st.text(max_size=12),
          float:st.floats(allow_nan=False, allow_infinity=False) | st.integers(0,9)}
-everywhere = [(s,n) for s in sections for n in settings(s)]
+everywhere = [(s,n) for s in SPEC_SECTIONS for n in section_fields(s)]
 
 @st.composite
 def specs(draw):
     changes = {}
     for section,name in draw(st.lists(st.sampled_from(everywhere), unique=True, max_size=12)):
-        changes.setdefault(section, {})[name] = draw(kinds[settings(section)[name].type])
+        changes.setdefault(section, {})[name] = draw(kinds[section_fields(section)[name].type])
     return Spec().replace(**changes)
 
 @given(specs())
 def test_a_spec_survives_being_written_and_read(spec):
     again = Spec.parse(spec.to_text())
-    assert again==spec and again.given==spec.given and again.to_text()==spec.to_text()
+    assert again==spec and again.fields_set==spec.fields_set and again.to_text()==spec.to_text()
 
 
 def test_paths_stay_readable(): assert Spec().replace(training_config=dict(checkpoint='/größe/x')).to_text()=='training_config {\n  checkpoint: "/größe/x"\n}\n'
@@ -89,24 +89,24 @@ def test_paths_stay_readable(): assert Spec().replace(training_config=dict(check
 
 @given(specs())
 def test_the_effective_spec_holds_the_same_values(spec):
-    again = Spec.parse(spec.to_text(everything=True))
-    assert all(getattr(again, s)==getattr(spec, s) for s in sections) and again.given==set(everywhere)
+    again = Spec.parse(spec.to_text(include_defaults=True))
+    assert all(getattr(again, s)==getattr(spec, s) for s in SPEC_SECTIONS) and again.fields_set==set(everywhere)
 
 
 @given(specs())
 def test_protobufs_own_parser_reads_the_same(spec):
-    message = text_format.Parse(spec.to_text(), experiment_message()())
-    assert {(s.name,f.name) for s,m in message.ListFields() for f,_ in m.ListFields()}==spec.given
-    assert all(getattr(getattr(message, s), n)==getattr(getattr(spec, s), n) for s,n in spec.given)
+    message = text_format.Parse(spec.to_text(), experiment_message_class()())
+    assert {(s.name,f.name) for s,m in message.ListFields() for f,_ in m.ListFields()}==spec.fields_set
+    assert all(getattr(getattr(message, s), n)==getattr(getattr(spec, s), n) for s,n in spec.fields_set)
 
 
 @given(specs(), specs())
 def test_replacing_twice_keeps_what_was_not_replaced(a, b):
     changes = {}
-    for s,n in b.given: changes.setdefault(s, {})[n] = getattr(getattr(b, s), n)
+    for s,n in b.fields_set: changes.setdefault(s, {})[n] = getattr(getattr(b, s), n)
     both = a.replace(**changes)
-    assert both.given==a.given|b.given
-    for s,n in both.given: assert getattr(getattr(both, s), n)==getattr(getattr(b if (s,n) in b.given else a, s), n)
+    assert both.fields_set==a.fields_set|b.fields_set
+    for s,n in both.fields_set: assert getattr(getattr(both, s), n)==getattr(getattr(b if (s,n) in b.fields_set else a, s), n)
 
 
 words = st.sampled_from(['training_config','model_config','data_config','amp','num_epochs','model_name','{','}','<','>','[',']',':',',',';','"','\'','"a"','-','1','1.5','True','# x','\n','"\\','\\377','"\\377"','é'])
@@ -124,30 +124,30 @@ def test_nonsense_is_refused_politely(text):
 @hypothesis_settings(max_examples=300, deadline=None)
 @given(st.lists(words, max_size=14).map(' '.join))
 def test_what_protobuf_reads_we_read(text):
-    try: message = text_format.Merge(text, experiment_message()())
+    try: message = text_format.Merge(text, experiment_message_class()())
     except (text_format.ParseError, ValueError): return
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        assert Spec.parse(text).given=={(s.name,f.name) for s,m in message.ListFields() for f,_ in m.ListFields()}
+        assert Spec.parse(text).fields_set=={(s.name,f.name) for s,m in message.ListFields() for f,_ in m.ListFields()}
 
 
 # ── what is read ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 @given(st.integers(4,40).map(lambda n: n*32), st.integers(4,40).map(lambda n: n*32))
 def test_sizes_in_all_spellings(h, w):
-    for text in (f'{h},{w}', f'({h}, {w})', f'[{h},{w}]', f'{w}x{h}', f' {w} X {h} '): assert parse_size(text)==(h,w)
+    for text in (f'{h},{w}', f'({h}, {w})', f'[{h},{w}]', f'{w}x{h}', f' {w} X {h} '): assert parse_image_size(text)==(h,w)
 
 
 @given(st.text(max_size=10))
 def test_a_size_is_a_size_or_a_ValueError(text):
-    try: h,w = parse_size(text)
+    try: h,w = parse_image_size(text)
     except ValueError as e: assert text=='' or 'size' in str(e) or 'side' in str(e)
     else: assert h%32==w%32==0 and min(h,w)>=128
 
 
 @pytest.mark.parametrize('text', ['[]', '1', '[1.0, 2.0]', '[(1,)]', '[(1,2,3)]', '[(0,1)]', '[(True,1)]', '[(1e999,1)]', '['*5000, 'x', '', '[(1.0, 1.0)', '().__class__'])
 def test_odd_aspects_are_refused(text):
-    with pytest.raises(ValueError, match='factors, all above 0'): parse_aspects(text)
+    with pytest.raises(ValueError, match='factors, all above 0'): parse_aspect_ratios(text)
 
 
 def test_nothing_in_a_spec_is_run(tmp_path):
@@ -160,7 +160,7 @@ def test_spellings_of_the_manual():
     spec = Spec.parse('''data_config { val_json_file: "a.json" image_size: "(512, 512)" }
         training_config { model_name: "efficientdet_d1" } model_config { max_instances_per_image: 7 }''')
     assert spec.dataset_config.validation_json_file=='a.json' and spec.dataset_config.max_instances_per_image==7
-    assert spec.model_config.model_name=='efficientdet-d1' and spec.is_given('data_config', 'val_json_file') and spec.problems()==[]
+    assert spec.model_config.model_name=='efficientdet-d1' and spec.is_set('data_config', 'val_json_file') and spec.problems()==[]
 
 
 def test_the_later_value_wins_and_one_hears_of_it():
@@ -223,7 +223,7 @@ def test_values_out_of_range_are_refused(section, name, value):
 @pytest.mark.parametrize('name', ['clip_gradients_norm','momentum','lr_warmup_epoch','lr_warmup_init','moving_average_decay','tf_random_seed','l1_weight_decay','stop_at_epoch'])
 def test_zero_is_a_value(name):
     spec = Spec.parse(f'training_config {{ {name}: 0 }}')
-    assert getattr(spec.training_config, name)==0 and spec.is_given('training_config', name) and not Spec().is_given('training_config', name) and spec.problems()==[]
+    assert getattr(spec.training_config, name)==0 and spec.is_set('training_config', name) and not Spec().is_set('training_config', name) and spec.problems()==[]
 
 
 def test_all_problems_come_at_once_in_the_order_of_the_file():
@@ -287,20 +287,20 @@ def test_a_spec_is_a_value():
 # ── the schema for other tools ───────────────────────────────────────────────────────────────────────────────────────────
 
 def test_the_proto_file_says_what_the_descriptors_say():
-    written = {m: {n:(kind,int(number)) for kind,n,number in re.findall(r'optional (\w+) (\w+) = (\d+);', body)} for m,body in re.findall(r'message (\w+) \{\n(.*?)\n\}', proto_text(), re.S)}
-    file = experiment_message().DESCRIPTOR.file
+    written = {m: {n:(kind,int(number)) for kind,n,number in re.findall(r'optional (\w+) (\w+) = (\d+);', body)} for m,body in re.findall(r'message (\w+) \{\n(.*?)\n\}', proto_schema(), re.S)}
+    file = experiment_message_class().DESCRIPTOR.file
     kinds = {13:'uint32', 1:'double', 8:'bool', 9:'string'}
     built = {name: {f.name:(f.message_type.name if f.message_type else kinds[f.type], f.number) for f in m.fields} for name,m in file.message_types_by_name.items()}
     assert written==built and all(f.has_presence for m in file.message_types_by_name.values() for f in m.fields)
-    assert proto_text().startswith('//') and 'syntax = "proto3";' in proto_text()
+    assert proto_schema().startswith('//') and 'syntax = "proto3";' in proto_schema()
 
 
 def test_descriptors_keep_to_themselves():
     from google.protobuf import descriptor_pool
-    experiment_message()
+    experiment_message_class()
     with pytest.raises(KeyError): descriptor_pool.Default().FindMessageTypeByName('effdet_nb.Experiment')
 
 
 def test_importing_is_light():
-    code = 'import sys, effdet_nb.spec; print([m for m in ("tensorflow","keras","numpy","matplotlib","IPython") if m in sys.modules])'
+    code = 'import sys, effdet_nb.train.spec; print([m for m in ("tensorflow","keras","numpy","matplotlib","IPython") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout.strip()=='[]'

@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from effdet_nb.learn import targets as T
-from effdet_nb.model.anchors import all_anchors
+from effdet_nb.detector import targets as T
+from effdet_nb.accel import grid_targets as G
+from effdet_nb.detector.anchors import all_anchors
 
 
 def plain_assign(anchors, boxes, classes):
@@ -27,8 +28,8 @@ def run(*args): return tuple(np.asarray(o) for o in T.assign(*args))
 
 
 @pytest.fixture(scope='module')
-def oracle(shared):
-    return np.load(shared/'oracle/targets_512.npz'), np.load(shared/'oracle/anchors_512x512.npz')['anchors']
+def oracle(shared_dir):
+    return np.load(shared_dir/'oracle/targets_512.npz'), np.load(shared_dir/'oracle/anchors_512x512.npz')['anchors']
 
 
 @pytest.mark.parametrize('case', range(6))
@@ -125,10 +126,10 @@ def sizes_and_places(draw, hw):
 @pytest.mark.parametrize('hw', [(256, 256), (128, 192), (200, 333)])
 def test_looking_only_where_objects_are_misses_nothing(hw):
     anchors = all_anchors(hw)
-    grid = T.anchor_grid(anchors)
+    grid = G.anchor_grid(anchors)
     for draw in range(40):
         boxes, classes = sizes_and_places(draw, hw)
-        for quick, full in zip(T.assign_likely(grid, boxes, classes), run(anchors, boxes, classes)):
+        for quick, full in zip(G.assign_on_grid(grid, boxes, classes), run(anchors, boxes, classes)):
             assert quick.dtype == full.dtype
             np.testing.assert_allclose(quick, full, atol=2e-5, err_msg=f'draw {draw}') if quick.ndim == 2 else np.testing.assert_array_equal(quick, full, f'draw {draw}')
 
@@ -137,7 +138,7 @@ def test_looking_only_where_objects_are_misses_nothing(hw):
 def test_the_quick_way_equals_the_peers_too(oracle, case):
     numbers, anchors = oracle
     boxes, classes = numbers[f'case{case}_gt_boxes_abs_yxyx'], numbers[f'case{case}_gt_classes_1based']-1
-    cls, box, count = T.assign_likely(T.anchor_grid(anchors), boxes, classes)
+    cls, box, count = G.assign_on_grid(G.anchor_grid(anchors), boxes, classes)
     part = lambda kind, width: np.concatenate([numbers[f'case{case}_{kind}_targets_{level}'].reshape(-1, width) for level in range(3, 8)])
     np.testing.assert_array_equal(cls, part('cls', 1)[:, 0])
     np.testing.assert_allclose(box, part('box', 4), atol=2e-5)
@@ -147,8 +148,8 @@ def test_the_quick_way_equals_the_peers_too(oracle, case):
 @pytest.mark.parametrize('image_hw, shapes', [((128, 128), {}), ((256, 384), dict(num_scales=1)), ((512, 512), dict(aspects=((1., 1.), (2., .5)), num_scales=2, anchor_scale=3.))])
 def test_grids_of_any_anchors(image_hw, shapes):
     anchors = all_anchors(image_hw, **shapes)
-    grid = T.anchor_grid(anchors)
-    assert len(grid.first) == 5 and (grid.cells[0] == np.array(image_hw)//8).all()
-    np.testing.assert_allclose(T._rebuilt(grid), anchors, atol=1e-3)
-    with pytest.raises(ValueError, match='do not stand on grids'): T.anchor_grid(anchors[np.r_[1, 0, 2:len(anchors)]])
-    with pytest.raises(ValueError, match='do not stand on grids'): T.anchor_grid(anchors[:-1])
+    grid = G.anchor_grid(anchors)
+    assert len(grid.first_anchor) == 5 and (grid.grid_hw[0] == np.array(image_hw)//8).all()
+    np.testing.assert_allclose(G._rebuilt(grid), anchors, atol=1e-3)
+    with pytest.raises(ValueError, match='do not stand on grids'): G.anchor_grid(anchors[np.r_[1, 0, 2:len(anchors)]])
+    with pytest.raises(ValueError, match='do not stand on grids'): G.anchor_grid(anchors[:-1])

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.data.shapes import draw_dataset
-from effdet_nb.data.tfrecord import KEYS, make_example, masked_crc, parse_example, read_example, read_records, write_records
+from effdet_nb.detector.toy_data import make_toy_dataset
+from effdet_nb.data.tfrecord import FEATURE_TYPES, make_example, masked_crc, parse_example, decode_example, read_records, write_records
 
 
 # --- the format ---
@@ -71,24 +71,24 @@ def test_parsing_nonsense_never_crashes(data):
 
 
 def test_foreign_records_may_lack_area_and_crowd():
-    e = read_example(make_example({'image/encoded': b'x', 'image/height': 10, 'image/width': 20, 'image/source_id': 'a7', 'image/object/bbox/xmin': [.5], 'image/object/bbox/xmax': [1.],
+    e = decode_example(make_example({'image/encoded': b'x', 'image/height': 10, 'image/width': 20, 'image/source_id': 'a7', 'image/object/bbox/xmin': [.5], 'image/object/bbox/xmax': [1.],
                                    'image/object/bbox/ymin': [0.], 'image/object/bbox/ymax': [.5], 'image/object/class/label': [3]}))
     assert e['boxes'].tolist() == [[0, 10, 5, 20]] and e['area'].tolist() == [50] and e['is_crowd'].tolist() == [False] and e['source_id'] == 'a7'
-    with pytest.raises(ValueError, match='shard 3: has no image/encoded, image/width'): read_example(make_example({'image/height': 3}), 'shard 3')
-    with pytest.raises(ValueError, match='equally long'): read_example(make_example({'image/encoded': b'x', 'image/height': 1, 'image/width': 1, 'image/object/class/label': [3]}))
+    with pytest.raises(ValueError, match='shard 3: has no image/encoded, image/width'): decode_example(make_example({'image/height': 3}), 'shard 3')
+    with pytest.raises(ValueError, match='equally long'): decode_example(make_example({'image/encoded': b'x', 'image/height': 1, 'image/width': 1, 'image/object/class/label': [3]}))
 
 
 def test_tensorflow_reads_the_same(tmp_path):
     tf = pytest.importorskip('tensorflow')
-    data = draw_dataset(tmp_path/'s', 6, 4)
+    data = make_toy_dataset(tmp_path/'s', 6, 4)
     summary = dataset_convert(data/'train', data/'train.json', tmp_path/'r', num_shards=2, include_masks=True)
     ours = [r for f in summary.files for r in read_records(f)]
     theirs = [r.numpy() for r in tf.data.TFRecordDataset([str(f) for f in summary.files])]
     assert ours == theirs                                           # framing and checksums agree
     for data in ours:
         mine, reference = parse_example(data), tf.train.Example.FromString(data)
-        assert mine.keys() == reference.features.feature.keys() == KEYS.keys()
-        for key, kind in KEYS.items():
+        assert mine.keys() == reference.features.feature.keys() == FEATURE_TYPES.keys()
+        for key, kind in FEATURE_TYPES.items():
             value = reference.features.feature[key]
             assert value.WhichOneof('kind') == dict(bytes='bytes_list', float='float_list', int='int64_list')[kind]
             assert list(getattr(value, value.WhichOneof('kind')).value) == mine[key]

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from effdet_nb.data.shapes import draw_dataset
+from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.learn import step as S, train as T
-from effdet_nb.learn.begin import start_arch
-from effdet_nb.model import detector
-from effdet_nb.model.detect import KerasDetector, open_detector
-from effdet_nb.model.store import load_model
-from effdet_nb.spec import Spec, SpecError
+from effdet_nb.train import trainer as S, fit as T
+from effdet_nb.train.fit import resolve_arch
+from effdet_nb.detector import efficientdet as detector
+from effdet_nb.detector.predictor import KerasDetector
+from effdet_nb.weights.model_file import load_keras_model
+from effdet_nb.weights.model_file import load_model_file
+from effdet_nb.train.spec import Spec, SpecError
 
 
 @pytest.fixture(scope='module')
 def records(tmp_path_factory):
     folder = tmp_path_factory.mktemp('shapes')
-    draw_dataset(folder/'shapes', num_train=12, num_val=4, size=(128, 128), seed=0)
+    make_toy_dataset(folder/'shapes', num_train=12, num_val=4, image_hw=(128, 128), seed=0)
     for split in ('train', 'val'): dataset_convert(folder/'shapes'/split, folder/'shapes'/f'{split}.json', folder, split, num_shards=2, workers=1)
     return folder
 
@@ -30,7 +31,7 @@ def records(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
     "The same wiring with one block per stage and one layer per head: tracing takes a third of the time."
-    monkeypatch.setitem(detector.SCALING, 'efficientdet-d0', (128, .35, .3, 16, 1, 1))
+    monkeypatch.setitem(detector.VARIANTS, 'efficientdet-d0', (128, .35, .3, 16, 1, 1))
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(spec, tmp_path):
     straight = T.train(spec, tmp_path/'a')
     T.train(spec.replace(training_config=dict(stop_at_epoch=1)), tmp_path/'b')
     resumed = T.train(spec, tmp_path/'b')
-    a, b = (load_model(tmp_path/x/'model.step-9.tlt') for x in 'ab')
+    a, b = (load_model_file(tmp_path/x/'model.step-9.tlt') for x in 'ab')
     for group in ('weights', 'ema', 'optimizer'):
         ours, theirs = getattr(a, group), getattr(b, group)
         assert set(ours) == set(theirs) and ours
@@ -75,7 +76,7 @@ def test_files_of_a_run(spec, tmp_path):
     assert lines[0]['status'] == 'STARTED' and lines[-1]['status'] == 'SUCCESS' and 0 <= lines[-1]['kpi']['AP'] <= 1 and {'time_per_epoch', 'eta', 'max_epoch'} <= set(lines[1])
     assert not any('secret' in p.read_text(errors='ignore') for p in tmp_path.iterdir() if p.is_file())
     detector = KerasDetector.load(tmp_path/'model.best.tlt', 'secret')
-    assert detector.classes.name(0) == 'circle' and detector.meta['step'] == 9 and 'AP50' in detector.meta['scores']
+    assert detector.classes.class_name(0) == 'circle' and detector.meta['step'] == 9 and 'AP50' in detector.meta['scores']
 
 
 def test_ctrl_c_saves_what_was_done(spec, tmp_path):
@@ -83,7 +84,7 @@ def test_ctrl_c_saves_what_was_done(spec, tmp_path):
         def on_train_batch_end(self, step, logs=None):
             if step == 3: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): T.train(spec, tmp_path, callbacks=[Stop()])
-    assert T.newest_checkpoint(tmp_path).name == 'model.step-4.tlt'
+    assert T.latest_checkpoint(tmp_path).name == 'model.step-4.tlt'
     assert json.loads((tmp_path/'status.json').read_text().splitlines()[-1])['status'] == 'FAILURE'
     assert [r['step'] for r in T.train(spec, tmp_path)] == [3, 6, 9]
 
@@ -95,14 +96,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_cure(spec, tmp_pat
     for said in ('at learning rate', 'images ', 'gradients: stem ', 'class ', f'bad_batch.step-{step}.npz', 'the last checkpoint is intact'): assert said in str(e.value)
     named = str(e.value).split('images ')[1].split(';')[0].split(', ')
     with np.load(tmp_path/f'bad_batch.step-{step}.npz') as batch: assert len(batch['images']) == len(named) == 4
-    for p in tmp_path.glob('model.step-*.tlt'): assert all(np.isfinite(v).all() for v in load_model(p).weights.values())
+    for p in tmp_path.glob('model.step-*.tlt'): assert all(np.isfinite(v).all() for v in load_model_file(p).weights.values())
 
 
 def test_a_callback_of_keras_works_as_it_is(spec, tmp_path):
     rows = []
     calls = [keras.callbacks.EarlyStopping(monitor='loss', patience=1, min_delta=99), keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: rows.append((epoch, logs['loss'])))]
     history = T.train(spec, tmp_path, callbacks=calls)
-    assert len(history) == 2 and rows == [(i, r['loss']) for i, r in enumerate(history)] and T.newest_checkpoint(tmp_path).name == 'model.step-6.tlt'
+    assert len(history) == 2 and rows == [(i, r['loss']) for i, r in enumerate(history)] and T.latest_checkpoint(tmp_path).name == 'model.step-6.tlt'
 
 
 def test_starting_from_weights_takes_what_fits(spec, tmp_path):
@@ -110,21 +111,21 @@ def test_starting_from_weights_takes_what_fits(spec, tmp_path):
     T.train(spec.replace(training_config=one), tmp_path/'a')
     trained = tmp_path/'a'/'model.step-3.tlt'
     other = spec.replace(dataset_config=dict(num_classes=6), training_config=one | dict(checkpoint=str(trained)))
-    trainer = T.Trainer(other, start_arch(other)[0])
-    assert '4 classes there, 6 here: class-predict is re-initialised' in trainer.begin(tmp_path/'b')    # nothing to be set for that
+    trainer = T.Trainer(other, resolve_arch(other)[0])
+    assert '4 classes there, 6 here: class-predict is re-initialised' in trainer.initialize(tmp_path/'b')    # nothing to be set for that
     skipping = other.replace(training_config=dict(skip_checkpoint_variables='-predict'))
     trainer.config = skipping.training_config
-    assert [l.split() for l in trainer.begin(tmp_path/'c').splitlines() if '_net' in l] == [['class_net', '23', '3'], ['box_net', '23', '3']]
-    model, _, stored = open_detector(trained)
+    assert [l.split() for l in trainer.initialize(tmp_path/'c').splitlines() if '_net' in l] == [['class_net', '23', '3'], ['box_net', '23', '3']]
+    model, _, stored = load_keras_model(trained)
     np.testing.assert_array_equal(trainer.model.get_layer('stem_conv').kernel.numpy(), stored.ema['stem_conv/kernel'])
 
 
 def test_frozen_layers_stay(spec, tmp_path):
     frozen = spec.replace(model_config=dict(freeze_blocks='[0,1]', freeze_bn=True), training_config=dict(num_epochs=1))
-    trainer = T.Trainer(frozen, start_arch(frozen)[0])
+    trainer = T.Trainer(frozen, resolve_arch(frozen)[0])
     keep = {v.path: v.numpy() for v in trainer.model.weights if v.path.startswith(('stem_', 'block1a_')) or v.path.startswith('block') and '_bn/' in v.path}
     move = trainer.model.get_layer('block7a_project_conv').kernel.numpy()
-    batches = T.endless_batches(trainer)
+    batches = T.training_batches(trainer)
     for _ in range(2): trainer.train_step(next(batches))
     now = {v.path: v.numpy() for v in trainer.model.weights}
     for k, v in keep.items(): np.testing.assert_array_equal(now[k], v, err_msg=k)
@@ -144,10 +145,10 @@ def test_all_problems_of_a_spec_at_once(spec, tmp_path):
 @pytest.mark.parametrize('policy', ['mixed_bfloat16', pytest.param('mixed_float16', marks=pytest.mark.slow)])
 def test_mixed_precision_stays_finite(spec, policy, monkeypatch):
     monkeypatch.setattr(S, 'amp_policy', lambda: policy)
-    trainer = T.Trainer(spec.replace(training_config=dict(amp=True)), start_arch(spec)[0])
+    trainer = T.Trainer(spec.replace(training_config=dict(amp=True)), resolve_arch(spec)[0])
     assert trainer.model.get_layer('stem_conv').compute_dtype == policy.removeprefix('mixed_')
     assert isinstance(trainer.optimizer, keras.optimizers.LossScaleOptimizer) == (policy == 'mixed_float16')
-    batches = T.endless_batches(trainer)
+    batches = T.training_batches(trainer)
     for _ in range(2): assert np.isfinite(trainer.train_step(next(batches)).numpy()[:4]).all()
 
 
@@ -158,8 +159,8 @@ import keras
 from effdet_nb.model import detector
 detector.SCALING['efficientdet-d0'] = (128, .35, .3, 16, 1, 1)
 from effdet_nb.learn import train as T
-from effdet_nb.learn.begin import start_arch
-from effdet_nb.spec import Spec
+from effdet_nb.train.fit import start_arch
+from effdet_nb.train.spec import Spec
 spec, batch = Spec.load(sys.argv[1]), int(sys.argv[2])
 spec = spec.replace(training_config=dict(train_batch_size=batch, num_examples_per_epoch=3*batch))
 strategy = tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1']) if batch == 2 else tf.distribute.get_strategy()

@@ -11,15 +11,15 @@ tools/draw_diagrams.py made. So the site works from a memory stick as well.
 import argparse, ast, json, os, posixpath, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import urlsplit
-from draw_diagrams import BLOCK, FOLDER, picture_name
+from draw_diagrams import MERMAID_BLOCK, DIAGRAM_FOLDER, diagram_file_name
 
-CALLOUTS = dict(note='note', tip='tip', warning='warning', important='important', caution='caution')
-OPTION = re.compile(r'^#\|\s*([\w-]+)(?::\s*(.*?))?\s*$', re.M)
+CALLOUT_TO_ADMONITION = dict(note='note', tip='tip', warning='warning', important='important', caution='caution')
+CELL_OPTION = re.compile(r'^#\|\s*([\w-]+)(?::\s*(.*?))?\s*$', re.M)
 LINK = re.compile(r'(\]\()([^)\s]+)(\))')
-NESTED = re.compile(r'\[\[(`[^`\]]+`)\]\([^)\s]+\)\]\(([^)\s]+)\)') # a link whose text nbdev made a link as well
-EXPORTED = re.compile(r'^#\|\s*exports?\b', re.M)
-DOC = re.compile(r'show_doc\(([\w.]+)')
-SOURCE = re.compile(r'^\[source\]\((\S+)\)\s+(#+ [^\n]+)\n') # how nbdev's table of a definition begins
+NESTED_LINK = re.compile(r'\[\[(`[^`\]]+`)\]\([^)\s]+\)\]\(([^)\s]+)\)') # a link whose text nbdev made a link as well
+EXPORT_DIRECTIVE = re.compile(r'^#\|\s*exports?\b', re.M)
+SHOW_DOC = re.compile(r'show_doc\(([\w.]+)')
+SOURCE_LINK = re.compile(r'^\[source\]\((\S+)\)\s+(#+ [^\n]+)\n') # how nbdev's table of a definition begins
 
 
 def slug(heading):
@@ -30,7 +30,7 @@ def slug(heading):
 
 def option_values(source):
     "The `#| name: value` lines of a code cell; a bare `#| name` counts as true."
-    return {name: value or 'true' for name,value in OPTION.findall(source)}
+    return {name: value or 'true' for name,value in CELL_OPTION.findall(source)}
 
 
 def front_matter(cell):
@@ -42,7 +42,7 @@ def front_matter(cell):
 
 
 class Page:
-    "One processed notebook and where it goes: `old` as in the sidebar (`data/10_boxes.ipynb`), `new` as its address (`data/boxes`)."
+    "One processed notebook and where it goes: `old` as in the sidebar (`detector/01_boxes.ipynb`), `new` as its address (`data/boxes`)."
     def __init__(self, old, notebook):
         self.old, self.notebook = old, notebook
         fronts = [f for c in notebook['cells'] if (f := front_matter(c)) is not None]
@@ -51,7 +51,7 @@ class Page:
         self.new = posixpath.join(posixpath.dirname(old), name)
 
 
-class Rewriter:
+class MarkdownRewriter:
     "Quarto's Markdown to MyST's, for all pages of a site."
     def __init__(self, pages, address):
         self.by_old, self.by_new = {p.old: p for p in pages}, {p.new: p for p in pages}
@@ -71,8 +71,8 @@ class Rewriter:
 
     def diagram(self, match):
         "The picture of a mermaid block; its text, as long as there is none."
-        name = picture_name(match[1])
-        if (FOLDER/name).is_file(): return f':::{{container}} diagram\n![diagram](/images/{FOLDER.name}/{name})\n:::\n'
+        name = diagram_file_name(match[1])
+        if (DIAGRAM_FOLDER/name).is_file(): return f':::{{container}} diagram\n![diagram](/images/{DIAGRAM_FOLDER.name}/{name})\n:::\n'
         self.undrawn.append(name)
         return f'```text\n{match[1]}```'
 
@@ -80,9 +80,9 @@ class Rewriter:
         "One Markdown text of a page."
         text = re.sub(r'<!-- WARNING.*?-->\n?', '', text)
         text = re.sub(r'\{target="_blank"[^}]*\}', '', text)
-        text = BLOCK.sub(self.diagram, text)
+        text = MERMAID_BLOCK.sub(self.diagram, text)
         text = re.sub(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[ \t]*\n(?:\s*\n)?(?:#+ (.*)\n)?', self.callout, text, flags=re.M)
-        text = NESTED.sub(r'[\1](\2)', text)
+        text = NESTED_LINK.sub(r'[\1](\2)', text)
         return LINK.sub(lambda m: m[1] + self.link(m[2], page) + m[3], text)
 
     @staticmethod
@@ -90,12 +90,12 @@ class Rewriter:
         "Quarto's callout as an admonition; its heading or title becomes the title, `collapse` folds it."
         fence, kind, options, heading = match.groups()
         title = heading or next(iter(re.findall(r'title="([^"]*)"', options)), '')
-        if 'collapse' in options: return f'{fence}{{admonition}} {title or kind.capitalize()}\n:class: {CALLOUTS.get(kind, "note")} dropdown\n\n'
-        if title: return f'{fence}{{admonition}} {title}\n:class: {CALLOUTS.get(kind, "note")}\n\n'
-        return f'{fence}{{{CALLOUTS.get(kind, "note")}}}\n'
+        if 'collapse' in options: return f'{fence}{{admonition}} {title or kind.capitalize()}\n:class: {CALLOUT_TO_ADMONITION.get(kind, "note")} dropdown\n\n'
+        if title: return f'{fence}{{admonition}} {title}\n:class: {CALLOUT_TO_ADMONITION.get(kind, "note")}\n\n'
+        return f'{fence}{{{CALLOUT_TO_ADMONITION.get(kind, "note")}}}\n'
 
 
-def bare_code(text):
+def strip_code_links(text):
     "A text whose blocks of code have no links in them: nbdev links the names in comments too, and a reader would see the address."
     return re.sub(r'^```.*?^```', lambda block: re.sub(r'\[(`[^`\n]+`)\]\([^()\s]*\)', r'\1', block[0]), text, flags=re.M | re.S)
 
@@ -105,28 +105,28 @@ def definitions(source):
     return {o.name: o for o in ast.parse(source).body if isinstance(o, (ast.FunctionDef, ast.ClassDef))}
 
 
-def is_table(node):
+def is_field_class(node):
     "Whether a definition is a class of fields with a remark each: its own lines say more than the signature of its constructor."
     marks = [ast.unparse(o) for o in [*node.decorator_list, *getattr(node, 'bases', [])]]
     return isinstance(node, ast.ClassDef) and any(m.startswith(('dataclass','NamedTuple')) for m in marks)
 
 
-def exported_cell(cell):
+def source_cell(cell):
     "An exported cell for a page. Functions are folded: nbdev prints what they take and give, and nothing at all of private ones; tables and constants are to be read."
-    source = OPTION.sub('', ''.join(cell['source'])).strip('\n')
+    source = CELL_OPTION.sub('', ''.join(cell['source'])).strip('\n')
     found = definitions(source)
     says = '; '.join(n + (f': {ast.get_docstring(o).splitlines()[0].rstrip(".")}' if ast.get_docstring(o) else '') for n,o in found.items())
     title = says if found and all(n.startswith('_') for n in found) else 'Code' if found else 'Imports'
-    open_ = any(map(is_table, found.values())) or not found and not all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body)
+    open_ = any(map(is_field_class, found.values())) or not found and not all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body)
     folded = dict(tags=['hide-input'], mystnb=dict(code_prompt_show=title, code_prompt_hide=title))
     return dict(cell_type='code', id=cell['id'], metadata={} if open_ else folded, source=source, outputs=[], execution_count=None)
 
 
-def of_exported(doc, exported):
+def clean_show_doc(doc, exported):
     "nbdev's print of a definition: a class is called one, and a table of fields leaves the signature to its code, a command to its help."
     found = definitions(exported['source'])
     classes = '|'.join(n for n,o in found.items() if isinstance(o, ast.ClassDef)) or '$.'
-    told = '|'.join(n for n,o in found.items() if is_table(o) or any(ast.unparse(d)=='command' for d in o.decorator_list)) or '$.'
+    told = '|'.join(n for n,o in found.items() if is_field_class(o) or any(ast.unparse(d)=='command' for d in o.decorator_list)) or '$.'
     def edited(text):
         text = re.sub(rf'```python\n+def (?:{told})\(.*?```\n*', '', text, flags=re.S)
         return re.sub(rf'^def ({classes})\(', r'class \1(', text, flags=re.M).replace('*Call self as a function.*', '')
@@ -134,23 +134,23 @@ def of_exported(doc, exported):
     return doc | dict(outputs=outputs)
 
 
-def defined(cell):
+def documented_name(cell):
     "The name that a cell of a processed page prints, without its class; None if it prints no definition."
-    found = DOC.search(''.join(cell['source']))
+    found = SHOW_DOC.search(''.join(cell['source']))
     return found and found[1].split('.')[-1]
 
 
-def with_code(page, chapter):
+def insert_source_cells(page, chapter):
     "The cells of a processed page, and after what nbdev printed of an exported cell that cell itself."
     kept, out, waiting, between = {c['id'] for c in chapter} & {c.get('id') for c in page}, [], [], []
     cells = iter(page)
     def give(exported):
         names = list(definitions(exported['source']))
-        mine = [c for c in between if defined(c) in names]
+        mine = [c for c in between if documented_name(c) in names]
         between[:] = [c for c in between if c not in mine]
-        out.extend([*(of_exported(c, exported) for c in sorted(mine, key=lambda c: names.index(defined(c))) if defined(c)!='__repr__'), exported])
+        out.extend([*(clean_show_doc(c, exported) for c in sorted(mine, key=lambda c: names.index(documented_name(c))) if documented_name(c)!='__repr__'), exported])
     for cell in [*chapter, None]:
-        if cell and cell['cell_type']=='code' and EXPORTED.search(''.join(cell['source'])): waiting.append(exported_cell(cell))
+        if cell and cell['cell_type']=='code' and EXPORT_DIRECTIVE.search(''.join(cell['source'])): waiting.append(source_cell(cell))
         elif cell is None or cell['id'] in kept:
             for next_one in cells:
                 between.append(next_one)
@@ -161,15 +161,15 @@ def with_code(page, chapter):
     return out
 
 
-def text_cell(source): return dict(cell_type='markdown', metadata={}, source=source)
+def markdown_cell(source): return dict(cell_type='markdown', metadata={}, source=source)
 
 
-def shown_cells(page, rewrite):
+def sphinx_cells(page, rewrite):
     "The cells of a page as Sphinx should see them."
     for cell in page.notebook['cells']:
         source = ''.join(cell['source'])
         if (front := front_matter(cell)) is not None:
-            yield text_cell(f"# {front.get('title', page.new)}\n\n" + (f"*{front['description']}*" if front.get('description') else ''))
+            yield markdown_cell(f"# {front.get('title', page.new)}\n\n" + (f"*{front['description']}*" if front.get('description') else ''))
         elif cell['cell_type']=='markdown':
             if (text := rewrite(source, page).strip('\n')).strip(): yield cell | dict(source=text)
         elif cell['cell_type']=='code': yield from code_cells(cell, source, page, rewrite)
@@ -182,22 +182,22 @@ def code_cells(cell, source, page, rewrite):
     if options.get('output')=='asis':
         for out in cell['outputs']:
             text = ''.join(out.get('data', {}).get('text/markdown', out.get('text', '')))
-            text = bare_code(rewrite(text, page)).replace('---\n', '', 1).strip()
-            if text: yield text_cell(SOURCE.sub(r'\2\n\n<a class="source" href="\1">source</a>\n', text))
+            text = strip_code_links(rewrite(text, page)).replace('---\n', '', 1).strip()
+            if text: yield markdown_cell(SOURCE_LINK.sub(r'\2\n\n<a class="source" href="\1">source</a>\n', text))
         return
     tags = cell['metadata'].get('tags', []) + ['remove-input']*(options.get('echo')=='false') + ['hide-input']*(options.get('code-fold')=='true')
     title = options.get('code-summary', 'Code').strip('"')
     folded = dict(mystnb=dict(code_prompt_show=title, code_prompt_hide=title)) if options.get('code-fold')=='true' else {}
-    yield cell | dict(source=OPTION.sub('', source).strip('\n'), metadata=cell['metadata'] | dict(tags=tags) | folded, outputs=[shown_output(o, page, rewrite) for o in cell['outputs']])
+    yield cell | dict(source=CELL_OPTION.sub('', source).strip('\n'), metadata=cell['metadata'] | dict(tags=tags) | folded, outputs=[rewrite_output_links(o, page, rewrite) for o in cell['outputs']])
 
 
-def shown_output(out, page, rewrite):
+def rewrite_output_links(out, page, rewrite):
     "An output; links in one that is Markdown, such as a table, lead to pages as those in the text do."
     data = out.get('data', {})
     return out | dict(data=data | {'text/markdown': rewrite(''.join(data['text/markdown']), page)}) if 'text/markdown' in data else out
 
 
-def chapters(contents):
+def sidebar_groups(contents):
     "The sidebar as (caption, [files]) in reading order."
     for entry in contents:
         if isinstance(entry, str): yield '', [entry]
@@ -205,17 +205,17 @@ def chapters(contents):
         else: yield entry.get('text', ''), [entry['href']]
 
 
-def home(pages, site, groups):
+def index_cells(pages, site, groups):
     "The index page with the whole sidebar as its table of contents; made up where there is no index notebook yet."
-    cells = next((p.cells for p in pages if p.old=='index.ipynb'), [text_cell(f"# {site['title']}")])
+    cells = next((p.cells for p in pages if p.old=='index.ipynb'), [markdown_cell(f"# {site['title']}")])
     by_old = {p.old: p.new for p in pages}
     for caption,files in groups:
         names = [by_old[f] for f in files if f in by_old and f!='index.ipynb']
-        if names: cells.append(text_cell('```{toctree}\n:hidden:\n' + (f':caption: {caption}\n' if caption else '') + '\n' + '\n'.join(names) + '\n```'))
+        if names: cells.append(markdown_cell('```{toctree}\n:hidden:\n' + (f':caption: {caption}\n' if caption else '') + '\n' + '\n'.join(names) + '\n```'))
     return cells
 
 
-CONF = '''
+CONF_TEMPLATE = '''
 import sys
 sys.path.insert(0, {tools!r})
 project = html_title = {title!r}
@@ -241,7 +241,7 @@ suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type', 'misc.highlighti
 '''
 
 
-STYLE = '''
+SITE_CSS = '''
 p:has(> a.source) { float: right; margin: -2.1rem 0 0; font-size: smaller; }
 :is(h3, h4):has(+ p > a.source) { font-size: 1.2rem; font-family: var(--pst-font-family-monospace); }
 .diagram { overflow-x: auto; }
@@ -274,7 +274,7 @@ button.code { float: right; margin-top: .6rem; padding: .1rem .6rem; font-size: 
 '''
 
 
-SCRIPT = '''
+SITE_JS = '''
 document.addEventListener("DOMContentLoaded", () => {  // one button unfolds the code of all definitions, on this page and those to come
   const folded = [...document.querySelectorAll("article .cell details.hide")], title = document.querySelector("article h1")
   if (!folded.length || !title) return
@@ -305,7 +305,7 @@ document.addEventListener("DOMContentLoaded", () => {  // on a phone a table wit
 '''
 
 
-def formula(block):
+def mathml_visitor(block):
     "A Sphinx visitor that writes a formula as MathML."
     def visit(self, node):
         from docutils import nodes
@@ -317,40 +317,40 @@ def formula(block):
 
 def setup(app):
     "Makes this file a Sphinx extension: the one that draws formulas."
-    app.add_html_math_renderer('mathml', (formula(False), None), (formula(True), None))
+    app.add_html_math_renderer('mathml', (mathml_visitor(False), None), (mathml_visitor(True), None))
     return dict(parallel_read_safe=True, parallel_write_safe=True)
 
 
-def write_source(cfg, proc, source, theme):
+def write_sphinx_source(cfg, proc, source, theme):
     "Fills `source` with what Sphinx needs; returns the files that the sidebar names and nobody wrote, those it forgets, and diagrams without a picture."
     import yaml
     site = yaml.safe_load((cfg.config_path/'_quarto.yml').read_text(encoding='utf-8'))['website']
     shutil.rmtree(source, ignore_errors=True)
     (source/'_static').mkdir(parents=True)
-    for name,text in (('effdet_nb.css', STYLE), ('effdet_nb.js', SCRIPT)): (source/'_static'/name).write_text(text)
+    for name,text in (('effdet_nb.css', SITE_CSS), ('effdet_nb.js', SITE_JS)): (source/'_static'/name).write_text(text)
     written = {p.relative_to(cfg.nbs_path).as_posix() for p in cfg.nbs_path.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(cfg.nbs_path).parts)}
     def read(path): return json.loads(path.read_text(encoding='utf-8'))
-    def processed(old): return (nb := read(proc/old)) | dict(cells=with_code(nb['cells'], read(cfg.nbs_path/old)['cells']))
+    def processed(old): return (nb := read(proc/old)) | dict(cells=insert_source_cells(nb['cells'], read(cfg.nbs_path/old)['cells']))
     pages = [Page(old, processed(old)) for old in sorted(written) if (proc/old).is_file()]
-    groups = list(chapters(site['sidebar']['contents']))
+    groups = list(sidebar_groups(site['sidebar']['contents']))
     listed = {f for _,files in groups for f in files}
     if forgotten := sorted(written-listed-{'index.ipynb'}): groups.append(('More', forgotten))
-    rewrite = Rewriter(pages, cfg.doc_host + cfg.doc_baseurl)
-    for p in pages: p.cells = list(shown_cells(p, rewrite))
+    rewrite = MarkdownRewriter(pages, cfg.doc_host + cfg.doc_baseurl)
+    for p in pages: p.cells = list(sphinx_cells(p, rewrite))
     outputs = {p.new: p.notebook | dict(cells=p.cells) for p in pages}
     blank = dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
-    outputs['index'] = outputs.get('index', blank) | dict(cells=home(pages, site, groups))
+    outputs['index'] = outputs.get('index', blank) | dict(cells=index_cells(pages, site, groups))
     for name,notebook in outputs.items():
         for i,cell in enumerate(notebook['cells']): cell['id'] = f'cell-{i}'
         (source/name).parent.mkdir(parents=True, exist_ok=True)
         (source/f'{name}.ipynb').write_text(json.dumps(notebook), encoding='utf-8')
-    copy_pictures(cfg.nbs_path, source)
-    conf = CONF.format(tools=str(Path(__file__).resolve().parent), title=site['title'], author=cfg.author, theme=theme, repository=cfg.git_url)
+    copy_assets(cfg.nbs_path, source)
+    conf = CONF_TEMPLATE.format(tools=str(Path(__file__).resolve().parent), title=site['title'], author=cfg.author, theme=theme, repository=cfg.git_url)
     (source/'conf.py').write_text(conf, encoding='utf-8')
     return sorted(listed-written), forgotten, rewrite.undrawn
 
 
-def copy_pictures(nbs, source):
+def copy_assets(nbs, source):
     "Pictures and downloads that lie beside the notebooks keep their places."
     for p in nbs.rglob('*'):
         if p.suffix in ('.png', '.jpg', '.svg', '.proto', '.txt') and not any(part[0] in '._' for part in p.relative_to(nbs).parts):
@@ -375,7 +375,7 @@ def main():
     refresh_quarto_yml()
     proc = proc_nbs(n_workers=args.workers, force=args.force)
     source = proc/'_sphinx'
-    missing, forgotten, undrawn = write_source(cfg, proc, source, args.theme)
+    missing, forgotten, undrawn = write_sphinx_source(cfg, proc, source, args.theme)
     for what,files in (('named in _quarto.yml, but there is no such notebook', missing), ('not in the sidebar of _quarto.yml; put under "More"', forgotten),
                        ('a diagram without its picture, shown as text; run tools/draw_diagrams.py', undrawn)):
         for f in files: print(f'{f}: {what}', file=sys.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 
 
-def tidy(path):
+def remove_stderr(path):
     "Removes stderr streams from one notebook; True if there were any."
     nb = nbformat.read(path, 4)
     found = False
@@ -21,4 +21,4 @@ def tidy(path):
 if __name__ == '__main__':
     root = Path(__file__).resolve().parents[1]/'nbs'
     for path in map(Path, sys.argv[1:]) if sys.argv[1:] else sorted(root.rglob('*.ipynb')):
-        if '.ipynb_checkpoints' not in path.parts and tidy(path): print(f'{path}: tidied')
+        if '.ipynb_checkpoints' not in path.parts and remove_stderr(path): print(f'{path}: tidied')

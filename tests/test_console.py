@@ -1,0 +1,212 @@
+"Guards for the status chapter: nothing half-written, nothing secret written, nothing torn."
+import io, json, os, signal, stat, subprocess, sys, threading, time
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+
+from effdet_nb.core.console import Status, format_duration, progress_bar, read_status, log_message
+from effdet_nb.core.files import atomic_write, check_output_path, to_jsonable
+
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+
+def test_atomic_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path/'a.bin'
+    path.write_bytes(b'old')
+    with atomic_write(path) as f:
+        f.write(b'new')
+        f.flush()
+        assert path.read_bytes() == b'old'
+    assert path.read_bytes() == b'new' and os.listdir(tmp_path) == ['a.bin']
+
+
+@pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_atomic_leaves_nothing_behind_whatever_stops_it(tmp_path, error):
+    with pytest.raises(error):
+        with atomic_write(tmp_path/'x'/'y'/'a.bin') as f:
+            f.write(b'half')
+            raise error()
+    assert os.listdir(tmp_path) == []
+
+
+def test_atomic_spares_folders_that_were_there_or_are_in_use(tmp_path):
+    (tmp_path/'x').mkdir()
+    with pytest.raises(ValueError):
+        with atomic_write(tmp_path/'x'/'y'/'a.bin'):
+            (tmp_path/'x'/'y'/'other').write_text('kept')
+            raise ValueError
+    assert (tmp_path/'x'/'y'/'other').read_text() == 'kept'
+
+
+def test_atomic_writes_through_a_link(tmp_path):
+    (tmp_path/'real').write_text('old')
+    (tmp_path/'link').symlink_to(tmp_path/'real')
+    with atomic_write(tmp_path/'link', 'w') as f: f.write('new')
+    assert (tmp_path/'link').is_symlink() and (tmp_path/'real').read_text() == 'new'
+
+
+def test_atomic_gives_ordinary_permissions(tmp_path):
+    (tmp_path/'plain').write_text('')
+    with atomic_write(tmp_path/'a', 'w') as f: f.write('')
+    assert stat.S_IMODE((tmp_path/'a').stat().st_mode) == stat.S_IMODE((tmp_path/'plain').stat().st_mode)
+
+
+def test_atomic_never_replaces_a_device():
+    with pytest.raises(ValueError, match='device'):
+        with atomic_write(os.devnull): pass
+    assert not Path(os.devnull).is_file()
+
+
+def test_atomic_copes_with_long_names(tmp_path):
+    name = 'ä'*125   # 250 bytes of the 255 a name may have
+    with atomic_write(tmp_path/name, 'w') as f: f.write('x')
+    assert (tmp_path/name).read_text() == 'x'
+
+
+@pytest.mark.parametrize('where', ['mkdir','open'])
+def test_atomic_names_the_file_when_the_folder_is_read_only(tmp_path, monkeypatch, where):
+    def denied(*_, **__): raise PermissionError(13, 'Permission denied', 'something.part')
+    if where=='mkdir': monkeypatch.setattr(Path, 'mkdir', denied)
+    else: monkeypatch.setattr('effdet_nb.core.files.open', denied, raising=False)
+    with pytest.raises(PermissionError, match=r'a.bin: cannot be written \(Permission denied\)') as e:
+        with atomic_write(tmp_path/'a.bin'): pass
+    assert 'part' not in str(e.value) and os.listdir(tmp_path)==[]
+
+
+def test_impossible_targets_are_refused_before_anything_is_written(tmp_path):
+    (tmp_path/'file').write_text('')
+    for bad in (tmp_path, tmp_path/'file'/'a', tmp_path/'file'/'b'/'a'):
+        with pytest.raises(ValueError, match='Give the name of a file|Choose a different folder'): check_output_path(bad)
+    assert os.listdir(tmp_path) == ['file']
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path):
+    code = f'''
+import time
+from effdet_nb.core.files import atomic
+with atomic({str(tmp_path/"a")!r}, "w") as f:
+    f.write("new"*9999); f.flush(); print("ready", flush=True); time.sleep(60)'''
+    (tmp_path/'a').write_text('old')
+    run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert run.stdout.readline() == 'ready\n'
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    run.stdout.close()
+    assert (tmp_path/'a').read_text() == 'old'
+
+
+json_like = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.floats(width=32).map(np.float32) | st.lists(st.integers(0,9)).map(np.array),
+                         lambda x: st.lists(x, max_size=3) | st.tuples(x) | st.dictionaries(st.text(max_size=4), x, max_size=3), max_leaves=10)
+
+@given(json_like)
+def test_anything_becomes_strict_json(x): assert json.loads(json.dumps(to_jsonable(x), allow_nan=False)) == to_jsonable(x)
+
+
+@pytest.mark.parametrize('x', [float('nan'), float('inf'), np.float32('-inf'), np.float64('nan')])
+def test_numbers_that_are_not_finite_become_null(x): assert to_jsonable(dict(kpi=[x])) == dict(kpi=[None])
+
+
+@given(st.text(min_size=3, max_size=8).filter(lambda s: '*' not in s), json_like)
+def test_secrets_never_pass(secret, x):
+    found = []
+    def strings(v):
+        if isinstance(v, str): found.append(v)
+        elif isinstance(v, dict): [strings(w) for kv in v.items() for w in kv]
+        elif isinstance(v, list): [strings(w) for w in v]
+    strings(to_jsonable([x, f'open {secret} now', {secret: [secret]}], secrets=[secret]))
+    assert not any(secret in s for s in found)
+
+
+def test_status_has_taos_shape(tmp_path):
+    with Status(tmp_path, 'prune') as status: status.log_progress('Pruned.', kpi=dict(param_count=np.int64(7)), layers=3)
+    start,middle,end = read_status(tmp_path)
+    assert start['status']=='STARTED' and start['message']=='Starting prune.' and start['verbosity']=='INFO'
+    assert middle['kpi']==dict(param_count=7) and middle['layers']==3
+    assert end['status']=='SUCCESS' and end['kpi']==dict(param_count=7) and 'layers' not in end
+    month,day,year = map(int, start['date'].split('/'))
+    assert 1<=month<=12 and 1<=day<=31 and year>2000 and len(start['time'].split(':'))==3
+
+
+@pytest.mark.parametrize('error,state,words', [(ValueError('bad spec'),'FAILURE','bad spec'), (KeyboardInterrupt(),'FAILURE','interrupted'), (MemoryError(),'FAILURE','MemoryError'),
+                                               (SystemExit(1),'FAILURE','1'), (SystemExit(0),'SUCCESS','finished'), (None,'SUCCESS','finished')])
+def test_the_last_line_tells_how_it_ended(tmp_path, error, state, words):
+    try:
+        with Status(tmp_path, 'train'):
+            if error is not None: raise error
+    except BaseException as e: assert e is error
+    last = read_status(tmp_path)[-1]
+    assert last['status']==state and words in last['message']
+
+
+def test_a_failing_disk_does_not_hide_the_first_error(tmp_path, monkeypatch):
+    def full(*_): raise OSError(28, 'No space left on device')
+    with pytest.raises(ValueError, match='the real reason'):
+        with Status(tmp_path, 'train'):
+            monkeypatch.setattr('effdet_nb.core.console._append', full)
+            raise ValueError('the real reason')
+
+
+def test_a_torn_line_does_not_swallow_the_next(tmp_path):
+    (tmp_path/'status.json').write_text('{"status": "SUCC')
+    with Status(tmp_path, 'train'): pass
+    assert [e['status'] for e in read_status(tmp_path)] == ['STARTED','SUCCESS']
+    assert all(line.endswith('}') for line in (tmp_path/'status.json').read_text().splitlines()[1:])
+
+
+def test_read_status_of_nothing_is_empty(tmp_path): assert read_status(tmp_path) == read_status(tmp_path/'absent') == []
+
+
+def test_a_terminal_gets_a_bar_and_lines_beside_it():
+    with redirect_stderr(Terminal()) as err:
+        for i in progress_bar(range(3), desc='boxes'): log_message(f'line {i}')
+    text = err.getvalue()
+    assert 'boxes' in text and '3/3' in text and all(f'line {i}\n' in text for i in range(3))
+
+
+def test_a_log_gets_lines_only_when_they_are_due():
+    with redirect_stderr(io.StringIO()) as err:
+        for _ in progress_bar(range(20), desc='slow', interval=0.05): time.sleep(0.01)
+    lines = err.getvalue().splitlines()
+    assert 2 <= len(lines) <= 6 and lines[-1].startswith('slow: 20/20 (100%)') and '\r' not in err.getvalue()
+
+
+def test_the_last_line_is_said_once():
+    with redirect_stderr(io.StringIO()) as err: list(progress_bar(range(3), interval=0))
+    assert [line.split(' ')[0] for line in err.getvalue().splitlines()] == ['1/3','2/3','3/3']
+
+
+@given(st.lists(st.integers(), max_size=5))
+def test_progress_changes_nothing(items):
+    with redirect_stderr(io.StringIO()): assert list(progress_bar(iter(items), interval=0)) == items
+
+
+def test_progress_writes_nothing_to_stdout(capsys):
+    list(progress_bar(range(3), interval=0))
+    log_message('hello')
+    assert capsys.readouterr().out == ''
+
+
+@given(st.floats(0, 1e7))
+def test_duration_never_shows_sixty(seconds): assert '60' not in format_duration(seconds).split()[-2] and ' 60 ' not in f' {format_duration(seconds)} '
+
+
+def test_parallel_writers_do_not_tear_each_other(tmp_path):
+    def write(i):
+        for _ in range(20):
+            with atomic_write(tmp_path/'same', 'w') as f: f.write(str(i)*1000)
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    text = (tmp_path/'same').read_text()
+    assert len(text)==1000 and len(set(text))==1 and os.listdir(tmp_path)==['same']
+
+
+def test_importing_is_light():
+    code = 'import sys, effdet_nb.core.files; print([m for m in ("tensorflow","tqdm","matplotlib") if m in sys.modules])'
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+    assert out.strip() == '[]'

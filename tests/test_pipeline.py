@@ -1,0 +1,289 @@
+"Guards of the dataset chapter: nothing lost, nothing twice, the same again after a stop, and faults by name."
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from effdet_nb.data import pipeline as D
+from effdet_nb.detector.images import read_image
+from effdet_nb.train.spec import Spec
+
+
+def picture(seed, hw=(40,60), format='jpeg'):
+    small = np.random.default_rng(seed).integers(0, 256, (4,5,3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(small).resize(hw[::-1], Image.Resampling.BICUBIC).save(out, format)
+    return out.getvalue()
+
+
+def foreign(id, boxes=((.1,.2,.5,.6),), labels=None, hw=(40,60), crowd=None, encoded=None):
+    "A record as the TF Object Detection API writes it: no area, no is_crowd unless given, any text as id."
+    F = tf.train.Feature
+    ints, floats, text = (lambda v: F(int64_list=tf.train.Int64List(value=v))), (lambda v: F(float_list=tf.train.FloatList(value=v))), (lambda v: F(bytes_list=tf.train.BytesList(value=v)))
+    features = {'image/encoded':text([picture(hash(id)%1000, hw) if encoded is None else encoded]), 'image/height':ints([hw[0]]), 'image/width':ints([hw[1]]), 'image/source_id':text([str(id).encode()]),
+        'image/object/class/label':ints([1]*len(boxes) if labels is None else labels)}
+    for k,edge in enumerate(('ymin','xmin','ymax','xmax')): features[f'image/object/bbox/{edge}'] = floats([b[k] for b in boxes])
+    if crowd is not None: features['image/object/is_crowd'] = ints(crowd)
+    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+
+
+def write(folder, examples, shards=2, tag='train'):
+    for s in range(shards):
+        with tf.io.TFRecordWriter(f'{folder}/{tag}-{s:05d}-of-{shards:05d}') as out:
+            for e in examples[s::shards]: out.write(e)
+    return f'{folder}/{tag}-*'
+
+
+def make_spec(pattern, batch=4, more='', aug='rand_hflip: True  random_crop_min_scale: 0.5'):
+    return Spec.parse(f'''training_config {{ train_batch_size: {batch} }} augmentation_config {{ {aug} }}
+        dataset_config {{ num_classes: 3  image_size: "128,128"  training_file_pattern: "{pattern}"  max_instances_per_image: 5 {more} }}''')
+
+
+def batches(n, *args, **kw): return list(D.train_dataset(*args, **kw).take(n).as_numpy_iterator())
+
+
+def same(a, b): return all(np.array_equal(x[k], y[k]) for x,y in zip(a, b, strict=True) for k in x)
+
+
+@pytest.fixture(scope='module')
+def pattern(tmp_path_factory):
+    return write(tmp_path_factory.mktemp('records'), [foreign(f'img-{i}', hw=(40+i,60)) for i in range(10)], 3)
+
+
+def test_the_index_finds_what_tensorflow_reads(pattern):
+    files = D.require_record_files(pattern)
+    records = D.Records.from_files(files)
+    assert [records.read(i) for i in range(len(records))] == [r for f in files for r in tf.data.TFRecordDataset(f).as_numpy_iterator()]
+    assert D.count_examples(pattern) == 10
+
+
+def test_a_flipped_bit_is_found_and_named(pattern, tmp_path):
+    data = bytearray(open(D.require_record_files(pattern)[0], 'rb').read())
+    data[60] ^= 1
+    (tmp_path/'bad-0').write_bytes(data)
+    records = D.Records.from_files([str(tmp_path/'bad-0')])
+    with pytest.raises(ValueError, match='bad-0, record 0: damaged'): records.read(0)
+
+
+def test_an_empty_set_is_refused(tmp_path):
+    (tmp_path/'none-0').write_bytes(b'')
+    with pytest.raises(ValueError, match='no records in 1 files'): D.Records.from_files([str(tmp_path/'none-0')])
+
+
+def test_every_epoch_shows_every_record_once_whatever_the_batch():
+    for n,batch,workers in ((10,4,1), (7,3,2), (64,5,3)):
+        numbers = sorted(int(D.sample_index(s, j, batch, (w,workers))) for s in range(60) for w in range(workers) for j in range(batch))
+        assert numbers == list(range(60*batch*workers))
+        for epoch in range(3): assert sorted(D.record_of_sample(k, n, 1) for k in range(epoch*n, epoch*n+n)) == list(range(n))
+
+
+def test_foreign_records_give_batches(pattern):
+    batch, = batches(1, make_spec(pattern))
+    assert batch['images'].shape==(4,128,128,3) and batch['images'].dtype==np.uint8
+    assert ((batch['gt_classes']>=0).sum(1) == batch['num_boxes']).all() and (batch['gt_classes'].max()) == 0
+    rows = np.arange(5) < batch['num_boxes'][:,None]
+    assert (batch['gt_boxes'][~rows] == -1).all() and (batch['gt_boxes'][rows] >= 0).all() and (batch['gt_boxes'] <= 128).all()
+
+
+@pytest.mark.parametrize('cache', [None, 'ram'])
+def test_a_continued_stream_is_the_stream(pattern, cache):
+    whole = batches(7, make_spec(pattern), cache=cache)
+    for start in (0,4): assert same(whole[start:], batches(7-start, make_spec(pattern), start_step=start, cache=cache))
+    assert not same(whole[:1], batches(1, make_spec(pattern), seed=7, cache=cache))
+
+
+def test_workers_share_the_batch_of_one(pattern):
+    whole = batches(3, make_spec(pattern))
+    parts = [batches(3, make_spec(pattern), batch_size=2, shard=(w,2)) for w in (0,1)]
+    joined = [{k:np.concatenate([a[k], b[k]]) for k in a} for a,b in zip(*parts)]
+    assert same(whole, joined)
+
+
+def test_fake_data_repeats_the_first_batch(pattern):
+    first,*others = batches(3, make_spec(pattern, more='use_fake_data: True'))
+    assert all(same([first], [o]) for o in others)
+    assert same([first], batches(1, make_spec(pattern)))
+
+
+def test_the_global_seed_changes_nothing(pattern):
+    a = batches(1, make_spec(pattern))
+    np.random.seed(5); tf.random.set_seed(5)
+    assert same(a, batches(1, make_spec(pattern)))
+
+
+def test_without_jitter_boxes_are_scaled_letterbox_boxes(tmp_path):
+    pattern = write(tmp_path, [foreign('a', [(.1,.2,.5,.6)], hw=(80,160))], 1)
+    batch, = batches(1, make_spec(pattern, 1, aug='random_crop_min_scale: 1 random_crop_max_scale: 1'))
+    assert np.allclose(batch['gt_boxes'][0,0], np.array([8,32,40,96])*.8, atol=1e-3)
+
+
+@pytest.mark.parametrize('format', ['jpeg', 'png', 'webp', 'bmp'])
+def test_training_decodes_like_evaluation(format):
+    data = picture(3, (61,83), format)
+    assert np.abs(D.decode_image(data).numpy().astype(int)-read_image(data)).mean() < 1.5
+    for shrink in (2,4,8): assert D.decode_image(data, shrink).shape == (-(-61//shrink), -(-83//shrink), 3)
+
+
+def test_grey_and_16_bit_pictures_decode_like_evaluation():
+    for image in (Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8,8)*4), Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8,8))):
+        out = io.BytesIO()
+        image.save(out, 'png')
+        assert np.array_equal(D.decode_image(out.getvalue()), read_image(out.getvalue()))
+
+
+def five(n): return [(.1*i,.1,.1*i+.1,.5) for i in range(n)]
+
+
+def test_exactly_max_instances_fit_and_one_more_is_named(tmp_path):
+    pattern = write(tmp_path, [foreign('ok', five(5))], 1)
+    assert batches(1, make_spec(pattern, 1, aug='random_crop_min_scale: 1 random_crop_max_scale: 1'))[0]['num_boxes'] == 5
+    pattern = write(tmp_path, [foreign('crowded', five(6))], 1)
+    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1))
+    assert D.pipeline_error_message(e.value) == 'train-00000-of-00001, record 0, image crowded: 6 objects, max_instances_per_image is 5. Raise it in dataset_config'
+
+
+def test_the_spec_decides_whether_crowds_are_trained_on(tmp_path):
+    pattern = write(tmp_path, [foreign('c', five(6), crowd=[0,1,0,1,0,0])], 1)
+    plain = 'random_crop_min_scale: 1 random_crop_max_scale: 1'
+    with pytest.raises(Exception, match='6 objects'): batches(1, make_spec(pattern, 1, 'skip_crowd_during_training: False', plain))
+    assert batches(1, make_spec(pattern, 1, 'skip_crowd_during_training: True', plain))[0]['num_boxes'] == 4
+
+
+@pytest.mark.parametrize('label', [0, 3, 99])
+def test_an_id_without_a_channel_is_an_error(tmp_path, label):
+    pattern = write(tmp_path, [foreign('odd', labels=[label])], 1)
+    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1))
+    assert f'train-00000-of-00001, record 0, image odd: category id {label}' in D.pipeline_error_message(e.value)
+
+
+def test_a_damaged_picture_is_named(tmp_path):
+    pattern = write(tmp_path, [foreign('7', encoded=picture(1)[:100])], 1)
+    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1))
+    assert D.pipeline_error_message(e.value).startswith('train-00000-of-00001, record 0, image 7: not readable as an image')
+
+
+def test_real_pictures_make_batches_with_targets(shared_dir, tmp_path):
+    from effdet_nb.data.convert import dataset_convert
+    from effdet_nb.detector.targets import assign
+    from effdet_nb.detector.anchors import all_anchors
+    dataset_convert(shared_dir/'data/coco_mini/images', shared_dir/'data/coco_mini/val.json', tmp_path, 'val', num_shards=2, workers=1)
+    spec = Spec.parse(f'dataset_config {{ num_classes: 91 image_size: "128,192" training_file_pattern: "{tmp_path}/val-*" }} training_config {{ train_batch_size: 3 }} augmentation_config {{ random_crop_min_scale: 0.8 }}')
+    batch, = batches(1, spec, anchors_fn=all_anchors, assign=assign)
+    anchors = np.asarray(all_anchors((128,192)))
+    for k in range(3):
+        alone = assign(anchors, batch['gt_boxes'][k], batch['gt_classes'][k])
+        assert np.array_equal(batch['cls_targets'][k], alone[0]) and np.allclose(batch['box_targets'][k], alone[1], atol=1e-5) and batch['num_positives'][k]==alone[2]
+    assert batch['num_positives'].sum() >= batch['num_boxes'].sum() > 0
+
+
+# --- what the pictures are
+
+def encoded(image, format, **kw):
+    out = io.BytesIO()
+    image.save(out, format, **kw)
+    return out.getvalue()
+
+
+smooth = Image.fromarray(np.random.default_rng(5).integers(0, 256, (4,5,3), dtype=np.uint8)).resize((60,40), Image.Resampling.BICUBIC)
+kinds = {
+    'grey jpeg': lambda: encoded(smooth.convert('L'), 'JPEG'), 'CMYK jpeg': lambda: encoded(smooth.convert('CMYK'), 'JPEG', quality=95), 'grey png': lambda: encoded(smooth.convert('L'), 'PNG'),
+    'png with alpha': lambda: encoded(smooth.convert('RGBA'), 'PNG'), 'grey png with alpha': lambda: encoded(smooth.convert('LA'), 'PNG'), 'png with palette': lambda: encoded(smooth.convert('P'), 'PNG'),
+    'one bit png': lambda: encoded(smooth.convert('1'), 'PNG'), 'webp': lambda: encoded(smooth, 'WEBP', lossless=True), 'bmp': lambda: encoded(smooth, 'BMP'), 'gif': lambda: encoded(smooth.convert('P'), 'GIF'),
+    '16 bit png': lambda: encoded(Image.fromarray((np.asarray(smooth.convert('L')).astype(np.uint16)*257)), 'PNG'), 'progressive jpeg': lambda: encoded(smooth, 'JPEG', progressive=True),
+}
+
+
+@pytest.mark.parametrize('kind', kinds)
+def test_every_kind_of_picture_is_seen_as_evaluation_sees_it(kind, tmp_path):
+    data = kinds[kind]()
+    seen, meant = D.decode_image(data).numpy().astype(int), read_image(data).astype(int)
+    assert seen.shape == (40,60,3) and np.abs(seen-meant).mean() < 3
+    assert np.abs(seen-np.asarray(smooth.convert('1') if kind.startswith('one') else smooth.convert('L') if 'grey' in kind or '16' in kind else smooth).reshape(40,60,-1)*(255 if kind.startswith('one') else 1)).mean() < 18
+    pattern = write(tmp_path, [foreign('a', encoded=data)], 1)
+    batch, = batches(1, make_spec(pattern, 1, aug='random_crop_min_scale: 1 random_crop_max_scale: 1'))
+    assert batch['num_boxes'] == 1 and batch['images'].std() > 5
+
+
+def test_a_tiff_is_refused_by_name(tmp_path):
+    pattern = write(tmp_path, [foreign('a', encoded=encoded(smooth, 'TIFF'))], 1)
+    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1))
+    assert 'record 0, image a: not readable as an image' in D.pipeline_error_message(e.value) and 'JPEG, PNG, BMP, GIF and WebP are allowed' in D.pipeline_error_message(e.value)
+
+
+def test_boxes_fit_the_pixels_even_if_the_record_gives_another_size(tmp_path):
+    "Boxes are shares of the picture, whatever height and width stand beside them."
+    pattern = write(tmp_path, [foreign('a', [(.25,.5,.75,1.)], hw=(80,160), encoded=picture(1, (40,80)))], 1)
+    batch, = batches(1, make_spec(pattern, 1, aug='random_crop_min_scale: 1 random_crop_max_scale: 1'))
+    np.testing.assert_allclose(batch['gt_boxes'][0,0], [16,64,48,128], atol=.51)
+
+
+# --- damage
+
+def damaged_set(folder):
+    records = [foreign(f'i{k}') for k in range(6)]
+    records[1] = foreign('cut', encoded=picture(1)[:100])
+    pattern = write(folder, records, 2)
+    shard = folder/'train-00000-of-00002'                       # holds 0, 2, 4
+    data = bytearray(shard.read_bytes())
+    data[-30] ^= 1
+    shard.write_bytes(data)
+    return pattern
+
+
+def test_damaged_records_are_skipped_and_counted(tmp_path, capfd):
+    pattern = damaged_set(tmp_path)
+    with pytest.raises(Exception) as e: batches(6, make_spec(pattern, 2))
+    assert 'record ' in D.pipeline_error_message(e.value) and 'train-0000' in D.pipeline_error_message(e.value)
+    spec = make_spec(pattern, 2, 'skip_corrupt: True')
+    whole = batches(6, spec)
+    said = capfd.readouterr().err
+    assert 'train-00000-of-00002, record 2: damaged' in said and 'train-00001-of-00002, record 0, image cut: not readable as an image' in said
+    assert '(2 of 6 records skipped so far)' in said and said.count('skip_corrupt:') == 2           # each once
+    assert same(whole[3:], batches(3, spec, start_step=3))                                          # and the order can still be continued
+    (tmp_path/'all').mkdir()
+    nothing = write(tmp_path/'all', [foreign('cut', encoded=b'\xff\xd8 no')]*2, 1)
+    with pytest.raises(Exception) as e: batches(1, make_spec(nothing, 2, 'skip_corrupt: True'))
+    assert 'all 2 records are damaged' in D.pipeline_error_message(e.value)
+
+
+def test_skip_corrupt_does_not_hide_mistakes_of_the_spec(tmp_path):
+    pattern = write(tmp_path, [foreign('odd', labels=[7])], 1)
+    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1, 'skip_corrupt: True'))
+    assert 'category id 7' in D.pipeline_error_message(e.value)
+
+
+def test_training_verifies_the_counts_of_the_conversion(tmp_path):
+    import json
+    from effdet_nb.data.convert import dataset_convert
+    from effdet_nb.detector.toy_data import make_toy_dataset
+    data = make_toy_dataset(tmp_path/'s', 6, 4)
+    summary = dataset_convert(data/'train', data/'train.json', tmp_path, num_shards=2)
+    spec = make_spec(tmp_path/'train-*', more='').replace(dataset_config=dict(num_classes=4, max_instances_per_image=100))
+    assert len(D.make_sample_loader(spec).records) == 6
+    side = json.loads((tmp_path/'train_records.json').read_text())
+    side['shards'][0]['records'] += 1
+    (tmp_path/'train_records.json').write_text(json.dumps(side))
+    with pytest.raises(ValueError, match='6 records, but 7 were written'): D.make_sample_loader(spec)
+
+
+# --- targets and pictures of them
+
+def test_quick_targets_in_the_pipeline_equal_the_plain_ones(pattern):
+    from effdet_nb.accel.grid_targets import anchor_grid, assign_on_grid
+    from effdet_nb.detector.targets import assign
+    from effdet_nb.detector.anchors import all_anchors
+    plain, = batches(1, make_spec(pattern), anchors_fn=all_anchors, assign=assign)
+    quick, = batches(1, make_spec(pattern), anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign=assign_on_grid)
+    for k in plain: np.testing.assert_allclose(plain[k], quick[k], atol=1e-5)
+    assert plain['num_positives'].sum() > 0
+
+
+def test_show_batch_draws_boxes_names_and_matched_anchors(pattern):
+    from effdet_nb.accel.grid_targets import anchor_grid, assign_on_grid
+    from effdet_nb.detector.anchors import all_anchors
+    batch, = batches(1, make_spec(pattern), anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign=assign_on_grid)
+    ax = D.show_batch(batch, ['thing','other'], anchors=all_anchors((128,128)))[0,0]
+    assert [t.get_text() for t in ax.texts] == ['thing']*batch['num_boxes'][0] and ax.get_title() == f"{batch['num_positives'][0]} anchors"
+    assert len(ax.patches) == batch['num_boxes'][0] + batch['num_positives'][0]
