@@ -160,7 +160,7 @@ def test_a_tao_checkpoint_in_a_zip(model, tmp_path):
     prefix = write_tf1(tmp_path/'c'/'model.ckpt-9', arrays)
     with zipfile.ZipFile(tmp_path/'model.epoch-9.tlt', 'w') as z:
         for p in prefix.parent.iterdir(): z.write(p, p.name)
-    W.import_weights(tmp_path/'model.epoch-9.tlt', tmp_path/'ours.tlt', image_size='128,128')
+    W.import_weights(tmp_path/'model.epoch-9.tlt', tmp_path/'ours.tlt', image_hw=(128,128))
     imported, arch, _ = load_keras_model(tmp_path/'ours.tlt')
     same_weights(imported, wanted)
     assert arch.std_rgb == (255*.224,)*3 and not arch.last_adds

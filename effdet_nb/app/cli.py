@@ -295,10 +295,15 @@ def effdet_import(
 ):
     "Make a model file of weights from elsewhere."
     if experiment_spec_file and (model_name or num_classes or image_size): raise ValueError('--experiment_spec_file: describes the model already; leave --model_name, --num_classes and --image_size out')
-    from effdet_nb.train.spec import Spec
-    spec = Spec.load(experiment_spec_file) if experiment_spec_file else None
     from effdet_nb.weights.import_weights import import_weights
-    return import_weights(model_path, output_path, key, spec, model_name, num_classes, image_size)
+    if experiment_spec_file:
+        from effdet_nb.train.experiment import arch_from_spec
+        from effdet_nb.train.spec import Spec
+        spec = Spec.load(experiment_spec_file)
+        return import_weights(model_path, output_path, key, arch_from_spec(spec), skip=spec.training_config.skip_checkpoint_variables)
+    from effdet_nb.train.fields import parse_image_size
+    image_hw = parse_image_size(image_size) if image_size else None
+    return import_weights(model_path, output_path, key, model_name=model_name, num_classes=num_classes, image_hw=image_hw)
 
 # %% ../../nbs/app/08_cli.ipynb #526d0d84
 TASKS = dict(dataset_convert=effdet_dataset_convert, check=effdet_check, train=effdet_train, evaluate=effdet_evaluate, prune=effdet_prune, inference=effdet_inference,

@@ -20,9 +20,6 @@ from .encryption import ENCRYPTED_MAGIC
 from .model_file import ZIP_MAGIC, is_encrypted, load_model_file, require_file, save_detector, unknown_format_error
 from .name_map import LoadReport, SourceWeights, WeightsError, load_pretrained, match_preprocessing, matching_variants, source_names
 from .pretrained import TAO_MEAN_STD, _datasets, imagenet_weights, read_keras_applications
-from ..train.fields import parse_image_size
-from ..train.spec import Spec
-from ..train.experiment import arch_from_spec
 
 # %% ../../nbs/weights/05_import_weights.ipynb #99954f68
 def _plain_name(name):
@@ -194,43 +191,41 @@ def default_class_table(
 
 # %% ../../nbs/weights/05_import_weights.ipynb #39bdd223
 def arch_for_weights(
-    weights:SourceWeights,      # from `read_weights`
-    spec:Spec=None,       # an experiment that describes the detector
-    model_name:str=None,  # a variant; seen from the weights if absent
-    num_classes:int=None, # channels of the class head; likewise
-    image_size:str=None,  # "height,width"; the variant's native size if absent
-)->Arch:                  # suited to the weights
-    "The detector that weights belong to."
-    if weights.arch is not None and not (spec or model_name or num_classes or image_size): return weights.arch
-    if spec: return match_preprocessing(arch_from_spec(spec), weights)
+    weights:SourceWeights, # from `read_weights`
+    model_name:str=None,   # a variant; None finds it from the weights
+    num_classes:int=None,  # channels of the class head; None finds it from the weights
+    image_hw:tuple=None,   # (height, width) of the network input, pixels; None: the file's or the variant's own
+)->Arch:                   # with the preprocessing the weights were trained with
+    "The description of the detector that weights belong to."
+    if weights.arch is not None and not (model_name or num_classes or image_hw): return weights.arch
     base, bias, box = weights.arch, weights.shape_of('class-predict', 'bias'), weights.shape_of('box-predict', 'bias')
     names = [variant_name(model_name)] if model_name else [base.name] if base else matching_variants(weights)
     if not names: raise WeightsError(f'{weights.path}: fits none of the variants built here. Name one with --model_name')
     classes = num_classes or (bias and bias[0]//((box or (36,))[0]//4))
     if not classes: raise WeightsError(f'{weights.path}: holds a backbone only, so the number of classes is unknown. Give --num_classes, or a spec with -e')
+    if base: return match_preprocessing(replace(base, num_classes=classes, image_hw=image_hw or base.image_hw), weights)
     side = get_variant(names[0]).native_side
-    if base: return match_preprocessing(replace(base, num_classes=classes, **({'image_hw': parse_image_size(image_size)} if image_size else {})), weights)
     channels = next((weights.arrays[n].shape[2] for n in source_names('stem_conv/kernel', Arch(), weights.source_format) if n in weights.arrays), 3)
-    return match_preprocessing(Arch(names[0], parse_image_size(image_size) if image_size else (side,side), classes, channels=channels), weights)
+    return match_preprocessing(Arch(names[0], image_hw or (side,side), classes, channels=channels), weights)
 
 # %% ../../nbs/weights/05_import_weights.ipynb #ea058ffb
 def import_weights(
-    path,                 # whatever `read_weights` reads
-    output_path,          # the .tlt to write
-    key:str='',           # key of a sealed input; seals the output
-    spec:Spec=None,       # describes the detector: variant, size, classes, anchors
-    model_name:str=None,  # a variant; without it and without a spec it is seen from the weights
-    num_classes:int=None, # channels of the class head; likewise
-    image_size:str=None,  # "height,width"; the variant's native size if absent
-    classes:ClassTable=None, # categories of the channels; those of the file, else COCO's for 90 channels
-)->LoadReport:                # what became of the weights
-    "Makes a `.tlt` of weights from elsewhere."
+    path,                    # whatever `read_weights` reads
+    output_path,             # the .tlt to write
+    key:str='',              # key of an encrypted input; encrypts the output
+    arch:Arch=None,          # the detector to fill; None: described by the next three, or by the weights
+    model_name:str=None,     # a variant; None finds it from the weights
+    num_classes:int=None,    # channels of the class head; None finds it from the weights
+    image_hw:tuple=None,     # (height, width) of the network input, pixels; None: the file's or the variant's own
+    classes:ClassTable=None, # categories of the channels; None: those of the file, else COCO's for 90 channels
+    skip:str='',             # regular expression, searched in our names: weights to leave at their random start
+)->LoadReport:               # what became of the weights
+    "Converts weights of another origin to a `.tlt`."
     check_output_path(output_path)
-    wanted = spec.model_config.model_name if spec else model_name or 'efficientdet-d0'
-    weights = read_weights(path, key, wanted)
-    arch = arch_for_weights(weights, spec, model_name, num_classes, image_size)
+    weights = read_weights(path, key, arch.name if arch else model_name or 'efficientdet-d0')
+    arch = match_preprocessing(arch, weights) if arch else arch_for_weights(weights, model_name, num_classes, image_hw)
     model = build(arch)
-    report = load_pretrained(model, weights, arch, spec.training_config.skip_checkpoint_variables if spec else '')
+    report = load_pretrained(model, weights, arch, skip)
     own = weights.classes if weights.classes and weights.classes.num_classes == arch.num_classes else None
     save_detector(output_path, model, arch, classes or own or default_class_table(arch.num_classes), key, kind='imported', source=weights.description)
     report.notes.append(f'wrote {output_path}: {arch.name}, {arch.image_hw[0]}x{arch.image_hw[1]}, {arch.num_classes} classes')
