@@ -8,16 +8,17 @@ import pytest
 from effdet_nb.detector.anchors import feature_size
 from effdet_nb.detector.backbone import backbone_blocks
 from effdet_nb.detector.bifpn import FPN_NODES
-from effdet_nb.detector.efficientdet import VARIANTS, Arch, arch_anchors, build, feature_extractor, get_variant, component_costs
+from effdet_nb.detector.efficientdet import (VARIANTS, Arch, Variant, arch_anchors, build, component_costs, feature_extractor,
+    get_variant, published_variants)
 from effdet_nb.train.experiment import arch_from_spec
 from effdet_nb.train.fields import MODEL_NAMES
 from effdet_nb.train.spec import Spec
 
 
-VARIANTS = 'd0 d1 d2 d3 d4 d5 d6 d7 d7x lite0 lite1 lite2 lite3 lite3x lite4'.split()
+PUBLISHED = 'd0 d1 d2 d3 d4 d5 d6 d7 d7x lite0 lite1 lite2 lite3 lite3x lite4'.split()
 
 
-@pytest.mark.parametrize('v', [v if v in ('d0', 'lite0') else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
+@pytest.mark.parametrize('v', [v if v in ('d0', 'lite0') else pytest.param(v, marks=pytest.mark.slow) for v in PUBLISHED])
 def test_parameter_counts_of_every_variant(shared_dir, v):
     ref = json.loads((shared_dir/'oracle'/'arch.json').read_text())[v]
     model = build(Arch(f'efficientdet_{v}', (128, 128), 90))
@@ -29,11 +30,12 @@ def test_parameter_counts_of_every_variant(shared_dir, v):
     assert len(model.weights)-fused+parts == ref['num_variables'] and len(model.trainable_weights)-fused+parts == ref['num_trainable_variables']
 
 
-@pytest.mark.parametrize('v', VARIANTS)
+@pytest.mark.parametrize('v', PUBLISHED)
 def test_every_number_of_a_variant_is_the_references(shared_dir, v):
     every = json.loads((shared_dir/'oracle'/'arch.json').read_text())
     ref, arch, s = every[v], Arch(f'EfficientDet_{v.upper()}'), get_variant(f'efficientdet-{v}')
-    assert list(every) == VARIANTS == [n.removeprefix('efficientdet-') for n in VARIANTS] == [n.removeprefix('efficientdet-') for n in MODEL_NAMES]
+    assert list(every) == PUBLISHED == [n.removeprefix('efficientdet-') for n in published_variants()]
+    assert set(MODEL_NAMES) == set(VARIANTS)
     assert (s.native_side, s.fpn_filters, s.fpn_cells, s.head_repeats) == (ref['image_size'], ref['fpn_num_filters'], ref['fpn_cell_repeats'], ref['box_class_repeats'])
     assert (arch.anchor_scale, arch.levels[0], arch.levels[-1], arch.num_scales) == (ref['anchor_scale'], ref['min_level'], ref['max_level'], ref['num_scales'])
     np.testing.assert_allclose(arch.mean_rgb, np.broadcast_to(ref['mean_rgb'], 3))
@@ -53,7 +55,7 @@ def test_batch_norms_have_the_references_constants(shared_dir):
 
 
 def test_a_p8_is_one_level_more(monkeypatch):
-    monkeypatch.setitem(VARIANTS, 'efficientdet-d7x', (128, .35, .3, 16, 2, 1, 'sum', 4., 8))
+    monkeypatch.setitem(VARIANTS, 'efficientdet-d7x', Variant(128, .35, .3, 16, 2, 1, 'sum', max_level=8))
     arch = Arch('efficientdet-d7x', (300, 260), 2)
     assert build(arch).output['box_deltas'].shape[1] == len(arch_anchors(arch)) == 9*sum(np.prod(feature_size((300, 260), l)) for l in range(3, 9))
     assert not [w.path for w in build(arch).weights if 'weighted_fusion' in w.path]

@@ -185,7 +185,9 @@ class AugConfig:
     random_crop_max_scale:float = spec_field(3, 2.0, 'Largest factor', 'of the input', above(0))
 
 # %% ../../nbs/train/01_fields.ipynb #2562ab01
-MODEL_NAMES = tuple(f'efficientdet-{v}' for v in 'd0 d1 d2 d3 d4 d5 d6 d7 d7x lite0 lite1 lite2 lite3 lite3x lite4'.split())
+# the last one is a toy for chapters and tests, so no message offers it
+MODEL_NAMES = tuple(f'efficientdet-{v}' for v in
+    'd0 d1 d2 d3 d4 d5 d6 d7 d7x lite0 lite1 lite2 lite3 lite3x lite4 tiny'.split())
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -15,7 +15,7 @@ import numpy as np
 from ..data.classes import ClassTable
 from ..detector.backbone import backbone_blocks
 from ..detector.bifpn import fpn_nodes
-from ..detector.efficientdet import VARIANTS, Arch, COMPONENTS, get_variant, component_of
+from ..detector.efficientdet import Arch, COMPONENTS, get_variant, component_of, published_variants
 
 # %% ../../nbs/weights/03_name_map.ipynb #32b443a9
 @cache
@@ -125,7 +125,7 @@ def matching_variants(
     def fits(name):
         s = get_variant(name)
         return ((not blocks or len(blocks_by_name(Arch(name)))==blocks and s.lite != excites) and (head is None or head[2]==s.fpn_filters))
-    return [n for n in VARIANTS if fits(n)]
+    return [n for n in published_variants() if fits(n)]
 
 # %% ../../nbs/weights/03_name_map.ipynb #65a91482
 @dataclass(repr=False)
