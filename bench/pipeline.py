@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -19,6 +20,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 PEER_SCRIPT = r'''
 import json, sys, time
 import torch
+from functools import partial
 from pathlib import Path
 from effdet import get_efficientdet_config
 from effdet.data.loader import DetectionFastCollate
@@ -52,9 +54,12 @@ model_config {{ model_name: "efficientdet-d0" }}'''
 
 def pipeline_images_per_second(spec, batches):
     from effdet_nb.data.pipeline import train_dataset
+    from effdet_nb.train.experiment import data_config_from_spec
     from effdet_nb.accel.grid_targets import anchor_grid, assign_on_grid
     from effdet_nb.detector.anchors import all_anchors
-    batch = iter(train_dataset(spec, anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign_fn=assign_on_grid))
+    config = data_config_from_spec(spec)
+    assign_fn = partial(assign_on_grid, anchor_grid(all_anchors(config.image_hw)))
+    batch = iter(train_dataset(config, spec.training_config.train_batch_size, assign_fn))
     for _ in range(4): next(batch)
     start = time.perf_counter()
     for _ in range(batches): next(batch)
@@ -63,12 +68,15 @@ def pipeline_images_per_second(spec, batches):
 
 def train_step_images_per_second(spec, steps):
     from effdet_nb.data.pipeline import train_dataset
+    from effdet_nb.train.experiment import data_config_from_spec
     from effdet_nb.accel.grid_targets import anchor_grid, assign_on_grid
     from effdet_nb.train.fit import resolve_arch
     from effdet_nb.train.trainer import Trainer
     from effdet_nb.detector.anchors import all_anchors
     trainer = Trainer(spec, resolve_arch(spec)[0])
-    batch = next(iter(train_dataset(spec, anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign_fn=assign_on_grid)))
+    config = data_config_from_spec(spec)
+    assign_fn = partial(assign_on_grid, anchor_grid(all_anchors(config.image_hw)))
+    batch = next(iter(train_dataset(config, spec.training_config.train_batch_size, assign_fn)))
     import numpy as np
     np.asarray(trainer.train_step(batch))
     start = time.perf_counter()

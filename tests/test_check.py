@@ -9,6 +9,7 @@ from effdet_nb.data import check as C
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.detector.anchors import all_anchors
+from effdet_nb.train.experiment import data_config_from_spec
 from effdet_nb.train.spec import Spec
 from test_pipeline import foreign, picture, write
 
@@ -28,14 +29,20 @@ def make_spec(folder, more='', training='', rec='rec'):
         validation_file_pattern: "{folder}/{rec}/val-*"  validation_json_file: "{folder}/val.json" {more} }}''')
 
 
-def look(spec, **kw): return C.check_records(spec, all_anchors(spec.dataset_config.image_hw), **kw)
+def settings(spec):
+    "What training hands to the check."
+    training = spec.training_config
+    return dict(config=data_config_from_spec(spec), epoch_size=training.num_examples_per_epoch, batch_size=training.train_batch_size, eval_samples=spec.eval_config.eval_samples)
+
+
+def look(spec, **kw): return C.check_records(**settings(spec), anchors=all_anchors(spec.dataset_config.image_hw), **kw)
 def says(check): return '\n'.join(map(str, check.problems))
 
 
 def test_good_data_passes(drawn):
-    check = look(make_spec(drawn), pictures=True, sums=True)
+    check = look(make_spec(drawn), decode_images=True, verify_checksums=True)
     assert check.problems == [] and repr(check).endswith('no problems') and check.scans['training'].num_records == 20
-    assert C.check_before_training(make_spec(drawn)).problems == []
+    assert C.check_before_training(**settings(make_spec(drawn))).problems == []
 
 
 mistakes = {
@@ -58,7 +65,7 @@ def test_mistakes_of_the_spec(drawn, change, serious, message):
     assert re.search(message, says(check)), says(check)
     assert len(check.errors) == serious
     if serious:
-        with pytest.raises(ValueError, match='the data does not fit the spec'): C.check_before_training(make_spec(drawn, **{k: v.replace('{}', str(drawn)) for k,v in change.items()}))
+        with pytest.raises(ValueError, match='the data does not fit the spec'): C.check_before_training(**settings(make_spec(drawn, **{k: v.replace('{}', str(drawn)) for k,v in change.items()})))
 
 
 def foreign_spec(folder, records, val=None, more=''):
@@ -98,7 +105,7 @@ def test_damaged_records_are_no_problem_where_they_are_skipped(tmp_path):
 def test_pictures_are_decoded_if_asked(tmp_path):
     spec = foreign_spec(tmp_path, [foreign('a'), foreign('b', encoded=picture(2)[:200])])
     assert not look(spec).errors
-    assert '1 of 2 records are damaged: train-00000-of-00001, record 1: its picture cannot be decoded' in says(look(spec, pictures=True))
+    assert '1 of 2 records are damaged: train-00000-of-00001, record 1: its picture cannot be decoded' in says(look(spec, decode_images=True))
 
 
 def test_lost_and_changed_shards(drawn, tmp_path):
@@ -110,7 +117,7 @@ def test_lost_and_changed_shards(drawn, tmp_path):
     shutil.copy(drawn/'rec'/'train-00000-of-00002.tfrecord', rec)
     shard = rec/'train-00001-of-00002.tfrecord'
     data = bytearray(shard.read_bytes()); data[-1] ^= 1; shard.write_bytes(data)
-    assert 'train-00001-of-00002.tfrecord is not the file that was written' in says(look(make_spec(tmp_path), sums=True))
+    assert 'train-00001-of-00002.tfrecord is not the file that was written' in says(look(make_spec(tmp_path), verify_checksums=True))
 
 
 def test_duplicate_ids_in_validation(tmp_path):

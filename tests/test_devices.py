@@ -12,6 +12,7 @@ import pytest
 
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.data.pipeline import train_dataset
+from effdet_nb.train.experiment import data_config_from_spec
 from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.train import checkpoints as saving
 from effdet_nb.prune.prune import prune
@@ -100,10 +101,10 @@ def equal(one, two, atol=1e-5):
 
 
 def test_parts_of_a_step_are_disjoint_with_fewer_files_than_machines(folder):
-    spec = Spec.load(folder/'spec.txt')
-    def pictures(batch, *shard): return [b['images'] for b in train_dataset(spec, batch_size=batch, worker=shard).take(2).as_numpy_iterator()]
-    parts = [pictures(2, i, 2) for i in range(2)]
-    for step, whole in enumerate(pictures(4, 0, 1)):
+    config = data_config_from_spec(Spec.load(folder/'spec.txt'))
+    def images(batch, *worker): return [b['images'] for b in train_dataset(config, batch, worker=worker).take(2).as_numpy_iterator()]
+    parts = [images(2, i, 2) for i in range(2)]
+    for step, whole in enumerate(images(4, 0, 1)):
         np.testing.assert_array_equal(np.concatenate([p[step] for p in parts]), whole)
         assert len(np.unique(whole.reshape(4, -1), axis=0)) == 4
 

@@ -204,12 +204,14 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(spec):
 def test_picture_fields(spec):
     "The pipeline has tests of its own; here only that the fields arrive there."
     from effdet_nb.data.pipeline import make_sample_loader, train_dataset
-    load = make_sample_loader(spec.replace(dataset_config=dict(image_size='160,128', max_instances_per_image=33, skip_crowd_during_training=False)))
+    changed = spec.replace(dataset_config=dict(image_size='160,128', max_instances_per_image=33, skip_crowd_during_training=False))
+    load = make_sample_loader(experiment.data_config_from_spec(changed))
     assert load.image_hw == (160, 128) and load.max_instances == 33 and load.skip_crowd is False
-    fake = iter(train_dataset(spec.replace(dataset_config=dict(use_fake_data=True))))
+    def batches(s): return iter(train_dataset(experiment.data_config_from_spec(s), s.training_config.train_batch_size))
+    fake = batches(spec.replace(dataset_config=dict(use_fake_data=True)))
     np.testing.assert_array_equal(next(fake)['images'], next(fake)['images'])
     plain = spec.replace(augmentation_config=dict(random_crop_min_scale=1., random_crop_max_scale=1.))
-    first = lambda s: next(iter(train_dataset(s)))['images'].numpy()
+    def first(s): return next(batches(s))['images'].numpy()
     straight, mirrored, smaller = first(plain), first(plain.replace(augmentation_config=dict(rand_hflip=True))), first(plain.replace(augmentation_config=dict(random_crop_min_scale=.3, random_crop_max_scale=.3)))
     assert {(np.array_equal(a, b), np.array_equal(a, b[:, ::-1])) for a, b in zip(straight, mirrored)} <= {(True, False), (False, True)} and not np.array_equal(straight, mirrored)
     assert (smaller == smaller[:, -1:, -1:]).all(-1).mean() > .5            # most of the canvas is padding

@@ -1,5 +1,7 @@
-"Guards of the dataset chapter: nothing lost, nothing twice, the same again after a stop, and faults by name."
+"Guards of the pipeline chapter: nothing lost, nothing twice, the same again after a stop, and faults by name."
 import io
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +10,6 @@ from PIL import Image
 
 from effdet_nb.data import pipeline as D
 from effdet_nb.detector.images import read_image
-from effdet_nb.train.spec import Spec
 
 
 def picture(seed, hw=(40,60), format='jpeg'):
@@ -36,12 +37,15 @@ def write(folder, examples, shards=2, tag='train'):
     return f'{folder}/{tag}-*'
 
 
-def make_spec(pattern, batch=4, more='', aug='rand_hflip: True  random_crop_min_scale: 0.5'):
-    return Spec.parse(f'''training_config {{ train_batch_size: {batch} }} augmentation_config {{ {aug} }}
-        dataset_config {{ num_classes: 3  image_size: "128,128"  training_file_pattern: "{pattern}"  max_instances_per_image: 5 {more} }}''')
+NO_JITTER = dict(hflip=False, min_scale=1., max_scale=1.)
 
 
-def batches(n, *args, **kw): return list(D.train_dataset(*args, **kw).take(n).as_numpy_iterator())
+def make_config(pattern, **changes):
+    config = D.DataConfig(str(pattern), num_classes=3, image_hw=(128,128), max_instances=5, hflip=True, min_scale=.5)
+    return replace(config, **changes)
+
+
+def batches(n, config, batch_size=4, **kw): return list(D.train_dataset(config, batch_size, **kw).take(n).as_numpy_iterator())
 
 
 def same(a, b): return all(np.array_equal(x[k], y[k]) for x,y in zip(a, b, strict=True) for k in x)
@@ -80,7 +84,7 @@ def test_every_epoch_shows_every_record_once_whatever_the_batch():
 
 
 def test_foreign_records_give_batches(pattern):
-    batch, = batches(1, make_spec(pattern))
+    batch, = batches(1, make_config(pattern))
     assert batch['images'].shape==(4,128,128,3) and batch['images'].dtype==np.uint8
     assert ((batch['gt_classes']>=0).sum(1) == batch['num_boxes']).all() and (batch['gt_classes'].max()) == 0
     rows = np.arange(5) < batch['num_boxes'][:,None]
@@ -89,33 +93,33 @@ def test_foreign_records_give_batches(pattern):
 
 @pytest.mark.parametrize('cache', [None, 'ram'])
 def test_a_continued_stream_is_the_stream(pattern, cache):
-    whole = batches(7, make_spec(pattern), cache=cache)
-    for start in (0,4): assert same(whole[start:], batches(7-start, make_spec(pattern), start_step=start, cache=cache))
-    assert not same(whole[:1], batches(1, make_spec(pattern), seed=7, cache=cache))
+    whole = batches(7, make_config(pattern), cache=cache)
+    for start in (0,4): assert same(whole[start:], batches(7-start, make_config(pattern), start_step=start, cache=cache))
+    assert not same(whole[:1], batches(1, make_config(pattern, seed=7), cache=cache))
 
 
 def test_workers_share_the_batch_of_one(pattern):
-    whole = batches(3, make_spec(pattern))
-    parts = [batches(3, make_spec(pattern), batch_size=2, shard=(w,2)) for w in (0,1)]
+    whole = batches(3, make_config(pattern))
+    parts = [batches(3, make_config(pattern), 2, worker=(w,2)) for w in (0,1)]
     joined = [{k:np.concatenate([a[k], b[k]]) for k in a} for a,b in zip(*parts)]
     assert same(whole, joined)
 
 
 def test_fake_data_repeats_the_first_batch(pattern):
-    first,*others = batches(3, make_spec(pattern, more='use_fake_data: True'))
+    first,*others = batches(3, make_config(pattern, use_fake_data=True))
     assert all(same([first], [o]) for o in others)
-    assert same([first], batches(1, make_spec(pattern)))
+    assert same([first], batches(1, make_config(pattern)))
 
 
 def test_the_global_seed_changes_nothing(pattern):
-    a = batches(1, make_spec(pattern))
+    a = batches(1, make_config(pattern))
     np.random.seed(5); tf.random.set_seed(5)
-    assert same(a, batches(1, make_spec(pattern)))
+    assert same(a, batches(1, make_config(pattern)))
 
 
 def test_without_jitter_boxes_are_scaled_letterbox_boxes(tmp_path):
     pattern = write(tmp_path, [foreign('a', [(.1,.2,.5,.6)], hw=(80,160))], 1)
-    batch, = batches(1, make_spec(pattern, 1, aug='random_crop_min_scale: 1 random_crop_max_scale: 1'))
+    batch, = batches(1, make_config(pattern, **NO_JITTER), 1)
     assert np.allclose(batch['gt_boxes'][0,0], np.array([8,32,40,96])*.8, atol=1e-3)
 
 
@@ -138,29 +142,29 @@ def five(n): return [(.1*i,.1,.1*i+.1,.5) for i in range(n)]
 
 def test_exactly_max_instances_fit_and_one_more_is_named(tmp_path):
     pattern = write(tmp_path, [foreign('ok', five(5))], 1)
-    assert batches(1, make_spec(pattern, 1, aug='random_crop_min_scale: 1 random_crop_max_scale: 1'))[0]['num_boxes'] == 5
+    assert batches(1, make_config(pattern, **NO_JITTER), 1)[0]['num_boxes'] == 5
     pattern = write(tmp_path, [foreign('crowded', five(6))], 1)
-    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1))
+    with pytest.raises(Exception) as e: batches(1, make_config(pattern), 1)
     assert D.pipeline_error_message(e.value) == 'train-00000-of-00001, record 0, image crowded: 6 objects, max_instances_per_image is 5. Raise it in dataset_config'
 
 
 def test_the_spec_decides_whether_crowds_are_trained_on(tmp_path):
     pattern = write(tmp_path, [foreign('c', five(6), crowd=[0,1,0,1,0,0])], 1)
-    plain = 'random_crop_min_scale: 1 random_crop_max_scale: 1'
-    with pytest.raises(Exception, match='6 objects'): batches(1, make_spec(pattern, 1, 'skip_crowd_during_training: False', plain))
-    assert batches(1, make_spec(pattern, 1, 'skip_crowd_during_training: True', plain))[0]['num_boxes'] == 4
+    with pytest.raises(Exception, match='6 objects'): batches(1, make_config(pattern, skip_crowd=False, **NO_JITTER), 1)
+    batch, = batches(1, make_config(pattern, skip_crowd=True, **NO_JITTER), 1)
+    assert batch['num_boxes'] == 4
 
 
 @pytest.mark.parametrize('label', [0, 3, 99])
 def test_an_id_without_a_channel_is_an_error(tmp_path, label):
     pattern = write(tmp_path, [foreign('odd', labels=[label])], 1)
-    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1))
+    with pytest.raises(Exception) as e: batches(1, make_config(pattern), 1)
     assert f'train-00000-of-00001, record 0, image odd: category id {label}' in D.pipeline_error_message(e.value)
 
 
 def test_a_damaged_picture_is_named(tmp_path):
     pattern = write(tmp_path, [foreign('7', encoded=picture(1)[:100])], 1)
-    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1))
+    with pytest.raises(Exception) as e: batches(1, make_config(pattern), 1)
     assert D.pipeline_error_message(e.value).startswith('train-00000-of-00001, record 0, image 7: not readable as an image')
 
 
@@ -169,9 +173,9 @@ def test_real_pictures_make_batches_with_targets(shared_dir, tmp_path):
     from effdet_nb.detector.targets import assign
     from effdet_nb.detector.anchors import all_anchors
     dataset_convert(shared_dir/'data/coco_mini/images', shared_dir/'data/coco_mini/val.json', tmp_path, 'val', num_shards=2, workers=1)
-    spec = Spec.parse(f'dataset_config {{ num_classes: 91 image_size: "128,192" training_file_pattern: "{tmp_path}/val-*" }} training_config {{ train_batch_size: 3 }} augmentation_config {{ random_crop_min_scale: 0.8 }}')
-    batch, = batches(1, spec, anchors_fn=all_anchors, assign=assign)
+    config = D.DataConfig(f'{tmp_path}/val-*', num_classes=91, image_hw=(128,192), min_scale=.8)
     anchors = np.asarray(all_anchors((128,192)))
+    batch, = batches(1, config, 3, assign_fn=partial(assign, anchors))
     for k in range(3):
         alone = assign(anchors, batch['gt_boxes'][k], batch['gt_classes'][k])
         assert np.array_equal(batch['cls_targets'][k], alone[0]) and np.allclose(batch['box_targets'][k], alone[1], atol=1e-5) and batch['num_positives'][k]==alone[2]
@@ -202,20 +206,20 @@ def test_every_kind_of_picture_is_seen_as_evaluation_sees_it(kind, tmp_path):
     assert seen.shape == (40,60,3) and np.abs(seen-meant).mean() < 3
     assert np.abs(seen-np.asarray(smooth.convert('1') if kind.startswith('one') else smooth.convert('L') if 'grey' in kind or '16' in kind else smooth).reshape(40,60,-1)*(255 if kind.startswith('one') else 1)).mean() < 18
     pattern = write(tmp_path, [foreign('a', encoded=data)], 1)
-    batch, = batches(1, make_spec(pattern, 1, aug='random_crop_min_scale: 1 random_crop_max_scale: 1'))
+    batch, = batches(1, make_config(pattern, **NO_JITTER), 1)
     assert batch['num_boxes'] == 1 and batch['images'].std() > 5
 
 
 def test_a_tiff_is_refused_by_name(tmp_path):
     pattern = write(tmp_path, [foreign('a', encoded=encoded(smooth, 'TIFF'))], 1)
-    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1))
+    with pytest.raises(Exception) as e: batches(1, make_config(pattern), 1)
     assert 'record 0, image a: not readable as an image' in D.pipeline_error_message(e.value) and 'JPEG, PNG, BMP, GIF and WebP are allowed' in D.pipeline_error_message(e.value)
 
 
 def test_boxes_fit_the_pixels_even_if_the_record_gives_another_size(tmp_path):
     "Boxes are shares of the picture, whatever height and width stand beside them."
     pattern = write(tmp_path, [foreign('a', [(.25,.5,.75,1.)], hw=(80,160), encoded=picture(1, (40,80)))], 1)
-    batch, = batches(1, make_spec(pattern, 1, aug='random_crop_min_scale: 1 random_crop_max_scale: 1'))
+    batch, = batches(1, make_config(pattern, **NO_JITTER), 1)
     np.testing.assert_allclose(batch['gt_boxes'][0,0], [16,64,48,128], atol=.51)
 
 
@@ -234,23 +238,23 @@ def damaged_set(folder):
 
 def test_damaged_records_are_skipped_and_counted(tmp_path, capfd):
     pattern = damaged_set(tmp_path)
-    with pytest.raises(Exception) as e: batches(6, make_spec(pattern, 2))
+    with pytest.raises(Exception) as e: batches(6, make_config(pattern), 2)
     assert 'record ' in D.pipeline_error_message(e.value) and 'train-0000' in D.pipeline_error_message(e.value)
-    spec = make_spec(pattern, 2, 'skip_corrupt: True')
-    whole = batches(6, spec)
+    config = make_config(pattern, skip_corrupt=True)
+    whole = batches(6, config, 2)
     said = capfd.readouterr().err
     assert 'train-00000-of-00002, record 2: damaged' in said and 'train-00001-of-00002, record 0, image cut: not readable as an image' in said
     assert '(2 of 6 records skipped so far)' in said and said.count('skip_corrupt:') == 2           # each once
-    assert same(whole[3:], batches(3, spec, start_step=3))                                          # and the order can still be continued
+    assert same(whole[3:], batches(3, config, 2, start_step=3))                                          # and the order can still be continued
     (tmp_path/'all').mkdir()
     nothing = write(tmp_path/'all', [foreign('cut', encoded=b'\xff\xd8 no')]*2, 1)
-    with pytest.raises(Exception) as e: batches(1, make_spec(nothing, 2, 'skip_corrupt: True'))
+    with pytest.raises(Exception) as e: batches(1, make_config(nothing, skip_corrupt=True), 2)
     assert 'all 2 records are damaged' in D.pipeline_error_message(e.value)
 
 
 def test_skip_corrupt_does_not_hide_mistakes_of_the_spec(tmp_path):
     pattern = write(tmp_path, [foreign('odd', labels=[7])], 1)
-    with pytest.raises(Exception) as e: batches(1, make_spec(pattern, 1, 'skip_corrupt: True'))
+    with pytest.raises(Exception) as e: batches(1, make_config(pattern, skip_corrupt=True), 1)
     assert 'category id 7' in D.pipeline_error_message(e.value)
 
 
@@ -260,12 +264,12 @@ def test_training_verifies_the_counts_of_the_conversion(tmp_path):
     from effdet_nb.detector.toy_data import make_toy_dataset
     data = make_toy_dataset(tmp_path/'s', 6, 4)
     summary = dataset_convert(data/'train', data/'train.json', tmp_path, num_shards=2)
-    spec = make_spec(tmp_path/'train-*', more='').replace(dataset_config=dict(num_classes=4, max_instances_per_image=100))
-    assert len(D.make_sample_loader(spec).records) == 6
+    config = make_config(tmp_path/'train-*', num_classes=4, max_instances=100)
+    assert len(D.make_sample_loader(config).records) == 6
     side = json.loads((tmp_path/'train_records.json').read_text())
     side['shards'][0]['records'] += 1
     (tmp_path/'train_records.json').write_text(json.dumps(side))
-    with pytest.raises(ValueError, match='6 records, but 7 were written'): D.make_sample_loader(spec)
+    with pytest.raises(ValueError, match='6 records, but 7 were written'): D.make_sample_loader(config)
 
 
 # --- targets and pictures of them
@@ -274,8 +278,9 @@ def test_quick_targets_in_the_pipeline_equal_the_plain_ones(pattern):
     from effdet_nb.accel.grid_targets import anchor_grid, assign_on_grid
     from effdet_nb.detector.targets import assign
     from effdet_nb.detector.anchors import all_anchors
-    plain, = batches(1, make_spec(pattern), anchors_fn=all_anchors, assign=assign)
-    quick, = batches(1, make_spec(pattern), anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign=assign_on_grid)
+    anchors = all_anchors((128,128))
+    plain, = batches(1, make_config(pattern), assign_fn=partial(assign, anchors))
+    quick, = batches(1, make_config(pattern), assign_fn=partial(assign_on_grid, anchor_grid(anchors)))
     for k in plain: np.testing.assert_allclose(plain[k], quick[k], atol=1e-5)
     assert plain['num_positives'].sum() > 0
 
@@ -283,7 +288,8 @@ def test_quick_targets_in_the_pipeline_equal_the_plain_ones(pattern):
 def test_show_batch_draws_boxes_names_and_matched_anchors(pattern):
     from effdet_nb.accel.grid_targets import anchor_grid, assign_on_grid
     from effdet_nb.detector.anchors import all_anchors
-    batch, = batches(1, make_spec(pattern), anchors_fn=lambda hw: anchor_grid(all_anchors(hw)), assign=assign_on_grid)
-    ax = D.show_batch(batch, ['thing','other'], anchors=all_anchors((128,128)))[0,0]
+    anchors = all_anchors((128,128))
+    batch, = batches(1, make_config(pattern), assign_fn=partial(assign_on_grid, anchor_grid(anchors)))
+    ax = D.show_batch(batch, ['thing','other'], anchors=anchors)[0,0]
     assert [t.get_text() for t in ax.texts] == ['thing']*batch['num_boxes'][0] and ax.get_title() == f"{batch['num_positives'][0]} anchors"
     assert len(ax.patches) == batch['num_boxes'][0] + batch['num_positives'][0]

@@ -14,7 +14,7 @@ from PIL import Image
 from ..data.check import DataCheck, check_records, plot_aspect_ratios, plot_class_counts, plot_box_sizes, sample_images
 from .html import boxes_figure, data_uri, metric_cards, figure_row, html_table, html_tag, write_html_page
 from ..detector.efficientdet import arch_anchors
-from ..train.experiment import arch_from_spec
+from ..train.experiment import arch_from_spec, data_config_from_spec
 
 # %% ../../nbs/app/04_dataset_page.ipynb #92073d9e
 def plot_to_html(
@@ -81,6 +81,7 @@ def check_dataset(
     verify_checksums:bool=False,      # compute the checksum of every shard
 )->DataCheck:
     "Holds a spec's records against the spec and its model's anchors, and writes the dataset page."
-    check = check_records(spec, arch_anchors(arch_from_spec(spec)), decode_images=decode_images, verify_checksums=verify_checksums)
+    check = check_records(data_config_from_spec(spec), arch_anchors(arch_from_spec(spec)), spec.training_config.num_examples_per_epoch, spec.training_config.train_batch_size,
+                          spec.eval_config.eval_samples, decode_images=decode_images, verify_checksums=verify_checksums)
     if page_path is not None: write_dataset_page(page_path, check)
     return check

@@ -17,7 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.console import progress_bar, log_message
 from .coco import load_coco
-from .pipeline import Records, load_class_table, decode_image, spec_record_files
+from .pipeline import DataConfig, Records, load_class_table, decode_image
 from .tfrecord import load_sidecar, decode_example, shards_by_sidecar
 
 # %% ../../nbs/data/10_check.ipynb #89e4d47e
@@ -262,16 +262,19 @@ def check_shards(
 
 # %% ../../nbs/data/10_check.ipynb #39e0d590
 def check_epoch_size(
-    spec,      # the experiment
-    num_train:int, # training records
-    num_val:int,   # validation records, or None
-):             # yields problems
-    "Lengths in the spec against numbers of pictures."
-    t,e = spec.training_config,spec.eval_config
-    n = t.num_examples_per_epoch
-    if n>num_train: yield DataProblem(False, 'training_config.num_examples_per_epoch', f'{n:,}, but there are {num_train:,} training pictures: an epoch shows each {n/num_train:.1f} times. Leave it out to have them counted')
-    if num_train<t.train_batch_size: yield DataProblem(False, 'training_config.train_batch_size', f'{t.train_batch_size} is more than the {num_train:,} training pictures')
-    if num_val is not None and e.eval_samples>num_val: yield DataProblem(False, 'eval_config.eval_samples', f'{e.eval_samples:,}, but there are {num_val:,} validation pictures; all are used')
+    num_train:int,         # training records there are
+    num_val:int=None,      # validation records; None if there are none
+    epoch_size:int=None,   # images of an epoch as set; None is not checked
+    batch_size:int=None,   # images of a step; None is not checked
+    eval_samples:int=None, # images to evaluate on as set; None is not checked
+):                         # yields problems
+    "Checks lengths that were set against the numbers of images."
+    if epoch_size and epoch_size>num_train:
+        yield DataProblem(False, 'training_config.num_examples_per_epoch', f'{epoch_size:,}, but there are {num_train:,} training pictures: an epoch shows each {epoch_size/num_train:.1f} times. Leave it out to have them counted')
+    if batch_size and batch_size>num_train:
+        yield DataProblem(False, 'training_config.train_batch_size', f'{batch_size} is more than the {num_train:,} training pictures')
+    if eval_samples and num_val is not None and eval_samples>num_val:
+        yield DataProblem(False, 'eval_config.eval_samples', f'{eval_samples:,}, but there are {num_val:,} validation pictures; all are used')
 
 # %% ../../nbs/data/10_check.ipynb #7b382f81
 @dataclass(eq=False)
@@ -292,50 +295,56 @@ class DataCheck:
 
 # %% ../../nbs/data/10_check.ipynb #04189816
 def check_records(
-    spec,                 # the experiment
-    anchors=None,         # [A, 4] yxyx pixels for the spec's image size; without them, sizes are not judged
-    limit:int=None,       # look at so many records of a split, evenly spread; None is all
-    decode_images:bool=False,  # decode every picture as well
-    verify_checksums:bool=False,      # compute the checksum of every shard
+    config:DataConfig,         # which records, and what they are read for
+    anchors=None,              # [A, 4] yxyx pixels of the network input; without them, sizes are not checked
+    epoch_size:int=None,       # images of an epoch as set; None is not checked
+    batch_size:int=None,       # images of a step; None is not checked
+    eval_samples:int=None,     # images to evaluate on as set; None is not checked
+    limit:int=None,            # look at so many records of a split, evenly spread; None is all
+    decode_images:bool=False,  # decode every image as well
+    verify_checksums:bool=False, # compute the checksum of every shard
 )->DataCheck:
-    "Holds a spec's records against the spec and lists all problems at once."
-    d,problems,scans = spec.dataset_config,[],{}
+    "Checks records against their configuration and lists all problems at once."
+    problems,scans = [],{}
     for split in ('training','validation'):
         field = f'{split}_file_pattern'
-        pattern = os.path.expanduser(getattr(d, field))
+        pattern = os.path.expanduser(getattr(config, field))
         if not pattern: continue
-        try: scan = scans[split] = scan_records(Records.from_files(spec_record_files(spec, split)), limit, decode_images, f'{split} records')
+        try: scan = scans[split] = scan_records(Records.from_files(config.record_files(split)), limit, decode_images, f'{split} records')
         except (ValueError, OSError) as e:
             problems.append(DataProblem(True, f'dataset_config.{field}', str(e).removeprefix(f'dataset_config.{field}: ')))
             continue
-        problems += [*check_shards(scan.records, field, pattern, verify_checksums), *_check_damage(scan, split, d.skip_corrupt)]
-        if all(p.source!='dataset_config.num_classes' for p in problems): problems += check_classes(scan, pattern, d.num_classes)
-        problems += [*check_box_counts(scan, split, d.max_instances_per_image if split=='training' else np.inf)]
+        problems += [*check_shards(scan.records, field, pattern, verify_checksums), *_check_damage(scan, split, config.skip_corrupt)]
+        if all(p.source!='dataset_config.num_classes' for p in problems): problems += check_classes(scan, pattern, config.num_classes)
+        problems += [*check_box_counts(scan, split, config.max_instances if split=='training' else np.inf)]
     train,val = scans.get('training'),scans.get('validation')
-    if train and anchors is not None: problems += check_anchors(train, d.image_hw, anchors)
-    if val and d.validation_json_file: problems += check_annotation_file(val, d.validation_json_file)
+    if train and anchors is not None: problems += check_anchors(train, config.image_hw, anchors)
+    if val and config.validation_json_file: problems += check_annotation_file(val, config.validation_json_file)
     if train and limit is None: problems += check_split_overlap(train, val)
-    if train: problems += check_epoch_size(spec, train.num_records, val and val.num_records)
-    return DataCheck(sorted(dict.fromkeys(problems), key=lambda p: not p.is_error), scans, d.image_hw, _names(d), anchors)
+    if train: problems += check_epoch_size(train.num_records, val and val.num_records, epoch_size, batch_size, eval_samples)
+    return DataCheck(sorted(dict.fromkeys(problems), key=lambda p: not p.is_error), scans, config.image_hw, _names(config), anchors)
 
 def _check_damage(scan, split, skip):
     "Records that cannot be read."
     if scan.damaged_records: yield DataProblem(not skip, split, f'{len(scan.damaged_records):,} of {scan.num_records:,} records are damaged: {scan.damaged_records[0]}' + ('' if not skip else ' (skip_corrupt leaves them out)'))
 
-def _names(d):
+def _names(config):
     "Category names, as far as they are known."
-    try: table = load_class_table(os.path.expanduser(d.training_file_pattern or d.validation_file_pattern), d.num_classes)
+    try: table = load_class_table(os.path.expanduser(config.training_file_pattern or config.validation_file_pattern), config.num_classes)
     except ValueError: return {}
     return dict(zip(table.ids, table.names))
 
 # %% ../../nbs/data/10_check.ipynb #6590d392
 def check_before_training(
-    spec,             # the experiment
-    anchors=None,     # [A, 4] yxyx pixels for the spec's image size
-    limit:int=2000,   # records to look at in each split
+    config:DataConfig,    # which records, and what they are read for
+    anchors=None,         # [A, 4] yxyx pixels of the network input
+    epoch_size:int=None,  # images of an epoch as set; None is not checked
+    batch_size:int=None,  # images of a step; None is not checked
+    eval_samples:int=None,# images to evaluate on as set; None is not checked
+    limit:int=2000,       # records to look at in each split
 )->DataCheck:
-    "Looks at a sample of a spec's records; serious problems are one error that lists them all."
-    check = check_records(spec, anchors, limit)
+    "Checks a sample of the records; serious problems are raised as one error that lists them all."
+    check = check_records(config, anchors, epoch_size, batch_size, eval_samples, limit)
     for p in check.problems:
         if not p.is_error: log_message(f'{p.source}: {p.message}')
     if check.errors: raise ValueError('\n  '.join([f'the data does not fit the spec: {len(check.errors)} problem{"s"*(len(check.errors)>1)}. effdet_check tells more', *(f'{p.source}: {p.message}' for p in check.errors)]))

@@ -8,6 +8,7 @@ __all__ = ['LR_PER_IMAGE', 'hyperparameter_warnings', 'largest_passing', 'readab
 # %% ../../nbs/train/09_diagnostics.ipynb #9f1bee41
 import signal, threading, warnings
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 import keras, numpy as np, tensorflow as tf
 from fastcore.basics import patch
@@ -17,6 +18,7 @@ from ..core.console import log_message
 from ..data.pipeline import make_sample_loader, read_training_example, pipeline_error_message, record_of_sample, train_dataset
 from ..detector.efficientdet import arch_anchors
 from ..evaluate.ground_truth import channels_to_category_ids
+from .experiment import data_config_from_spec
 from .trainer import Trainer
 from .distributed import worker_rank_and_count
 from ..accel.grid_targets import anchor_grid, assign_on_grid
@@ -45,8 +47,9 @@ def batch_at(self:Trainer,
 )->tuple:     # (the batch of this machine's first replica, ids of its pictures)
     "The pictures of a step, and who they are."
     start = step*(self.num_replicas//worker_rank_and_count()[1] if self.num_replicas > 1 else 1)
-    data = train_dataset(self.spec, anchors_fn=lambda hw: anchor_grid(arch_anchors(self.arch)), assign_fn=assign_on_grid, start_step=start, batch_size=self.training_schedule.batch_size, worker=worker_rank_and_count())
-    load, first = make_sample_loader(self.spec), (start*worker_rank_and_count()[1]+worker_rank_and_count()[0])*self.training_schedule.batch_size
+    config, assign_fn = data_config_from_spec(self.spec), partial(assign_on_grid, anchor_grid(arch_anchors(self.arch)))
+    data = train_dataset(config, self.training_schedule.batch_size, assign_fn, start, worker_rank_and_count())
+    load, first = make_sample_loader(config), (start*worker_rank_and_count()[1]+worker_rank_and_count()[0])*self.training_schedule.batch_size
     records = [record_of_sample(first+j, len(load.records), load.seed) for j in range(self.training_schedule.batch_size)]
     return next(iter(data)), [read_training_example(load.records, i, load.classes, load.max_instances)['source_id'] for i in records]
 

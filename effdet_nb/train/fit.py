@@ -20,7 +20,7 @@ from ..weights.model_file import is_encrypted, load_model_file, set_weights_by_p
 from ..weights.name_map import load_pretrained, match_preprocessing
 from ..weights.import_weights import read_weights
 from .spec import Spec
-from .experiment import arch_from_spec, class_table_from_spec, evaluate_spec
+from .experiment import arch_from_spec, class_table_from_spec, data_config_from_spec, evaluate_spec
 from .distributed import DistributedPredictor, check_workers_in_step, make_strategy, worker_rank_and_count
 from .trainer import Trainer, enable_determinism, keep_freed_memory, training_batches, with_epoch_size
 from .checkpoints import CheckpointCallback, load_latest_checkpoint
@@ -107,7 +107,8 @@ def prepare_training(
     if spec.training_config.deterministic: enable_determinism()
     keras.utils.set_random_seed(spec.training_config.tf_random_seed)
     arch, start = resolve_arch(spec, key, model_dir)
-    check_before_training(spec, arch_anchors(arch))
+    t = spec.training_config
+    check_before_training(data_config_from_spec(spec), arch_anchors(arch), t.num_examples_per_epoch, t.train_batch_size, spec.eval_config.eval_samples)
     trainer = Trainer(spec, arch, strategy)
     told = trainer.initialize(model_dir, key, start)
     check_workers_in_step(trainer, model_dir)

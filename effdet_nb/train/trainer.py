@@ -11,6 +11,7 @@ __all__ = ['TrainingSchedule', 'make_training_schedule', 'with_epoch_size', 'kee
 import ctypes, keras, re, tensorflow as tf
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from fastcore.basics import patch
 from ..core.console import log_message
 from ..detector.efficientdet import arch_anchors, build, match_channels
@@ -18,6 +19,7 @@ from ..detector.loss import detection_loss
 from ..accel.grid_targets import anchor_grid, assign_on_grid
 from ..data.pipeline import count_examples, train_dataset
 from .spec import Spec
+from .experiment import data_config_from_spec
 from .optim import Ema, clip_by_global_norm, l1_l2_penalty, make_lr_schedule, make_optimizer
 from .distributed import worker_rank_and_count
 
@@ -245,6 +247,7 @@ def training_batches(
     local = trainer.num_replicas//worker_rank_and_count()[1] if trainer.num_replicas > 1 else 1
     def make(context=None):
         shard = (context.input_pipeline_id, context.num_input_pipelines) if context else (0,1)
-        return train_dataset(trainer.spec, anchors_fn=lambda hw: anchor_grid(arch_anchors(trainer.arch)), assign_fn=assign_on_grid, seed=trainer.config.tf_random_seed,
-                             start_step=trainer.step*local, batch_size=trainer.training_schedule.batch_size, worker=shard)
+        assign_fn = partial(assign_on_grid, anchor_grid(arch_anchors(trainer.arch)))
+        return train_dataset(data_config_from_spec(trainer.spec), trainer.training_schedule.batch_size, assign_fn,
+                             start_step=trainer.step*local, worker=shard)
     return iter(make() if trainer.num_replicas == 1 else trainer.strategy.distribute_datasets_from_function(make))
