@@ -9,7 +9,7 @@ def run_worker(keep):
     "Times one pass for each line on stdin."
     import effdet_nb   # first: it sets the switches that TensorFlow reads
     import tensorflow as tf
-    from effdet_nb.train.trainer import keep_freed_memory
+    from effdet_nb.accel.cpu_session import keep_freed_memory
     if keep and not keep_freed_memory(): sys.exit('the C library of this system has no such switch')
     x = tf.random.normal([4, 256, 256, 48]); scale = tf.ones([48])
 

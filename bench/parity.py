@@ -14,7 +14,7 @@ from effdet_nb.detector import loss as L, targets as T
 from effdet_nb.accel import fast_focal
 from effdet_nb.detector.anchors import all_anchors, decode_boxes
 from effdet_nb.detector.efficientdet import Arch, build
-from effdet_nb.detector.nms import postprocess
+from effdet_nb.detector.nms import NmsOptions, postprocess
 from effdet_nb.weights.name_map import SourceWeights, load_pretrained
 
 folder = Path(sys.argv[1])
@@ -73,7 +73,7 @@ raw = lambda i: (np.concatenate([o[f'class_{l}'][i].reshape(-1, int(o['num_class
 add_row('decoded boxes, pixels, first corner', f'{decode_boxes(raw(0)[1], raw(0)[2])[0, 0]:.3f}', f'{o["pre_boxes"][0][0, 0]:.3f}', max(max_abs_difference(decode_boxes(raw(i)[1], raw(i)[2]), o['pre_boxes'][i]) for i in (0, 1)))
 for scope in ('global', 'per_class'):
     for method, threshold in (('hard', 0.), ('gaussian', .001)):
-        found = [postprocess(*raw(i), method=method, per_class=scope == 'per_class', top_k=0, score_threshold=threshold) for i in (0, 1)]
+        found = [postprocess(*raw(i), NmsOptions(method, scope == 'per_class', score_threshold=threshold, top_k=0)) for i in (0, 1)]
         valid = [int(v) for v in o[f'{scope}_{method}_valid']]
         add_row(f'{scope} {method} suppression, detections; scores', sum(map(len, found)), sum(valid), max(max_abs_difference(f.scores, o[f'{scope}_{method}_scores'][i][:valid[i]]) for i, f in enumerate(found)))
 print('\n'.join(['| what | ours | reference | largest difference |', '|---|--:|--:|--:|', *rows]))

@@ -21,8 +21,7 @@ from effdet_nb.detector.toy_data import make_toy_image
 from effdet_nb.export.onnx_graph import convert_to_onnx
 from effdet_nb.export.onnx_nms import add_onnx_nms
 from effdet_nb.export.runtimes import OnnxDetector
-from effdet_nb.detector.predictor import KerasDetector
-from effdet_nb.weights.model_file import save_detector
+from effdet_nb.weights.model_file import load_keras_detector, save_detector
 from effdet_nb.detector.efficientdet import Arch, build
 from time_interleaved import time_interleaved, print_timings
 
@@ -36,14 +35,14 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         save_detector(Path(folder)/'a.tlt', build(arch), arch, table)
         raw, _, _ = convert_to_onnx(Path(folder)/'a.tlt')
-        keras_detector = KerasDetector.load(Path(folder)/'a.tlt', method='hard', score_threshold=.001)
+        keras_detector = load_keras_detector(Path(folder)/'a.tlt')
     graph = tf.function(lambda x: keras_detector.model(x, training=False))
-    bare, final = OnnxDetector(raw.SerializeToString(), method='hard'), OnnxDetector(add_onnx_nms(raw).SerializeToString())
+    bare, final = OnnxDetector(raw.SerializeToString()), OnnxDetector(add_onnx_nms(raw).SerializeToString())
     images = np.stack([make_toy_image(seed=i, image_hw=(a.size, a.size)).image for i in range(a.batch)])
-    gap = np.abs(bare.raw(images)['cls_logits']-graph(images)['cls_logits'].numpy()).max()
+    gap = np.abs(bare.forward(images)['cls_logits']-graph(images)['cls_logits'].numpy()).max()
     assert gap < 1e-3, f'both must say the same, they differ by {gap}'
     print(f'D0 {a.size}x{a.size}, {a.classes} classes, batch {a.batch}, fresh weights; tensorflow {tf.__version__}, onnx {onnx.__version__}, {os.cpu_count()} cores')
-    print_timings('network alone', time_interleaved({'Keras': lambda: graph(images)['cls_logits'].numpy(), 'ONNX Runtime': lambda: bare.raw(images)}, a.rounds), 'Keras')
+    print_timings('network alone', time_interleaved({'Keras': lambda: graph(images)['cls_logits'].numpy(), 'ONNX Runtime': lambda: bare.forward(images)}, a.rounds), 'Keras')
     ways = {'Keras + NumPy NMS': lambda: keras_detector(images), 'ONNX Runtime + NumPy NMS': lambda: bare(images), 'ONNX Runtime, NMS inside': lambda: final(images)}
     print_timings('from pixels to boxes', time_interleaved(ways, a.rounds), 'Keras + NumPy NMS')
 

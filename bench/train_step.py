@@ -24,7 +24,8 @@ def make_package_step():
     "Our step, as a function."
     import effdet_nb   # first: it sets the switches that TensorFlow reads
     import tensorflow as tf
-    from effdet_nb.train.trainer import Trainer, keep_freed_memory
+    from effdet_nb.accel.cpu_session import keep_freed_memory
+    from effdet_nb.train.trainer import Trainer
     from effdet_nb.detector.targets import assign
     from effdet_nb.detector.efficientdet import arch_anchors
     from effdet_nb.train.experiment import arch_from_spec

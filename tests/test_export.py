@@ -8,6 +8,7 @@ import onnx
 import pytest
 from PIL import Image
 
+from effdet_nb.detector.nms import NmsOptions
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.detector.images import to_channels
 from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_image
@@ -66,11 +67,11 @@ def test_raw_outputs_equal_keras_at_any_batch(home):
 def test_boxes_equal_keras(home):
     from effdet_nb.detector.predictor import KerasDetector
     from effdet_nb.detector.efficientdet import arch_from_dict
-    keras_detector = lambda **how: KerasDetector(home['model'], arch_from_dict(home['stored'].meta['arch']), home['classes'], **how)(home['images'])
-    soft = dict(method='gaussian', score_threshold=.001)
-    hard = dict(method='hard', score_threshold=.3, max_detections=30)
+    keras_detector = lambda **how: KerasDetector(home['model'], arch_from_dict(home['stored'].meta['arch']), home['classes'], nms_options=NmsOptions(**how))(home['images'])
+    soft = dict(method='gaussian')
+    hard = dict(score_threshold=.3, max_detections=30)
     for proto, how in ((home['raw'], soft), (home['raw'], hard), (add_onnx_nms(home['raw'], score_threshold=.3, max_detections=30), hard), (add_trt_nms(home['raw'], .3, 30), hard)):
-        mine = {} if get_metadata(proto)['nms']['kind'] != 'none' else how
+        mine = how if get_metadata(proto)['nms']['kind'] == 'none' else {}
         for a, b in zip(OnnxDetector(proto.SerializeToString(), **mine)(home['images']), keras_detector(**how)):
             assert len(a) == len(b) > 5
             np.testing.assert_allclose(a.scores, b.scores, atol=1e-3)
@@ -89,7 +90,7 @@ def test_whole_lite_and_grey_networks_leave_home_too(kind, home, tmp_path):
     for file in ('a.onnx', 'a.etlt'):
         made = export(tmp_path/'a.tlt', tmp_path/file, score_threshold=.3)
         assert max(made.difference.values()) < 1e-4 and made.agreement[0] == made.agreement[1] > 20
-        for a, b in zip(load_detector(tmp_path/file)(home['images']), KerasDetector(model, arch, home['classes'], method='hard', score_threshold=.3)(home['images'])):
+        for a, b in zip(load_detector(tmp_path/file)(home['images']), KerasDetector(model, arch, home['classes'], nms_options=NmsOptions(score_threshold=.3))(home['images'])):
             assert len(a) == len(b) > 0
             np.testing.assert_allclose(np.sort(a.scores), np.sort(b.scores), atol=1e-3)
 
@@ -301,10 +302,10 @@ def test_ap_of_the_file_is_that_of_the_model(shared_dir, tmp_path):
     spec = Spec.load(tmp_path/'spec.txt')
     train(spec, tmp_path/'run')
     tlt = tmp_path/'run'/'model.best.tlt'
-    ap = lambda path, **how: evaluate(load_detector(path, **how), eval_dataset_from_spec(spec))['AP']
-    for nms, how in (('none', {}), ('onnx', dict(method='hard', score_threshold=.001, top_k=3000))):
+    ap = lambda path: evaluate(load_detector(path), eval_dataset_from_spec(spec))['AP']
+    for nms in ('none', 'onnx'):
         export(tlt, tmp_path/f'{nms}.onnx', nms=nms)
-        a, b = ap(tlt, **how), ap(tmp_path/f'{nms}.onnx')
+        a, b = ap(tlt), ap(tmp_path/f'{nms}.onnx')
         assert a > .001 and abs(a-b) < .001, (nms, a, b)
     export(tlt, tmp_path/'int8.onnx', data_type='int8', cal_image_dir=bccd/'images', batches=16)
     before, after = (float(w) for w in quantization_ap_drop(spec, tlt, tmp_path/'int8.onnx').replace(',', '').split() if w[0] == '0')

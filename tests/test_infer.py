@@ -158,10 +158,11 @@ def test_summary_tells_a_blind_model_from_a_high_threshold():
 
 
 def test_a_keras_detector_finds_its_own_boxes_in_files_of_any_size(tmp_path):
+    from effdet_nb.detector.nms import NmsOptions
     from effdet_nb.detector.predictor import KerasDetector
     from effdet_nb.detector.efficientdet import Arch, build
     arch = Arch(image_hw=(128,128), num_classes=3)
-    detector = KerasDetector(build(arch), arch, ClassTable.from_categories([dict(id=1, name='a'), dict(id=2, name='b')]), method='hard', score_threshold=.005)
+    detector = KerasDetector(build(arch), arch, ClassTable.from_categories([dict(id=1, name='a'), dict(id=2, name='b')]), nms_options=NmsOptions(score_threshold=.005))
     rng = np.random.default_rng(0)
     (tmp_path/'in').mkdir()
     for i,size in enumerate([(300,200), (90,120), (128,128)]): Image.fromarray(rng.integers(0, 255, (*size,3), np.uint8)).save(tmp_path/'in'/f'{i}.png')

@@ -6,11 +6,11 @@ from hypothesis import given, settings, strategies as st
 from effdet_nb.detector.boxes import iou
 from effdet_nb.detector.anchors import decode_boxes
 from effdet_nb.detector.detections import Detections
-from effdet_nb.detector.nms import nms, postprocess, postprocess_batch, sigmoid, soft_nms, top_k_pairs
+from effdet_nb.detector.nms import NmsOptions, nms, postprocess, postprocess_batch, sigmoid, soft_nms, top_k_pairs
 
-VARIANTS = {'hard': dict(method='hard'), 'hard_s0.3': dict(method='hard', score_threshold=.3),
+VARIANTS = {'hard': dict(method='hard', score_threshold=0.), 'hard_s0.3': dict(method='hard', score_threshold=.3),
             'gaussian': dict(method='gaussian', score_threshold=.001), 'gaussian_s0.3': dict(method='gaussian', score_threshold=.3),
-            'hard_top500': dict(method='hard', top_k=500)}
+            'hard_top500': dict(method='hard', score_threshold=0., top_k=500)}
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +38,7 @@ def test_decoded_boxes_and_scores_equal_the_reference(oracle, image):
 @pytest.mark.parametrize('scope', ['global', 'per_class'])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_variant_equals_the_reference(oracle, image, scope, variant):
-    out = postprocess(*raw(oracle, image), per_class=scope=='per_class', **{'top_k': 0, **VARIANTS[variant]})
+    out = postprocess(*raw(oracle, image), NmsOptions(per_class=scope=='per_class', **{'top_k': 0, **VARIANTS[variant]}))
     key, (h, w) = f'{scope}_{variant}_', oracle['image_size_hw']
     n = int(oracle[key+'valid'][image])
     assert len(out) == n
@@ -51,7 +51,7 @@ def test_every_variant_equals_the_reference(oracle, image, scope, variant):
 @pytest.mark.parametrize('image', [0, 1])
 def test_all_pairs_per_class_equal_combined_nms(oracle, image):
     logits, deltas, anchors = raw(oracle, image)
-    out = postprocess(logits, deltas, anchors, top_k=logits.size)
+    out = postprocess(logits, deltas, anchors, NmsOptions(score_threshold=0., top_k=logits.size))
     np.testing.assert_allclose(np.clip(out.boxes, 0, 128)*oracle['image_scales'][image], oracle['combined_boxes'][image], atol=5e-4)
     np.testing.assert_allclose(out.scores, oracle['combined_scores'][image], atol=2e-6)
     np.testing.assert_array_equal(out.classes+1, oracle['combined_classes'][image])
@@ -125,7 +125,7 @@ def test_tiny_inputs_and_no_candidates_work():
     anchors = np.float32([[0, 0, 8, 8]])
     assert len(postprocess(np.zeros((1, 2)), np.zeros((1, 4)), anchors)) == 2        # fewer pairs than top_k
     assert len(postprocess(np.zeros((0, 2)), np.zeros((0, 4)), anchors[:0])) == 0
-    assert len(postprocess(np.zeros((1, 2)), np.zeros((1, 4)), anchors, max_detections=0)) == 0
+    assert len(postprocess(np.zeros((1, 2)), np.zeros((1, 4)), anchors, NmsOptions(max_detections=0))) == 0
     assert len(nms(np.zeros((0, 4)), [])) == 0 and len(soft_nms(np.zeros((0, 4)), [])[0]) == 0
 
 
@@ -136,15 +136,19 @@ def test_inputs_are_not_changed():
 
 
 @pytest.mark.parametrize('change, words', [
-    (dict(anchors=np.zeros((3, 4))), 'another image size'), (dict(method='soft'), 'must be one of hard, gaussian'),
+    (dict(anchors=np.zeros((3, 4))), 'another image size'),
     (dict(box_deltas=np.full((2, 4), np.nan)), '8 of 8 box_deltas are NaN'), (dict(cls_logits=np.float32([[0, np.nan], [0, 0]])), '1 of 4 cls_logits are NaN')])
 def test_faults_are_named(change, words):
     good = dict(cls_logits=np.zeros((2, 2)), box_deltas=np.zeros((2, 4)), anchors=np.float32([[0, 0, 8, 8], [8, 8, 16, 16]]))
     with pytest.raises(ValueError, match=words): postprocess(**{**good, **change})
 
 
+def test_an_unknown_nms_method_is_refused():
+    with pytest.raises(ValueError, match='must be one of hard, gaussian'): NmsOptions('soft')
+
+
 def test_batch_sizes_must_agree():
-    with pytest.raises(ValueError, match='2 pictures of cls_logits and 1 of box_deltas'): postprocess_batch(np.zeros((2, 1, 2)), np.zeros((1, 1, 4)), np.zeros((1, 4)))
+    with pytest.raises(ValueError, match='cls_logits of 2 images and box_deltas of 1'): postprocess_batch(np.zeros((2, 1, 2)), np.zeros((1, 1, 4)), np.zeros((1, 4)))
 
 
 def test_detections_must_be_as_many_boxes_as_scores():

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from effdet_nb.export.onnx_graph import get_batch_dim, set_metadata, get_metadata, remove_noop_reshapes, fold_batch_norms, replace_nodes, anchors_from_metadata
 from effdet_nb.export.onnx_nms import NMS_BUILDERS, anchors_to_center_size, efficient_nms_reference, add_onnx_nms, add_trt_nms, add_nms, strip_nms
-from effdet_nb.detector.nms import postprocess
+from effdet_nb.detector.nms import NmsOptions, postprocess
 from onnx_toy import run_onnxruntime, noise_images, toy_onnx_model
 
 
@@ -16,7 +16,7 @@ def equal_to_postprocess(proto, raw, images, **how):
     found, plain = run_onnxruntime(proto, images), run_onnxruntime(raw, images)
     anchors = anchors_from_metadata(get_metadata(raw))
     for i in range(len(images)):
-        d = postprocess(plain['cls_logits'][i], plain['box_deltas'][i], anchors, method='hard', **how)
+        d = postprocess(plain['cls_logits'][i], plain['box_deltas'][i], anchors, NmsOptions(**how))
         n = int(found['num_detections'][i, 0])
         assert n == len(d)
         np.testing.assert_allclose(found['detection_scores'][i, :n], d.scores, atol=1e-6)

@@ -13,7 +13,7 @@ from effdet_nb.export import runtimes as runtime
 from effdet_nb.export.onnx_graph import get_metadata, anchors_from_metadata
 from effdet_nb.export.onnx_nms import add_onnx_nms, add_trt_nms
 from effdet_nb.export.runtimes import CudaMemory, OnnxDetector, TrtDetector, model_file_type, load_detector
-from effdet_nb.detector.nms import postprocess
+from effdet_nb.detector.nms import NmsOptions, postprocess_batch
 from effdet_nb.weights.model_file import save_etlt, save_model_file
 from onnx_toy import run_onnxruntime, noise_images, toy_onnx_model
 
@@ -28,13 +28,12 @@ def same(a, b, box=1e-3):
         np.testing.assert_array_equal(x.classes, y.classes)
 
 
-def test_raw_file_gives_exactly_the_postprocessors_soft_nms():
+def test_a_file_without_nms_gives_exactly_the_detections_of_postprocess():
     raw, images = toy_onnx_model(), noise_images(3)
     out, anchors = run_onnxruntime(raw, images), anchors_from_metadata(get_metadata(raw))
-    want = [postprocess(c, b, anchors, method='gaussian', score_threshold=.001) for c, b in zip(out['cls_logits'], out['box_deltas'])]
-    same(OnnxDetector(raw.SerializeToString())(images), want, 0)
-    want = [postprocess(c, b, anchors, method='hard', per_class=False, max_detections=5) for c, b in zip(out['cls_logits'], out['box_deltas'])]
-    same(OnnxDetector(raw.SerializeToString(), method='hard', score_threshold=0, per_class=False, max_detections=5)(images), want, 0)
+    for changes in ({}, dict(method='gaussian'), dict(score_threshold=0., per_class=False, max_detections=5)):
+        want = postprocess_batch(out['cls_logits'], out['box_deltas'], anchors, NmsOptions(**changes))
+        same(OnnxDetector(raw.SerializeToString(), **changes)(images), want, 0)
 
 
 @pytest.mark.parametrize('end', [lambda r: r, add_onnx_nms, add_trt_nms])
@@ -57,7 +56,7 @@ def test_a_higher_threshold_is_a_prefix():
     data, images = add_onnx_nms(toy_onnx_model(), score_threshold=.1).SerializeToString(), noise_images()
     all_of_them, few = OnnxDetector(data)(images), OnnxDetector(data, score_threshold=.7, max_detections=9)(images)
     same(few, [d[d.scores > .7][:9] for d in all_of_them])
-    assert OnnxDetector(data, method='hard', per_class=True, iou_threshold=.5).nms_options == dict(score_threshold=.1, max_detections=100)
+    assert OnnxDetector(data, method='hard', per_class=True, iou_threshold=.5).nms_options == NmsOptions(score_threshold=.1)
     for bad in (dict(method='gaussian'), dict(score_threshold=.05), dict(max_detections=101), dict(iou_threshold=.6), dict(per_class=False), dict(sigma=.3)):
         with pytest.raises(ValueError, match='Export it again'): OnnxDetector(data, **bad)
 
@@ -212,7 +211,7 @@ def test_three_lines_of_python(tmp_path):
     d = det(str(tmp_path/'street.jpg'))
     assert d.show().get_images()[0].get_array().shape == (200, 256, 3)
     assert len(d) and (d.boxes >= 0).all() and d.boxes[:, [0, 2]].max() <= 200 and d.boxes[:, 2:].max() > 128
-    assert set(d.names) <= {'thing 1', 'thing 2'} and d.scores.min() >= .5 and len(det(tmp_path/'street.jpg', threshold=.97)) < len(d)
+    assert set(d.class_names) <= {'thing 1', 'thing 2'} and d.scores.min() >= .5 and len(det(tmp_path/'street.jpg', threshold=.97)) < len(d)
     assert len(d.to_coco(4)) == len(d.to_kitti().splitlines()) == len(d) and d.to_coco(4)[0]['image_id'] == 4
     assert all(len(line.split()) == 16 for line in d.to_kitti().splitlines())
     assert json.loads(json.dumps(d.to_coco())) == d.to_coco()

@@ -14,7 +14,7 @@ from effdet_nb.prune.prune import prune
 from effdet_nb.detector import efficientdet as detector
 from effdet_nb.detector.anchors import all_anchors, feature_size
 from effdet_nb.detector.bifpn import nearest_indices
-from effdet_nb.detector.predictor import KerasDetector
+from effdet_nb.weights.model_file import load_keras_detector
 from effdet_nb.weights.model_file import save_detector
 from effdet_nb.detector.efficientdet import Arch, arch_anchors, match_channels, build
 from effdet_nb.weights.import_weights import default_class_table
@@ -50,7 +50,7 @@ def test_odd_and_grey_go_all_the_way(small_network, records, tmp_path, name, siz
     history = T.train(spec, tmp_path/'run')
     assert np.isfinite(history[0]['loss']) and 'AP' in history[0]
     path = next((tmp_path/'run').glob('model.step-*.tlt'))
-    keras_one = KerasDetector.load(path)
+    keras_one = load_keras_detector(path)
     assert keras_one.model.input.shape[1:] == (*keras_one.image_hw, channels)
     exported = export(path, tmp_path/'m.onnx', nms='none')
     onnx_one = load_detector(exported.path)
@@ -61,7 +61,7 @@ def test_odd_and_grey_go_all_the_way(small_network, records, tmp_path, name, siz
     infer(tmp_path/'m.onnx', records/'shapes'/'val', tmp_path/'out', tmp_path/'labels', score_threshold=.001)
     assert len(list((tmp_path/'out').iterdir())) == 2
     prune(path, tmp_path/'pruned.tlt', pruning_threshold=.9, min_num_filters=8)
-    assert KerasDetector.load(tmp_path/'pruned.tlt').forward(pictures)['box_deltas'].shape == keras_one.forward(pictures)['box_deltas'].shape
+    assert load_keras_detector(tmp_path/'pruned.tlt').forward(pictures)['box_deltas'].shape == keras_one.forward(pictures)['box_deltas'].shape
 
 
 @pytest.mark.parametrize('hw', [(333, 500), (129, 511), (160, 288), (544, 960)])

@@ -14,7 +14,7 @@ from effdet_nb.data.convert import dataset_convert
 from effdet_nb.train import trainer as S, fit as T
 from effdet_nb.train.fit import resolve_arch
 from effdet_nb.detector import efficientdet as detector
-from effdet_nb.detector.predictor import KerasDetector
+from effdet_nb.weights.model_file import load_keras_detector
 from effdet_nb.weights.model_file import load_keras_model
 from effdet_nb.weights.model_file import load_model_file
 from effdet_nb.train.spec import Spec, SpecError
@@ -75,7 +75,7 @@ def test_files_of_a_run(spec, tmp_path):
     lines = [json.loads(l) for l in (tmp_path/'status.json').read_text().splitlines()]
     assert lines[0]['status'] == 'STARTED' and lines[-1]['status'] == 'SUCCESS' and 0 <= lines[-1]['kpi']['AP'] <= 1 and {'time_per_epoch', 'eta', 'max_epoch'} <= set(lines[1])
     assert not any('secret' in p.read_text(errors='ignore') for p in tmp_path.iterdir() if p.is_file())
-    detector = KerasDetector.load(tmp_path/'model.best.tlt', 'secret')
+    detector = load_keras_detector(tmp_path/'model.best.tlt', 'secret')
     assert detector.classes.class_name(0) == 'circle' and detector.meta['step'] == 9 and 'AP50' in detector.meta['scores']
 
 

@@ -53,8 +53,7 @@ def describe_nms(
     detector, # anything that obeys the detector protocol
 )->str:
     "How a detector suppresses repetitions, in words."
-    method = getattr(detector, 'nms_options', {}).get('method')
-    return {'gaussian': 'soft', 'hard': 'hard', None: 'hard, inside the file'}[method]
+    return {method: flag for flag,method in NMS_METHOD_BY_FLAG.items()}[detector.nms_options.method]
 
 # %% ../../nbs/app/05_evaluation_page.ipynb #9d2aa677
 def model_display_names(
@@ -322,7 +321,7 @@ def evaluation_warnings(
     model_path='the model', # its file, for messages
 ):              # yields sentences; mostly none
     "What a reader should know before believing AP."
-    d, floor = spec.dataset_config, getattr(detector, 'nms_options', {}).get('score_threshold', 0)
+    d, floor = spec.dataset_config, detector.nms_options.score_threshold
     its, wanted = ('{}x{}'.format(*hw) for hw in (detector.image_hw, d.image_hw))
     if spec.is_set('dataset_config', 'image_size') and its!=wanted: yield f'{model_path}: looks at {its} pixels, and is measured so; dataset_config.image_size says {wanted}'
     if floor>=.05: yield f'{model_path}: gives no scores below {floor:g}, which costs AP; for all of it, export to .onnx, or measure the .tlt'

@@ -260,9 +260,9 @@ def load_for_inference(
     "A detector as it is, or that of a model file with hard suppression, complaining if it can't go down to a score."
     if callable(model): return model
     from effdet_nb.export.runtimes import load_detector
-    detector = load_detector(model, key, threads, method='hard')
-    if detector.nms_options['score_threshold']<=score_threshold: return detector
-    try: return load_detector(model, key, threads, method='hard', score_threshold=score_threshold)
+    detector = load_detector(model, key, threads)
+    if detector.nms_options.score_threshold<=score_threshold: return detector
+    try: return load_detector(model, key, threads, score_threshold=score_threshold)
     except ValueError as e: log_message(f'warning: {e}')
     return detector
 

@@ -4,7 +4,7 @@
 __all__ = ['Detections', 'predict_image', 'kitti_line']
 
 # %% ../../nbs/detector/09_detections.ipynb #ba5f501a
-import numpy as np, matplotlib.pyplot as plt
+import numpy as np
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 from .boxes import draw_boxes

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NMS_METHODS', 'sigmoid', 'top_k_pairs', 'box_areas', 'iou_one_to_many', 'hard_nms_decay', 'gaussian_nms_decay',
-           'greedy_nms', 'nms', 'soft_nms', 'postprocess', 'postprocess_batch']
+           'greedy_nms', 'nms', 'soft_nms', 'NmsOptions', 'postprocess', 'postprocess_batch']
 
 # %% ../../nbs/detector/10_nms.ipynb #f7cb9479
 import numpy as np
+from dataclasses import dataclass
 from .boxes import area, iou
 from .anchors import decode_boxes
 from .detections import Detections
@@ -130,30 +131,47 @@ def soft_nms(
     groups = np.zeros(len(scores), int) if classes is None else classes
     return greedy_nms(boxes, scores, groups, lambda o: gaussian_nms_decay(o, sigma), score_threshold, max_detections)
 
-# %% ../../nbs/detector/10_nms.ipynb #f525c8a0
+# %% ../../nbs/detector/10_nms.ipynb #3accb6cc
 NMS_METHODS = ('hard', 'gaussian') # the two kinds of suppression
 
+@dataclass(frozen=True)
+class NmsOptions:
+    "How the raw outputs of a network become detections."
+    method:str='hard'            # 'hard' or 'gaussian' (soft-NMS)
+    per_class:bool=True          # suppress within each class; False: boxes of all classes compete
+    iou_threshold:float=.5       # hard only: a box that overlaps a better one by more is dropped, 0 to 1
+    score_threshold:float=.001   # a score must be above this, also after it was lowered, 0 to 1
+    max_detections:int=100       # at most so many per image
+    top_k:int=3000               # (anchor, class) pairs considered, as in exported files; 0: every anchor once, with its best class
+    sigma:float=.5               # gaussian only: width of the bell curve
+
+    def __post_init__(self):
+        if self.method in NMS_METHODS: return
+        raise ValueError(f'NmsOptions: method {self.method!r} is unknown; must be one of {", ".join(NMS_METHODS)}. '
+                         'Use "gaussian" for soft-NMS')
+
+    def decay(self,
+        iou:np.ndarray, # [N] overlap with the best box, 0 to 1
+    )->np.ndarray:      # [N] 0 to 1
+        "The factor by which the scores of overlapping boxes are multiplied."
+        if self.method=='hard': return hard_nms_decay(iou, self.iou_threshold)
+        return gaussian_nms_decay(iou, self.sigma)
+
+# %% ../../nbs/detector/10_nms.ipynb #f525c8a0
 def postprocess(
-    cls_logits:np.ndarray,     # [A, C] raw class outputs of one picture
-    box_deltas:np.ndarray,     # [A, 4] raw box outputs: ty, tx, th, tw
-    anchors:np.ndarray,        # [A, 4] y1 x1 y2 x2, network pixels
-    method:str='hard',         # 'hard' or 'gaussian'
-    per_class:bool=True,       # each class on its own; False: a box silences all classes
-    top_k:int=5000,            # (anchor, class) pairs that enter; 0: every anchor once, with its best class
-    iou_threshold:float=.5,    # hard only: more overlap than this is a repetition
-    sigma:float=.5,            # gaussian only: width of the bell
-    score_threshold:float=0.,  # a score must be above this, also after it was lowered
-    max_detections:int=100,    # at most so many come out
-)->Detections:                 # best first, network pixels, not clipped to the picture
-    "Turns the raw outputs for one picture into detections."
-    if method not in NMS_METHODS: raise ValueError(f'postprocess: method {method!r}; must be one of {", ".join(NMS_METHODS)}')
+    cls_logits:np.ndarray,             # [A, C] raw class outputs of one image
+    box_deltas:np.ndarray,             # [A, 4] raw box outputs: ty, tx, th, tw
+    anchors:np.ndarray,                # [A, 4] y1 x1 y2 x2, network pixels
+    options:NmsOptions=NmsOptions(),   # how to suppress, and how much to keep
+)->Detections:                         # best first, network pixels, not clipped to the image
+    "Turns the raw outputs for one image into detections."
     cls_logits,box_deltas,anchors = _check_outputs(cls_logits, box_deltas, anchors)
-    anchor,cls = top_k_pairs(cls_logits, top_k)
+    anchor,classes = top_k_pairs(cls_logits, options.top_k)
     boxes = decode_boxes(box_deltas[anchor], anchors[anchor])
-    weight = (lambda o: hard_nms_decay(o, iou_threshold)) if method=='hard' else (lambda o: gaussian_nms_decay(o, sigma))
-    groups = cls if per_class else np.zeros_like(cls)
-    kept,scores = greedy_nms(boxes, sigmoid(cls_logits[anchor,cls]), groups, weight, score_threshold, max_detections)
-    return Detections(boxes[kept], scores, cls[kept])
+    scores = sigmoid(cls_logits[anchor,classes])
+    groups = classes if options.per_class else np.zeros_like(classes)
+    kept,scores = greedy_nms(boxes, scores, groups, options.decay, options.score_threshold, options.max_detections)
+    return Detections(boxes[kept], scores, classes[kept])
 
 def _check_outputs(cls_logits, box_deltas, anchors):
     "The three arrays as float32, if they belong together and hold numbers."
@@ -161,9 +179,12 @@ def _check_outputs(cls_logits, box_deltas, anchors):
     shapes = [o.shape for o in arrays]
     a = len(arrays[2])
     if len(shapes[0])!=2 or shapes[0][0]!=a or shapes[1]!=(a,4) or shapes[2]!=(a,4):
-        raise ValueError(f'postprocess: cls_logits {shapes[0]}, box_deltas {shapes[1]}, anchors {shapes[2]}; must be (A, C), (A, 4), (A, 4) with one A. Were the anchors made for another image size?')
+        raise ValueError(f'postprocess: cls_logits {shapes[0]}, box_deltas {shapes[1]}, anchors {shapes[2]}; '
+                         'must be (A, C), (A, 4), (A, 4) with one A. Were the anchors made for another image size?')
     for name,x in zip(('cls_logits','box_deltas'), arrays):
-        if np.isnan(x.max(initial=0)): raise ValueError(f'postprocess: {np.isnan(x).sum():,} of {x.size:,} {name} are NaN; numbers are needed. The weights have diverged: go back to an earlier checkpoint and lower the learning rate')
+        if np.isnan(x.max(initial=0)):
+            raise ValueError(f'postprocess: {np.isnan(x).sum():,} of {x.size:,} {name} are NaN; numbers are needed. '
+                             'The weights have diverged: go back to an earlier checkpoint and lower the learning rate')
     return arrays
 
 # %% ../../nbs/detector/10_nms.ipynb #546daf7b
@@ -171,8 +192,10 @@ def postprocess_batch(
     cls_logits:np.ndarray, # [N, A, C]
     box_deltas:np.ndarray, # [N, A, 4]
     anchors:np.ndarray,    # [A, 4], the same for all
-    **kwargs,              # as for `postprocess`
+    options:NmsOptions=NmsOptions(), # how to suppress, and how much to keep
 )->list:                   # N Detections
-    "`postprocess` for every picture of a batch."
-    if len(cls_logits)!=len(box_deltas): raise ValueError(f'postprocess_batch: {len(cls_logits)} pictures of cls_logits and {len(box_deltas)} of box_deltas; must be as many')
-    return [postprocess(l, d, anchors, **kwargs) for l,d in zip(cls_logits, box_deltas)]
+    "Turns the raw outputs for a batch of images into detections."
+    if len(cls_logits)!=len(box_deltas):
+        raise ValueError(f'postprocess_batch: cls_logits of {len(cls_logits)} images and box_deltas of {len(box_deltas)}; '
+                         'the numbers must be equal. Pass both outputs of one batch')
+    return [postprocess(l, d, anchors, options) for l,d in zip(cls_logits, box_deltas)]

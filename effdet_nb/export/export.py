@@ -19,7 +19,7 @@ from ..detector.images import to_channels
 from ..detector.toy_data import make_toy_image
 from ..detector.anchors import decode_boxes
 from ..detector.detections import Detections
-from ..detector.nms import postprocess, sigmoid
+from ..detector.nms import NmsOptions, postprocess, sigmoid
 from ..weights.encryption import resolve_key
 from ..weights.model_file import save_etlt
 from .formats import check_saved_model_path, run_saved_model, run_tflite, write_saved_model, write_tflite
@@ -107,7 +107,7 @@ def nms_detections(
     "What an ending makes of raw answers, and what it should make."
     nms, pairs = dict(get_metadata(proto)['nms']), list(zip(raw_outputs['cls_logits'], raw_outputs['box_deltas']))
     kind = nms.pop('kind')
-    wanted = [postprocess(c, b, anchors_from_metadata(get_metadata(proto)), **nms) for c,b in pairs]
+    wanted = [postprocess(c, b, anchors_from_metadata(get_metadata(proto)), NmsOptions(**nms)) for c,b in pairs]
     if kind=='efficient_nms_trt':
         node = proto.graph.node[-1]
         anchors = graph_initializers(proto.graph)[node.input[2]][0]

@@ -104,7 +104,7 @@ class DistributedPredictor:
     def __call__(self, images):
         out = self.forward(self.split_batch(np.asarray(images)))
         cls, box = (self.strategy.experimental_local_results(out[k]) for k in ('cls_logits','box_deltas'))
-        found = [[detections_to_table(postprocess(*answer, self.detector.anchors, **self.detector.nms_options)) for answer in zip(c.numpy(), b.numpy())] for c,b in zip(cls, box)]
+        found = [[detections_to_table(postprocess(*answer, self.detector.anchors, self.detector.nms_options)) for answer in zip(c.numpy(), b.numpy())] for c,b in zip(cls, box)]
         if worker_rank_and_count()[1] == 1: rows = np.concatenate(found)
         else:
             mine = iter(np.float32(found))

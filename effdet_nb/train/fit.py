@@ -22,7 +22,8 @@ from ..weights.import_weights import read_weights
 from .spec import Spec
 from .experiment import arch_from_spec, class_table_from_spec, data_config_from_spec, evaluate_spec
 from .distributed import DistributedPredictor, check_workers_in_step, make_strategy, worker_rank_and_count
-from .trainer import Trainer, enable_determinism, keep_freed_memory, training_batches, with_epoch_size
+from ..accel.cpu_session import keep_freed_memory, predict_with_tensorflow
+from .trainer import Trainer, enable_determinism, training_batches, with_epoch_size
 from .checkpoints import CheckpointCallback, load_latest_checkpoint
 from .callbacks import ProfilerCallback, StatusCallback, TensorBoardCallback, draw_training_batch, format_step, step_progress_bar, write_run_config
 from .diagnostics import DeferredSignals, diagnose_zero_ap, hyperparameter_warnings, readable_errors
@@ -200,7 +201,7 @@ def evaluate(self:Trainer,
     classes:ClassTable, # the classes of the run
 ):                      # Metrics
     "COCO numbers of the present model on the spec's validation pictures, averaged weights if there are any."
-    detector = KerasDetector(self.model, self.arch, classes)
+    detector = KerasDetector(self.model, self.arch, classes, predict_fn=predict_with_tensorflow)
     if self.num_replicas > 1:
         if not hasattr(self, '_spread'): self._spread = DistributedPredictor(detector, self.strategy)
         detector = self._spread

@@ -7,10 +7,10 @@ __all__ = ['ARRAY_GROUPS', 'ZIP_MAGIC', 'FILE_SIGNATURES', 'READ_ERRORS', 'meta_
            'write_model_zip', 'save_model_file', 'byte_entropy', 'unknown_format_error', 'require_file', 'is_encrypted',
            'reject_unneeded_key', 'read_manifest', 'open_model_file', 'read_meta', 'read_array', 'summarize_arrays',
            'ModelFile', 'load_model_file', 'is_onnx', 'save_etlt', 'load_etlt', 'weights_by_path',
-           'set_weights_by_path', 'save_detector', 'load_keras_model']
+           'set_weights_by_path', 'save_detector', 'load_keras_model', 'load_keras_detector']
 
 # %% ../../nbs/weights/02_model_file.ipynb #d92b11ae
-import io, json, keras, numpy as np, os, struct
+import io, json, numpy as np, os, struct
 from contextlib import contextmanager
 from dataclasses import dataclass
 from errno import EINVAL
@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 from zipfile import BadZipFile, ZIP_STORED, ZipFile, ZipInfo
 from ..core.files import atomic_write
-from ..detector.efficientdet import Arch, arch_from_dict, arch_to_dict, build
+from ..detector.nms import NmsOptions
 from ..data.classes import ClassTable
 from .encryption import CHUNK_SIZE, DamagedFileError, DecryptingReader, ENCRYPTED_MAGIC, EncryptingWriter, ModelFileError, WrongKeyError
 
@@ -291,14 +291,15 @@ def load_etlt(
 
 # %% ../../nbs/weights/02_model_file.ipynb #389c8fe6
 def weights_by_path(
-    model:keras.Model, # a detector
-)->dict:               # {path: array}, batch statistics included
+    model, # a Keras detector
+)->dict:   # {path: array}, batch statistics included
     "All weights of a model as NumPy arrays, by path."
+    import keras
     return {v.path: np.asarray(keras.ops.convert_to_numpy(v)) for v in model.weights}
 
 # %% ../../nbs/weights/02_model_file.ipynb #d179c1e0
 def set_weights_by_path(
-    model:keras.Model,     # a detector
+    model,                 # a Keras detector
     weights:dict,          # {path: array}
     source:str='the file',   # where they come from, for the message
 ):
@@ -311,8 +312,8 @@ def set_weights_by_path(
 # %% ../../nbs/weights/02_model_file.ipynb #b343734f
 def save_detector(
     path,                  # the file, usually .tlt
-    model:keras.Model,     # a detector
-    arch:Arch,             # its description
+    model,                 # a Keras detector
+    arch,                  # its `Arch`
     classes:ClassTable,    # its classes
     key:str='',            # seals the file; empty leaves it open
     ema:dict=None,         # {path: array}: averaged weights, used instead of the plain ones when present
@@ -320,6 +321,7 @@ def save_detector(
     **meta,                # more for the file to remember: step, epoch, spec, scores
 ):                         # the path written
     "Saves a detector so that it can be opened without anything else."
+    from effdet_nb.detector.efficientdet import arch_to_dict
     meta = {'arch': arch_to_dict(arch), 'classes': classes.to_dict(), **meta}
     return save_model_file(path, weights_by_path(model), meta, key, ema=ema, optimizer=optimizer)
 
@@ -331,8 +333,22 @@ def load_keras_model(
     **build_options,  # for `build`
 )->tuple:             # (keras model, its Arch, what the file holds)
     "Builds the Keras model that a file describes, with its weights."
+    from effdet_nb.detector.efficientdet import arch_from_dict, build
     stored = load_model_file(path, key)
     arch = arch_from_dict(stored.meta['arch'])
     model = build(arch, **build_options)
     set_weights_by_path(model, {**stored.weights, **(stored.ema if use_ema and stored.ema else {})}, str(path))
     return model, arch, stored
+
+# %% ../../nbs/weights/02_model_file.ipynb #9617b806
+def load_keras_detector(
+    path,                        # a model file
+    key:str='',                  # the key it was saved with; empty for a file without one
+    nms_options:NmsOptions=None, # how to suppress, and how much to keep; None: the default
+)->'KerasDetector':              # images -> detections
+    "Opens a model file as a detector."
+    from effdet_nb.accel.cpu_session import predict_with_tensorflow
+    from effdet_nb.detector.predictor import KerasDetector
+    model, arch, stored = load_keras_model(path, key)
+    classes = ClassTable.from_dict(stored.meta['classes'])
+    return KerasDetector(model, arch, classes, stored.meta, nms_options or NmsOptions(), predict_with_tensorflow)
