@@ -11,18 +11,18 @@ WORKERS ?= 2
 MARK    ?= not slow and not gpu
 ARGS    ?=
 BIN     := $(VENV)/bin
-# What is installed is known by its cause: the stamp's name holds a sum of what decides it.
+# The stamp's name holds a checksum of the files that decide what is installed.
 SUM     := $(shell cat settings.ini setup.py | cksum | cut -d' ' -f1)
 RUN     := $(VENV)/.run-$(SUM)
 DEV     := $(VENV)/.dev-$(SUM)
 
-.PHONY: help run lab test in-step nbtest tutorials docs pytest bench clean distclean
+.PHONY: help run lab test in-step lint nbtest tutorials docs pytest bench clean distclean
 
 help:  ## this list
 	@echo 'effdet_nb. Needs make and Python 3.11 or later; the rest goes into $(VENV).'
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | sort -s -k1,1 | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-run: $(RUN)  ## from nothing to a trained, pruned, exported detector and its report, on drawn pictures (minutes)
+run: $(RUN)  ## from nothing to a trained, pruned, exported detector and its report, on drawn images (minutes)
 	@echo 'make run: the whole pipeline on drawn shapes, into $(FOLDER)/. Started again, it goes on where it stopped.'
 	@$(BIN)/effdet_quickstart --folder '$(FOLDER)' $(ARGS)
 	@echo 'report: $(abspath $(FOLDER))/report.html'
@@ -30,12 +30,15 @@ run: $(RUN)  ## from nothing to a trained, pruned, exported detector and its rep
 lab: $(DEV)  ## the chapters in JupyterLab, to read, run and edit
 	@$(BIN)/jupyter lab --notebook-dir nbs $(ARGS)
 
-test: in-step nbtest docs pytest  ## what CI checks, but for its longest runs: notebooks and modules in step, chapters, docs site, guards
+test: in-step lint nbtest docs pytest  ## notebooks and modules in step, ruff, chapters, docs site, the tests that are not slow
 in-step: $(DEV)  ## nbdev_export and nbdev_clean change nothing
 	@state() { find nbs effdet_nb \( -name '*.ipynb' -o -name '*.py' \) -not -path '*/.ipynb_checkpoints/*' -exec cksum {} + | sort; }; \
 	before=$$(state); $(BIN)/nbdev_export; $(BIN)/nbdev_clean; after=$$(state); \
 	[ "$$before" = "$$after" ] && echo 'in step: notebooks are clean, and modules say what notebooks say' || \
 	{ echo 'These files were not in step; now they are. Look at them and commit:'; diff <(echo "$$before") <(echo "$$after") | awk '/^[<>]/ {print "  " $$4}' | sort -u; exit 1; }
+
+lint: $(DEV)  ## ruff over modules, tests, benchmarks, tools and the cells of notebooks, seconds
+	@$(BIN)/ruff check --quiet && echo 'ruff: nothing to mend'
 
 nbtest: $(DEV)  ## run every chapter
 	@$(NBTEST) --skip_folder_re '^[_.]|^tutorials$$'
@@ -47,10 +50,10 @@ docs: $(DEV)  ## the site, offline, into _docs/
 	@$(BIN)/python tools/render_docs.py
 	@echo 'docs: $(CURDIR)/_docs/index.html'
 
-pytest: $(DEV)  ## the guards in tests/; all of them with MARK=
-	@TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m '$(MARK)' $(ARGS)
+pytest: $(DEV)  ## the tests in tests/; all of them with MARK=
+	@TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m '$(MARK)' --durations=20 $(ARGS)
 
-bench: $(DEV)  ## how fast it is, beside other ways of doing the same
+bench: $(DEV)  ## speed and memory, beside other implementations
 	@for script in $(filter-out bench/interleave.py, $(wildcard bench/*.py)); do echo "# $$script"; TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python $$script; done
 
 clean:  ## remove what was built, but not .venv and not your runs
@@ -79,6 +82,6 @@ $(DEV): | $(BIN)/python
 
 NBTEST = OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=1 $(BIN)/nbdev_test --timing --n_workers $(WORKERS)
 
-# Compiling once saves seconds at every start of TensorFlow; files that no Python can compile are examples inside packages.
+# Compiling once saves seconds at every start of TensorFlow; the files that do not compile are templates inside packages.
 install = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -e '$(1)' && \
 	{ $(BIN)/python -m compileall -q -j 0 "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" > /dev/null 2>&1 || true; }

@@ -157,9 +157,9 @@ def test_a_hundred_classes_fit_a_square(work):
 
 def opened(browser, path):
     "What a browser makes of a page, and what it says on the console."
-    browser.said.clear()
-    browser.open(path.resolve().as_uri())
-    return browser.run('document.documentElement.outerHTML'), list(browser.said)
+    browser.errors.clear()
+    browser.goto(path.resolve().as_uri())
+    return browser.evaluate_js('document.documentElement.outerHTML'), list(browser.errors)
 
 
 def test_a_browser_opens_the_page_without_complaint_and_draws_it(work, spec, browser, tmp_path):
@@ -171,9 +171,9 @@ def test_a_browser_opens_the_page_without_complaint_and_draws_it(work, spec, bro
         assert 'tabindex="0"' in dom                          # the script ran
         assert 'a&lt;b&gt;&amp;"c' in dom                     # and the odd name is text
     shot = tmp_path/'shot.png'
-    browser.size(1100, 5000)
+    browser.set_viewport(1100, 5000)
     opened(browser, tmp_path/'one'/'report.html')
-    browser.shot(shot)
+    browser.screenshot(shot)
     pixels = np.asarray(Image.open(shot).convert('RGB')).astype(int)
     coloured = (pixels.max(-1)-pixels.min(-1)>60).mean()
     assert coloured>.005, 'charts and boxes have colours'

@@ -1,73 +1,98 @@
-"""Draws the mermaid diagrams of all notebooks as pictures, so that the docs site needs neither a network nor a script to show them.
+"""Draws the mermaid diagrams of all notebooks as SVG images, so that the docs site needs no network and no script.
 
     npm install --no-save mermaid@11        # once; into node_modules/
     python tools/draw_diagrams.py           # writes nbs/images/diagrams/, removes what no notebook uses any more
 
-Needed only after a diagram was changed or added; needs chromium as well. The pictures are committed, and their names hold a sum of the diagram's text:
-tools/render_docs.py shows a diagram as text as long as its picture is missing, and tests/test_site.py complains.
+Needed only after a diagram was changed or added; needs chromium as well. The images are committed, and their names hold
+a checksum of the diagram's text: tools/render_docs.py shows a diagram as text as long as its image is missing, and
+tests/test_site.py fails.
 """
-import argparse, hashlib, json, re, sys, tempfile
+import argparse
+import hashlib
+import json
+import re
+import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT/'tests'))
-from browser import CHROMIUM, Browser   # the one that opens pages in tests
+from browser import CHROMIUM, Browser   # noqa: E402  the one that opens pages in tests
 
 DIAGRAM_FOLDER = ROOT/'nbs'/'images'/'diagrams'
 MERMAID_BLOCK = re.compile(r'^```(?:\{mermaid\}|mermaid)[ \t]*\n(.*?)^```', re.M | re.S)
+MERMAID_SCRIPT = ROOT/'node_modules/mermaid/dist/mermaid.min.js'
 PAGE_TEMPLATE = '<meta charset="utf-8"><body><script src="{script}"></script>'
-MERMAID_CONFIG = dict(startOnLoad=False, theme='neutral', htmlLabels=False, flowchart=dict(htmlLabels=False), fontFamily='sans-serif')
+MERMAID_CONFIG = dict(startOnLoad=False, theme='neutral', htmlLabels=False, flowchart=dict(htmlLabels=False),
+                      fontFamily='sans-serif')
 
 
 def diagram_file_name(text):
-    "The file name of a diagram's picture: it changes with the text."
+    "The file name of a diagram's image, which changes with the text."
     return hashlib.sha256(text.strip().encode()).hexdigest()[:12] + '.svg'
+
+
+def markdown_sources(nbs):
+    "The text of every Markdown cell below a folder."
+    for path in sorted(nbs.rglob('*.ipynb')):
+        if '.ipynb_checkpoints' in path.parts: continue
+        for cell in json.loads(path.read_text(encoding='utf-8'))['cells']:
+            if cell['cell_type']=='markdown': yield ''.join(cell['source'])
 
 
 def find_diagrams(nbs=ROOT/'nbs'):
     "{file name: text} of all diagrams in the notebooks."
-    cells = (c for p in sorted(nbs.rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts for c in json.loads(p.read_text(encoding='utf-8'))['cells'])
-    return {diagram_file_name(m): m for c in cells if c['cell_type']=='markdown' for m in MERMAID_BLOCK.findall(''.join(c['source']))}
+    return {diagram_file_name(text): text for source in markdown_sources(nbs) for text in MERMAID_BLOCK.findall(source)}
 
 
 def set_svg_size(svg):
-    "A picture that knows its width and height, as an `img` wants it."
-    left, top, width, height = re.search(r'viewBox="(\S+) (\S+) (\S+) (\S+)"', svg).groups()
+    "Gives an SVG the width and height of its view box, for use in an `img`."
+    width, height = map(float, re.search(r'viewBox="\S+ \S+ (\S+) (\S+)"', svg).groups())
     svg = re.sub(r'<br\s*>', '<br/>', svg)
-    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 width="{float(width):.0f}" height="{float(height):.0f}"', svg, count=1)
+    return re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 width="{width:.0f}" height="{height:.0f}"', svg, count=1)
 
 
 @contextmanager
 def mermaid_browser(script):
-    "A browser that knows mermaid."
+    "A browser with mermaid loaded."
     with tempfile.TemporaryDirectory() as folder, Browser(f'{folder}/profile') as browser:
         page = Path(folder)/'page.html'
         page.write_text(PAGE_TEMPLATE.format(script=script.resolve().as_uri()), encoding='utf-8')
-        browser.open(page.as_uri())
-        browser.run(f'mermaid.initialize({json.dumps(MERMAID_CONFIG)})')
+        browser.goto(page.as_uri())
+        browser.evaluate_js(f'mermaid.initialize({json.dumps(MERMAID_CONFIG)})')
         yield browser
 
 
 def render_diagram(text, browser):
     "A diagram as SVG."
-    svg = browser.run(f'mermaid.render("diagram", {json.dumps(text)}).then(o => o.svg, e => "error: " + e.message)')
+    call = f'mermaid.render("diagram", {json.dumps(text)})'
+    svg = browser.evaluate_js(f'{call}.then(o => o.svg, e => "error: " + e.message)')
     if not svg.startswith('<svg'): raise ValueError(f'{svg}\n{text}')
     return set_svg_size(svg)
 
 
+def remove_unused(diagrams):
+    "Deletes the images of diagrams that no notebook has any more."
+    for path in DIAGRAM_FOLDER.glob('*.svg'):
+        if path.name not in diagrams:
+            path.unlink()
+            print(f'{path.name}: removed')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--mermaid', type=Path, default=ROOT/'node_modules/mermaid/dist/mermaid.min.js', help='mermaid.min.js (node_modules/mermaid/dist/mermaid.min.js)')
-    parser.add_argument('--force', action='store_true', help='draw those again that have a picture')
+    parser.add_argument('--mermaid', type=Path, default=MERMAID_SCRIPT, help='mermaid.min.js (%(default)s)')
+    parser.add_argument('--force', action='store_true', help='draw those again that have an image')
     args = parser.parse_args()
-    wanted = find_diagrams()
+    diagrams = find_diagrams()
     DIAGRAM_FOLDER.mkdir(parents=True, exist_ok=True)
-    for p in DIAGRAM_FOLDER.glob('*.svg'):
-        if p.name not in wanted: p.unlink(); print(f'{p.name}: removed')
-    missing = {n: t for n,t in wanted.items() if args.force or not (DIAGRAM_FOLDER/n).is_file()}
+    remove_unused(diagrams)
+    missing = {n: t for n,t in diagrams.items() if args.force or not (DIAGRAM_FOLDER/n).is_file()}
     if not missing: return
-    if not (CHROMIUM and args.mermaid.is_file()): sys.exit(f'{len(missing)} diagrams have no picture. To draw them, chromium and {args.mermaid} are needed: npm install --no-save mermaid@11')
+    if not (CHROMIUM and args.mermaid.is_file()):
+        sys.exit(f'{len(missing)} diagrams have no image. To draw them, chromium and {args.mermaid} are needed: '
+                 'npm install --no-save mermaid@11')
     with mermaid_browser(args.mermaid) as browser:
         for name,text in missing.items():
             (DIAGRAM_FOLDER/name).write_text(render_diagram(text, browser), encoding='utf-8')

@@ -1,6 +1,7 @@
-"""Writes README.md from nbs/index.ipynb: `python tools/make_readme.py`. (`nbdev_readme` does it where Quarto is installed.)
+"""Writes README.md from nbs/index.ipynb: `python tools/make_readme.py`.
 
-Prose stays, hidden cells go, kept outputs follow their code, pictures become files in nbs/images/, links to chapters point into nbs/."""
+Prose stays, hidden cells go, kept outputs follow their code, images become files in nbs/images/, and links to chapters
+point into nbs/. Where Quarto is installed, `nbdev_readme` does the same."""
 import base64
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ def rewrite_links(text):
 
 
 def save_image(data, number):
-    "Keeps a picture as a file; returns the line that shows it."
+    "Writes an image to a file; returns the Markdown that shows it."
     IMAGES.mkdir(exist_ok=True)
     name = f'readme_{number}.png'
     (IMAGES/name).write_bytes(base64.b64decode(data))
@@ -25,12 +26,14 @@ def save_image(data, number):
 
 
 def output_to_markdown(output, number):
-    "A kept output as markdown."
+    "A kept output as Markdown."
     data = output.get('data', {})
     if 'image/png' in data: return save_image(data['image/png'], number)
     if 'text/markdown' in data: return ''.join(data['text/markdown'])
     text = ''.join(data.get('text/plain', output.get('text', '')))
-    return '```\n' + re.sub(r'\x1b\[[0-9;]*m', '', text).rstrip() + '\n```' if text.strip() else ''
+    if not text.strip(): return ''
+    without_colours = re.sub(r'\x1b\[[0-9;]*m', '', text)
+    return f'```\n{without_colours.rstrip()}\n```'
 
 
 def readme_parts(nb):
@@ -39,12 +42,17 @@ def readme_parts(nb):
     for cell in nb.cells:
         if cell.cell_type == 'markdown': yield rewrite_links(cell.source)
         elif cell.cell_type == 'code' and not re.search(r'^#\|\s*(hide|hidden)\s*$', cell.source, re.M):
-            yield '```python\n' + re.sub(r'^#\|.*\n', '', cell.source, flags=re.M).strip() + '\n```'
+            code = re.sub(r'^#\|.*\n', '', cell.source, flags=re.M)
+            yield f'```python\n{code.strip()}\n```'
             for output in cell.outputs:
                 number += 1
                 yield output_to_markdown(output, number)
 
 
-if __name__ == '__main__':
-    page = '\n\n'.join(p for p in readme_parts(nbformat.read(ROOT/'nbs'/'index.ipynb', 4)) if p)
-    (ROOT/'README.md').write_text('<!-- Made from nbs/index.ipynb by tools/make_readme.py; edit there. -->\n\n' + page + '\n', encoding='utf-8')
+def main():
+    parts = readme_parts(nbformat.read(ROOT/'nbs'/'index.ipynb', 4))
+    header = '<!-- Made from nbs/index.ipynb by tools/make_readme.py; edit there. -->'
+    (ROOT/'README.md').write_text('\n\n'.join([header, *filter(None, parts)]) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__': main()

@@ -1,29 +1,46 @@
-"""Render the docs site without Quarto: Sphinx and myst-nb, led by the same `_quarto.yml`.
+"""Renders the docs site without Quarto: Sphinx and myst-nb, configured by the same `_quarto.yml`.
 
     python tools/render_docs.py                 # into _docs/
     python tools/render_docs.py --out /tmp/site --strict
 
-Where Quarto is installed, `nbdev_docs` makes the site; this makes the same pages, at the same addresses, where it is not. nbdev first turns the
-notebooks into pages (`_proc/`: tables of parameters, hidden cells gone, links to other chapters); here the code of exported cells comes back, folded, and the pages
-are rewritten from Quarto's Markdown into MyST's and built. Nothing on a page comes from another server: formulas become MathML, which browsers draw themselves, and diagrams are pictures that
-tools/draw_diagrams.py made. So the site works from a memory stick as well.
+Where Quarto is installed, `nbdev_docs` makes the site; this makes the same pages, at the same addresses, without it.
+nbdev first turns the notebooks into pages (`_proc/`: tables of parameters, hidden cells gone, links to other chapters).
+Here the code of exported cells comes back, folded, and the pages are rewritten from Quarto's Markdown into MyST's and
+built. Nothing on a page comes from another server: formulas become MathML, which browsers draw themselves, and diagrams
+are images made by tools/draw_diagrams.py. So the site also works from a memory stick.
 """
-import argparse, ast, json, os, posixpath, re, shutil, subprocess, sys
+import argparse
+import ast
+import json
+import os
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
-from draw_diagrams import MERMAID_BLOCK, DIAGRAM_FOLDER, diagram_file_name
+
+from draw_diagrams import DIAGRAM_FOLDER, MERMAID_BLOCK, diagram_file_name
 
 CALLOUT_TO_ADMONITION = dict(note='note', tip='tip', warning='warning', important='important', caution='caution')
+CALLOUT = re.compile(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[ \t]*\n(?:\s*\n)?(?:#+ (.*)\n)?', re.M)
 CELL_OPTION = re.compile(r'^#\|\s*([\w-]+)(?::\s*(.*?))?\s*$', re.M)
+CODE_BLOCK = re.compile(r'^```.*?^```', re.M | re.S)
 LINK = re.compile(r'(\]\()([^)\s]+)(\))')
+CODE_LINK = re.compile(r'\[(`[^`\n]+`)\]\([^()\s]*\)')
 NESTED_LINK = re.compile(r'\[\[(`[^`\]]+`)\]\([^)\s]+\)\]\(([^)\s]+)\)') # a link whose text nbdev made a link as well
 EXPORT_DIRECTIVE = re.compile(r'^#\|\s*exports?\b', re.M)
 SHOW_DOC = re.compile(r'show_doc\(([\w.]+)')
 SOURCE_LINK = re.compile(r'^\[source\]\((\S+)\)\s+(#+ [^\n]+)\n') # how nbdev's table of a definition begins
+ASSET_SUFFIXES = ('.png', '.jpg', '.svg', '.proto', '.txt')
+MISSING_NOTEBOOK = 'named in _quarto.yml, but there is no such notebook'
+NOT_IN_SIDEBAR = 'not in the sidebar of _quarto.yml; put under "More"'
+MISSING_IMAGE = 'a diagram without its image, shown as text; run tools/draw_diagrams.py'
 
 
 def slug(heading):
-    "Pandoc's id of a heading, which Quarto and nbdev's links use: lower case, hyphens for spaces, dots and underscores kept."
+    "Pandoc's id of a heading, which Quarto and nbdev's links use: lower case, hyphens for spaces, dots kept."
     kept = re.sub(r'[^\w\s.-]', '', heading.lower())
     return re.sub(r'\s+', '-', kept.strip())
 
@@ -33,71 +50,82 @@ def option_values(source):
     return {name: value or 'true' for name,value in CELL_OPTION.findall(source)}
 
 
+def source_of(cell): return ''.join(cell['source'])
+
+
 def front_matter(cell):
-    "The YAML block nbdev makes of a notebook's title cell, if this cell is one."
+    "The YAML block nbdev makes of a notebook's title cell; None if this cell is not one."
     import yaml
-    text = ''.join(cell['source']).strip()
+    text = source_of(cell).strip()
     if cell['cell_type']!='raw' or not text.startswith('---'): return None
     return yaml.safe_load(text.strip('-')) or {}
 
 
 class Page:
-    "One processed notebook and where it goes: `old` as in the sidebar (`detector/01_boxes.ipynb`), `new` as its address (`data/boxes`)."
-    def __init__(self, old, notebook):
-        self.old, self.notebook = old, notebook
-        fronts = [f for c in notebook['cells'] if (f := front_matter(c)) is not None]
-        self.front = fronts[0] if fronts else {}
-        name = Path(self.front.get('output-file', posixpath.basename(old))).stem
-        self.new = posixpath.join(posixpath.dirname(old), name)
+    "One processed notebook, its path in the sidebar (`detector/01_boxes.ipynb`) and its page (`detector/boxes`)."
+    def __init__(self, notebook_path, notebook):
+        self.notebook_path, self.notebook, self.cells = notebook_path, notebook, []
+        fronts = [f for f in map(front_matter, notebook['cells']) if f is not None]
+        self.metadata = fronts[0] if fronts else {}
+        name = Path(self.metadata.get('output-file', posixpath.basename(notebook_path))).stem
+        self.page_path = posixpath.join(posixpath.dirname(notebook_path), name)
 
 
 class MarkdownRewriter:
-    "Quarto's Markdown to MyST's, for all pages of a site."
-    def __init__(self, pages, address):
-        self.by_old, self.by_new = {p.old: p for p in pages}, {p.new: p for p in pages}
-        self.address, self.undrawn = address.rstrip('/') + '/', []
+    "Rewrites Quarto's Markdown as MyST's, for all pages of a site."
+    def __init__(self, pages, site_url):
+        self.by_notebook_path = {p.notebook_path: p for p in pages}
+        self.by_page_path = {p.page_path: p for p in pages}
+        self.site_url = site_url.rstrip('/') + '/'
+        self.missing_diagrams = []
+
+    def find_page(self, path, page):
+        "The page that a link of `page` leads to, by the address on the site or by a relative path; None for others."
+        if path.startswith(self.site_url) and path.endswith('.html'):
+            return self.by_page_path.get(path.removeprefix(self.site_url).removesuffix('.html'))
+        if urlsplit(path).scheme or not path.endswith(('.ipynb', '.html')): return None
+        near = posixpath.normpath(posixpath.join(posixpath.dirname(page.notebook_path), path))
+        return self.by_notebook_path.get(near) or self.by_page_path.get(near.removesuffix('.html'))
 
     def link(self, target, page):
-        "A link to another page, however it was written, as a path from the root of the site's source."
-        path, _, anchor = target.partition('#')
-        anchor = '#' + anchor if anchor else ''
-        if path.startswith(self.address) and path.endswith('.html'):
-            to = self.by_new.get(path.removeprefix(self.address).removesuffix('.html'))
-        elif urlsplit(path).scheme or not path.endswith(('.ipynb', '.html')): return target
-        else:
-            near = posixpath.normpath(posixpath.join(posixpath.dirname(page.old), path))
-            to = self.by_old.get(near) or self.by_new.get(near.removesuffix('.html'))
-        return f'/{to.new}.ipynb{anchor}' if to else target
+        "The target of a link; if it is another page, as a path from the root of the site's source."
+        path, hash_sign, anchor = target.partition('#')
+        found = self.find_page(path, page)
+        return f'/{found.page_path}.ipynb{hash_sign}{anchor}' if found else target
 
     def diagram(self, match):
-        "The picture of a mermaid block; its text, as long as there is none."
+        "The image of a mermaid block; its text as long as there is no image."
         name = diagram_file_name(match[1])
-        if (DIAGRAM_FOLDER/name).is_file(): return f':::{{container}} diagram\n![diagram](/images/{DIAGRAM_FOLDER.name}/{name})\n:::\n'
-        self.undrawn.append(name)
+        if (DIAGRAM_FOLDER/name).is_file():
+            return f':::{{container}} diagram\n![diagram](/images/{DIAGRAM_FOLDER.name}/{name})\n:::\n'
+        self.missing_diagrams.append(name)
         return f'```text\n{match[1]}```'
 
     def __call__(self, text, page):
-        "One Markdown text of a page."
+        "Rewrites one Markdown text of a page."
         text = re.sub(r'<!-- WARNING.*?-->\n?', '', text)
         text = re.sub(r'\{target="_blank"[^}]*\}', '', text)
         text = MERMAID_BLOCK.sub(self.diagram, text)
-        text = re.sub(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[ \t]*\n(?:\s*\n)?(?:#+ (.*)\n)?', self.callout, text, flags=re.M)
+        text = CALLOUT.sub(callout_to_admonition, text)
         text = NESTED_LINK.sub(r'[\1](\2)', text)
         return LINK.sub(lambda m: m[1] + self.link(m[2], page) + m[3], text)
 
-    @staticmethod
-    def callout(match):
-        "Quarto's callout as an admonition; its heading or title becomes the title, `collapse` folds it."
-        fence, kind, options, heading = match.groups()
-        title = heading or next(iter(re.findall(r'title="([^"]*)"', options)), '')
-        if 'collapse' in options: return f'{fence}{{admonition}} {title or kind.capitalize()}\n:class: {CALLOUT_TO_ADMONITION.get(kind, "note")} dropdown\n\n'
-        if title: return f'{fence}{{admonition}} {title}\n:class: {CALLOUT_TO_ADMONITION.get(kind, "note")}\n\n'
-        return f'{fence}{{{CALLOUT_TO_ADMONITION.get(kind, "note")}}}\n'
+
+def callout_to_admonition(match):
+    "Quarto's callout as an admonition; its heading or title becomes the title, `collapse` folds it."
+    fence, kind, options, heading = match.groups()
+    admonition = CALLOUT_TO_ADMONITION.get(kind, 'note')
+    titles = re.findall(r'title="([^"]*)"', options)
+    title = heading or (titles[0] if titles else '')
+    if 'collapse' in options:
+        return f'{fence}{{admonition}} {title or kind.capitalize()}\n:class: {admonition} dropdown\n\n'
+    if title: return f'{fence}{{admonition}} {title}\n:class: {admonition}\n\n'
+    return f'{fence}{{{admonition}}}\n'
 
 
 def strip_code_links(text):
-    "A text whose blocks of code have no links in them: nbdev links the names in comments too, and a reader would see the address."
-    return re.sub(r'^```.*?^```', lambda block: re.sub(r'\[(`[^`\n]+`)\]\([^()\s]*\)', r'\1', block[0]), text, flags=re.M | re.S)
+    "Removes links from blocks of code: nbdev links the names in comments too, and a reader would see the address."
+    return CODE_BLOCK.sub(lambda block: CODE_LINK.sub(r'\1', block[0]), text)
 
 
 def definitions(source):
@@ -106,112 +134,188 @@ def definitions(source):
 
 
 def is_field_class(node):
-    "Whether a definition is a class of fields with a remark each: its own lines say more than the signature of its constructor."
+    "Whether a definition is a class of commented fields, whose lines say more than its constructor's signature."
     marks = [ast.unparse(o) for o in [*node.decorator_list, *getattr(node, 'bases', [])]]
     return isinstance(node, ast.ClassDef) and any(m.startswith(('dataclass','NamedTuple')) for m in marks)
 
 
+def is_command(node): return any(ast.unparse(d)=='command' for d in node.decorator_list)
+
+
+def is_import(node): return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def summary(name, node):
+    "A definition's name and the first line of its docstring."
+    doc = ast.get_docstring(node)
+    return f'{name}: {doc.splitlines()[0].rstrip(".")}' if doc else name
+
+
+def fold_title(found):
+    "The line a reader sees of a folded cell: private definitions are named, since nbdev prints nothing of them."
+    if not found: return 'Imports'
+    if all(name.startswith('_') for name in found): return '; '.join(summary(n, o) for n,o in found.items())
+    return 'Code'
+
+
+def fold(title): return dict(mystnb=dict(code_prompt_show=title, code_prompt_hide=title))
+
+
+def stays_open(source, found):
+    "Whether a cell is shown unfolded: classes of fields, tables and constants are to be read."
+    if found: return any(map(is_field_class, found.values()))
+    return not all(map(is_import, ast.parse(source).body))
+
+
 def source_cell(cell):
-    "An exported cell for a page. Functions are folded: nbdev prints what they take and give, and nothing at all of private ones; tables and constants are to be read."
-    source = CELL_OPTION.sub('', ''.join(cell['source'])).strip('\n')
+    "An exported cell for a page. Functions are folded: nbdev prints what they take and return."
+    source = CELL_OPTION.sub('', source_of(cell)).strip('\n')
     found = definitions(source)
-    says = '; '.join(n + (f': {ast.get_docstring(o).splitlines()[0].rstrip(".")}' if ast.get_docstring(o) else '') for n,o in found.items())
-    title = says if found and all(n.startswith('_') for n in found) else 'Code' if found else 'Imports'
-    open_ = any(map(is_field_class, found.values())) or not found and not all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in ast.parse(source).body)
-    folded = dict(tags=['hide-input'], mystnb=dict(code_prompt_show=title, code_prompt_hide=title))
-    return dict(cell_type='code', id=cell['id'], metadata={} if open_ else folded, source=source, outputs=[], execution_count=None)
+    metadata = {} if stays_open(source, found) else dict(tags=['hide-input']) | fold(fold_title(found))
+    return dict(cell_type='code', id=cell['id'], metadata=metadata, source=source, outputs=[], execution_count=None)
+
+
+def any_of(names):
+    "A regular expression for any of some names; one that never matches if there are none."
+    return '|'.join(names) or '$.'
 
 
 def clean_show_doc(doc, exported):
-    "nbdev's print of a definition: a class is called one, and a table of fields leaves the signature to its code, a command to its help."
+    "Corrects nbdev's print of a definition: `class` for classes; no signature for classes of fields and commands."
     found = definitions(exported['source'])
-    classes = '|'.join(n for n,o in found.items() if isinstance(o, ast.ClassDef)) or '$.'
-    told = '|'.join(n for n,o in found.items() if is_field_class(o) or any(ast.unparse(d)=='command' for d in o.decorator_list)) or '$.'
-    def edited(text):
-        text = re.sub(rf'```python\n+def (?:{told})\(.*?```\n*', '', text, flags=re.S)
-        return re.sub(rf'^def ({classes})\(', r'class \1(', text, flags=re.M).replace('*Call self as a function.*', '')
-    outputs = [o | ({'text': edited(''.join(o['text']))} if 'text' in o else {'data': o['data'] | {'text/markdown': edited(''.join(o['data']['text/markdown']))}}) for o in doc['outputs']]
-    return doc | dict(outputs=outputs)
+    classes = any_of(n for n,o in found.items() if isinstance(o, ast.ClassDef))
+    unsigned = any_of(n for n,o in found.items() if is_field_class(o) or is_command(o))
+
+    def edit(text):
+        text = re.sub(rf'```python\n+def (?:{unsigned})\(.*?```\n*', '', ''.join(text), flags=re.S)
+        text = re.sub(rf'^def ({classes})\(', r'class \1(', text, flags=re.M)
+        return text.replace('*Call self as a function.*', '')
+
+    def edit_output(output):
+        if 'text' in output: return output | dict(text=edit(output['text']))
+        data = output['data']
+        return output | dict(data=data | {'text/markdown': edit(data['text/markdown'])})
+
+    return doc | dict(outputs=[edit_output(o) for o in doc['outputs']])
 
 
 def documented_name(cell):
-    "The name that a cell of a processed page prints, without its class; None if it prints no definition."
-    found = SHOW_DOC.search(''.join(cell['source']))
+    "The name whose documentation a cell of a processed page prints, without its class; None if it prints none."
+    found = SHOW_DOC.search(source_of(cell))
     return found and found[1].split('.')[-1]
 
 
-def insert_source_cells(page, chapter):
-    "The cells of a processed page, and after what nbdev printed of an exported cell that cell itself."
-    kept, out, waiting, between = {c['id'] for c in chapter} & {c.get('id') for c in page}, [], [], []
-    cells = iter(page)
-    def give(exported):
-        names = list(definitions(exported['source']))
-        mine = [c for c in between if documented_name(c) in names]
-        between[:] = [c for c in between if c not in mine]
-        out.extend([*(clean_show_doc(c, exported) for c in sorted(mine, key=lambda c: names.index(documented_name(c))) if documented_name(c)!='__repr__'), exported])
-    for cell in [*chapter, None]:
-        if cell and cell['cell_type']=='code' and EXPORT_DIRECTIVE.search(''.join(cell['source'])): waiting.append(source_cell(cell))
+def is_exported(cell): return cell['cell_type']=='code' and bool(EXPORT_DIRECTIVE.search(source_of(cell)))
+
+
+def take_until(cells, cell_id):
+    "Takes cells from an iterator up to the one with this id, or all if the id is None."
+    taken = []
+    for cell in cells:
+        taken.append(cell)
+        if cell_id and cell.get('id')==cell_id: break
+    return taken
+
+
+def docs_then_code(between, exported):
+    "Moves what nbdev printed of an exported cell's definitions out of `between`; returns it with the cell itself."
+    names = list(definitions(exported['source']))
+    docs = [c for c in between if documented_name(c) in names]
+    between[:] = [c for c in between if c not in docs]
+    docs.sort(key=lambda c: names.index(documented_name(c)))
+    return [*(clean_show_doc(c, exported) for c in docs if documented_name(c)!='__repr__'), exported]
+
+
+def insert_source_cells(page_cells, notebook_cells):
+    "The cells of a processed page, with each exported cell after what nbdev printed of it."
+    kept = {c['id'] for c in notebook_cells} & {c.get('id') for c in page_cells}
+    remaining = iter(page_cells)
+    out, waiting = [], []
+    for cell in [*notebook_cells, None]:
+        if cell and is_exported(cell): waiting.append(source_cell(cell))
         elif cell is None or cell['id'] in kept:
-            for next_one in cells:
-                between.append(next_one)
-                if cell and next_one.get('id')==cell['id']: break
-            for exported in waiting: give(exported)
+            between = take_until(remaining, cell and cell['id'])
+            for exported in waiting: out.extend(docs_then_code(between, exported))
             out.extend(between)
-            waiting.clear(), between.clear()
+            waiting.clear()
     return out
 
 
 def markdown_cell(source): return dict(cell_type='markdown', metadata={}, source=source)
 
 
+def title_cell(front, page):
+    "The title cell of a page from its YAML block."
+    description = front.get('description')
+    return markdown_cell(f"# {front.get('title', page.page_path)}\n\n" + (f'*{description}*' if description else ''))
+
+
 def sphinx_cells(page, rewrite):
     "The cells of a page as Sphinx should see them."
     for cell in page.notebook['cells']:
-        source = ''.join(cell['source'])
-        if (front := front_matter(cell)) is not None:
-            yield markdown_cell(f"# {front.get('title', page.new)}\n\n" + (f"*{front['description']}*" if front.get('description') else ''))
+        front = front_matter(cell)
+        if front is not None: yield title_cell(front, page)
         elif cell['cell_type']=='markdown':
-            if (text := rewrite(source, page).strip('\n')).strip(): yield cell | dict(source=text)
-        elif cell['cell_type']=='code': yield from code_cells(cell, source, page, rewrite)
+            text = rewrite(source_of(cell), page).strip('\n')
+            if text.strip(): yield cell | dict(source=text)
+        elif cell['cell_type']=='code': yield from code_cells(cell, page, rewrite)
 
 
-def code_cells(cell, source, page, rewrite):
-    "A code cell; one whose output is itself Markdown (`show_doc`) becomes that Markdown, so that its headings join the contents."
-    options = option_values(source)
-    if options.get('include')=='false': return
-    if options.get('output')=='asis':
-        for out in cell['outputs']:
-            text = ''.join(out.get('data', {}).get('text/markdown', out.get('text', '')))
-            text = strip_code_links(rewrite(text, page)).replace('---\n', '', 1).strip()
-            if text: yield markdown_cell(SOURCE_LINK.sub(r'\2\n\n<a class="source" href="\1">source</a>\n', text))
-        return
-    tags = cell['metadata'].get('tags', []) + ['remove-input']*(options.get('echo')=='false') + ['hide-input']*(options.get('code-fold')=='true')
-    title = options.get('code-summary', 'Code').strip('"')
-    folded = dict(mystnb=dict(code_prompt_show=title, code_prompt_hide=title)) if options.get('code-fold')=='true' else {}
-    yield cell | dict(source=CELL_OPTION.sub('', source).strip('\n'), metadata=cell['metadata'] | dict(tags=tags) | folded, outputs=[rewrite_output_links(o, page, rewrite) for o in cell['outputs']])
+def code_cells(cell, page, rewrite):
+    "A code cell; one whose output is Markdown (`show_doc`) becomes that Markdown, so its headings join the contents."
+    options = option_values(source_of(cell))
+    if options.get('include')=='false': return []
+    if options.get('output')=='asis': return markdown_outputs(cell, page, rewrite)
+    metadata = cell['metadata'] | dict(tags=list(cell['metadata'].get('tags', [])))
+    if options.get('echo')=='false': metadata['tags'].append('remove-input')
+    if options.get('code-fold')=='true':
+        metadata['tags'].append('hide-input')
+        metadata |= fold(options.get('code-summary', 'Code').strip('"'))
+    outputs = [rewrite_output_links(o, page, rewrite) for o in cell['outputs']]
+    return [cell | dict(source=CELL_OPTION.sub('', source_of(cell)).strip('\n'), metadata=metadata, outputs=outputs)]
 
 
-def rewrite_output_links(out, page, rewrite):
-    "An output; links in one that is Markdown, such as a table, lead to pages as those in the text do."
-    data = out.get('data', {})
-    return out | dict(data=data | {'text/markdown': rewrite(''.join(data['text/markdown']), page)}) if 'text/markdown' in data else out
+def markdown_outputs(cell, page, rewrite):
+    "The outputs of a cell, which are Markdown, as Markdown cells."
+    for output in cell['outputs']:
+        text = ''.join(output.get('data', {}).get('text/markdown', output.get('text', '')))
+        text = strip_code_links(rewrite(text, page)).replace('---\n', '', 1).strip()
+        if text: yield markdown_cell(SOURCE_LINK.sub(r'\2\n\n<a class="source" href="\1">source</a>\n', text))
+
+
+def rewrite_output_links(output, page, rewrite):
+    "An output; if it is Markdown, such as a table, its links lead to pages as those in the text do."
+    data = output.get('data', {})
+    if 'text/markdown' not in data: return output
+    text = rewrite(''.join(data['text/markdown']), page)
+    return output | dict(data=data | {'text/markdown': text})
+
+
+def file_of(entry): return entry if isinstance(entry, str) else entry['href']
 
 
 def sidebar_groups(contents):
     "The sidebar as (caption, [files]) in reading order."
     for entry in contents:
         if isinstance(entry, str): yield '', [entry]
-        elif 'section' in entry: yield entry['section'], [e if isinstance(e, str) else e['href'] for e in entry['contents']]
-        else: yield entry.get('text', ''), [entry['href']]
+        elif 'section' in entry: yield entry['section'], [file_of(e) for e in entry['contents']]
+        else: yield entry.get('text', ''), [file_of(entry)]
+
+
+def toctree_cell(caption, names):
+    "One part of the table of contents."
+    options = [':hidden:'] + ([f':caption: {caption}'] if caption else [])
+    return markdown_cell('\n'.join(['```{toctree}', *options, '', *names, '```']))
 
 
 def index_cells(pages, site, groups):
-    "The index page with the whole sidebar as its table of contents; made up where there is no index notebook yet."
-    cells = next((p.cells for p in pages if p.old=='index.ipynb'), [markdown_cell(f"# {site['title']}")])
-    by_old = {p.old: p.new for p in pages}
+    "The index page with the whole sidebar as its table of contents; only a title if there is no index notebook yet."
+    title = markdown_cell(f"# {site['title']}")
+    cells = next((p.cells for p in pages if p.notebook_path=='index.ipynb'), [title])
+    by_path = {p.notebook_path: p.page_path for p in pages}
     for caption,files in groups:
-        names = [by_old[f] for f in files if f in by_old and f!='index.ipynb']
-        if names: cells.append(markdown_cell('```{toctree}\n:hidden:\n' + (f':caption: {caption}\n' if caption else '') + '\n' + '\n'.join(names) + '\n```'))
+        names = [by_path[f] for f in files if f in by_path and f!='index.ipynb']
+        if names: cells.append(toctree_cell(caption, names))
     return cells
 
 
@@ -257,51 +361,78 @@ article pre { font-size: .8rem; }
   .bd-sidebar-secondary { width: 15rem; }
 }
 @media (max-width: 719px) {
-  table.told thead { display: none; }
-  table.told tr { display: block; padding: .4rem 0; }
-  table.told td { display: block; border: 0; padding: 0 .5rem; text-align: left !important; }
-  table.told td p { display: inline; }
-  table.told td + td:not(:last-child) { display: inline-block; padding-right: 0; }
-  table.told tr td.nothing { display: none; }
-  table.told td + td::before { content: attr(data-name) ": "; opacity: .7; }
-  table.told td code .pre { white-space: pre-wrap; }
+  table.stacked thead { display: none; }
+  table.stacked tr { display: block; padding: .4rem 0; }
+  table.stacked td { display: block; border: 0; padding: 0 .5rem; text-align: left !important; }
+  table.stacked td p { display: inline; }
+  table.stacked td + td:not(:last-child) { display: inline-block; padding-right: 0; }
+  table.stacked tr td.empty { display: none; }
+  table.stacked td + td::before { content: attr(data-name) ": "; opacity: .7; }
+  table.stacked td code .pre { white-space: pre-wrap; }
 }
 .cell_output pre:not(.columns) { white-space: pre-wrap; overflow-wrap: anywhere; }
-button.code { float: right; margin-top: .6rem; padding: .1rem .6rem; font-size: smaller; border: 1px solid var(--pst-color-border); border-radius: .3rem; background: none; color: inherit; }
-@media (max-width: 719px) { button.code { float: none; display: block; margin: 0 0 0 auto; } }   /* beside it a long title would break within a word */
+button.code {
+  float: right; margin-top: .6rem; padding: .1rem .6rem; font-size: smaller;
+  border: 1px solid var(--pst-color-border); border-radius: .3rem; background: none; color: inherit;
+}
+@media (max-width: 719px) {   /* beside the button a long title would break within a word */
+  button.code { float: none; display: block; margin: 0 0 0 auto; }
+}
 .cell details.hide summary { font-size: .8rem; font-weight: normal; padding: .2rem .5rem; }
 .cell.tag_hide-input { margin: .6rem 0; }
 '''
 
 
 SITE_JS = '''
-document.addEventListener("DOMContentLoaded", () => {  // one button unfolds the code of all definitions, on this page and those to come
-  const folded = [...document.querySelectorAll("article .cell details.hide")], title = document.querySelector("article h1")
+// One button unfolds the code of all definitions, on this page and on those opened later.
+function addCodeButton() {
+  const folded = [...document.querySelectorAll("article .cell details.hide")]
+  const title = document.querySelector("article h1")
   if (!folded.length || !title) return
-  const button = document.createElement("button"), keep = "effdet_nb code"
-  const set = open => { folded.forEach(d => d.open = open); button.textContent = open ? "fold the code" : "unfold the code" }
+  const button = document.createElement("button"), key = "effdet_nb code"
+  const set = open => {
+    folded.forEach(d => d.open = open)
+    button.textContent = open ? "fold the code" : "unfold the code"
+  }
   let open = false
-  try { open = localStorage.getItem(keep) === "open" } catch (e) {}
+  try { open = localStorage.getItem(key) === "open" } catch (e) {}
   button.className = "code"
-  button.onclick = () => { open = !open; set(open); try { localStorage.setItem(keep, open ? "open" : "") } catch (e) {} }
+  button.onclick = () => {
+    open = !open
+    set(open)
+    try { localStorage.setItem(key, open ? "open" : "") } catch (e) {}
+  }
   title.before(button)
   set(open)
-})
-document.addEventListener("DOMContentLoaded", () => {  // outputs are sentences, which wrap, or columns, which do not
+}
+
+// Outputs are sentences, which wrap, or columns, which do not.
+function markColumns() {
   for (const pre of document.querySelectorAll("article .cell_output pre")) {
-    const lines = pre.textContent.split("\\n").filter(l => l.trim()), wide = lines.filter(l => / {2,}\\S.* {2,}\\S/.test(l.trim())).length, two = lines.filter(l => /\\S {3,}\\S/.test(l)).length
-    if (wide>1 || lines.length>4 && 2*two>=lines.length) pre.classList.add("columns")
+    const lines = pre.textContent.split("\\n").filter(l => l.trim())
+    const three = lines.filter(l => / {2,}\\S.* {2,}\\S/.test(l.trim())).length
+    const two = lines.filter(l => /\\S {3,}\\S/.test(l)).length
+    if (three>1 || lines.length>4 && 2*two>=lines.length) pre.classList.add("columns")
   }
-})
-document.addEventListener("DOMContentLoaded", () => {  // on a phone a table with sentences in it becomes a list, each value with its column's name
+}
+
+// On a phone a table with sentences in it becomes a list, each value with the name of its column.
+function stackTables() {
   for (const table of document.querySelectorAll("article table")) {
-    const names = [...table.querySelectorAll("thead th")].map(h => h.textContent.trim()), rows = [...table.querySelectorAll("tbody tr")]
-    const words = names.map((_, i) => rows.map(r => r.children[i] ? r.children[i].textContent.trim().length : 0).reduce((a, b) => a+b, 0)/rows.length)
-    if (names.length<3 || Math.max(...words.slice(1))<25) continue
-    table.classList.add("told")
-    for (const r of rows) [...r.children].forEach((c, i) => { c.dataset.name = names[i]; c.classList.toggle("nothing", !c.textContent.trim()) })
+    const names = [...table.querySelectorAll("thead th")].map(h => h.textContent.trim())
+    const rows = [...table.querySelectorAll("tbody tr")]
+    const text = cell => cell ? cell.textContent.trim() : ""
+    const meanLength = i => rows.map(r => text(r.children[i]).length).reduce((a, b) => a+b, 0)/rows.length
+    if (names.length<3 || Math.max(...names.map((_, i) => meanLength(i)).slice(1))<25) continue
+    table.classList.add("stacked")
+    for (const row of rows) for (const [i, cell] of [...row.children].entries()) {
+      cell.dataset.name = names[i]
+      cell.classList.toggle("empty", !text(cell))
+    }
   }
-})
+}
+
+for (const step of [addCodeButton, markColumns, stackTables]) document.addEventListener("DOMContentLoaded", step)
 '''
 
 
@@ -321,67 +452,109 @@ def setup(app):
     return dict(parallel_read_safe=True, parallel_write_safe=True)
 
 
+def is_public(path, top):
+    "Whether no part of a path begins with a dot or an underscore."
+    return not any(part[0] in '._' for part in path.relative_to(top).parts)
+
+
+def read_json(path): return json.loads(path.read_text(encoding='utf-8'))
+
+
+def read_pages(nbs, proc, notebooks):
+    "The processed pages of these notebooks, with the code of their exported cells."
+    for name in sorted(notebooks):
+        if not (proc/name).is_file(): continue
+        notebook = read_json(proc/name)
+        cells = insert_source_cells(notebook['cells'], read_json(nbs/name)['cells'])
+        yield Page(name, notebook | dict(cells=cells))
+
+
+def blank_notebook():
+    "A notebook without cells."
+    kernel = dict(name='python3', display_name='python3', language='python')
+    return dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=kernel))
+
+
+def write_notebook(path, notebook):
+    "Writes a notebook for Sphinx, with new cell ids."
+    for i,cell in enumerate(notebook['cells']): cell['id'] = f'cell-{i}'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(notebook), encoding='utf-8')
+
+
+def write_static_files(source, cfg, title, theme):
+    "Writes Sphinx's configuration, the style sheet and the script of the site."
+    static = source/'_static'
+    static.mkdir(parents=True)
+    (static/'effdet_nb.css').write_text(SITE_CSS)
+    (static/'effdet_nb.js').write_text(SITE_JS)
+    tools = str(Path(__file__).resolve().parent)
+    conf = CONF_TEMPLATE.format(tools=tools, title=title, author=cfg.author, theme=theme, repository=cfg.git_url)
+    (source/'conf.py').write_text(conf, encoding='utf-8')
+
+
 def write_sphinx_source(cfg, proc, source, theme):
-    "Fills `source` with what Sphinx needs; returns the files that the sidebar names and nobody wrote, those it forgets, and diagrams without a picture."
+    "Fills `source` with what Sphinx needs; returns [(problem, file)]."
     import yaml
     site = yaml.safe_load((cfg.config_path/'_quarto.yml').read_text(encoding='utf-8'))['website']
     shutil.rmtree(source, ignore_errors=True)
-    (source/'_static').mkdir(parents=True)
-    for name,text in (('effdet_nb.css', SITE_CSS), ('effdet_nb.js', SITE_JS)): (source/'_static'/name).write_text(text)
-    written = {p.relative_to(cfg.nbs_path).as_posix() for p in cfg.nbs_path.rglob('*.ipynb') if not any(part[0] in '._' for part in p.relative_to(cfg.nbs_path).parts)}
-    def read(path): return json.loads(path.read_text(encoding='utf-8'))
-    def processed(old): return (nb := read(proc/old)) | dict(cells=insert_source_cells(nb['cells'], read(cfg.nbs_path/old)['cells']))
-    pages = [Page(old, processed(old)) for old in sorted(written) if (proc/old).is_file()]
+    write_static_files(source, cfg, site['title'], theme)
+    nbs = cfg.nbs_path
+    notebooks = {p.relative_to(nbs).as_posix() for p in nbs.rglob('*.ipynb') if is_public(p, nbs)}
+    pages = list(read_pages(nbs, proc, notebooks))
     groups = list(sidebar_groups(site['sidebar']['contents']))
     listed = {f for _,files in groups for f in files}
-    if forgotten := sorted(written-listed-{'index.ipynb'}): groups.append(('More', forgotten))
+    forgotten = sorted(notebooks-listed-{'index.ipynb'})
+    if forgotten: groups.append(('More', forgotten))
     rewrite = MarkdownRewriter(pages, cfg.doc_host + cfg.doc_baseurl)
     for p in pages: p.cells = list(sphinx_cells(p, rewrite))
-    outputs = {p.new: p.notebook | dict(cells=p.cells) for p in pages}
-    blank = dict(nbformat=4, nbformat_minor=5, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
-    outputs['index'] = outputs.get('index', blank) | dict(cells=index_cells(pages, site, groups))
-    for name,notebook in outputs.items():
-        for i,cell in enumerate(notebook['cells']): cell['id'] = f'cell-{i}'
-        (source/name).parent.mkdir(parents=True, exist_ok=True)
-        (source/f'{name}.ipynb').write_text(json.dumps(notebook), encoding='utf-8')
-    copy_assets(cfg.nbs_path, source)
-    conf = CONF_TEMPLATE.format(tools=str(Path(__file__).resolve().parent), title=site['title'], author=cfg.author, theme=theme, repository=cfg.git_url)
-    (source/'conf.py').write_text(conf, encoding='utf-8')
-    return sorted(listed-written), forgotten, rewrite.undrawn
+    outputs = {p.page_path: p.notebook | dict(cells=p.cells) for p in pages}
+    outputs['index'] = outputs.get('index', blank_notebook()) | dict(cells=index_cells(pages, site, groups))
+    for name,notebook in outputs.items(): write_notebook(source/f'{name}.ipynb', notebook)
+    copy_assets(nbs, source)
+    return [*((MISSING_NOTEBOOK, f) for f in sorted(listed-notebooks)), *((NOT_IN_SIDEBAR, f) for f in forgotten),
+            *((MISSING_IMAGE, f) for f in rewrite.missing_diagrams)]
 
 
-def copy_assets(nbs, source):
-    "Pictures and downloads that lie beside the notebooks keep their places."
-    for p in nbs.rglob('*'):
-        if p.suffix in ('.png', '.jpg', '.svg', '.proto', '.txt') and not any(part[0] in '._' for part in p.relative_to(nbs).parts):
-            to = source/p.relative_to(nbs)
+def copy_assets(nbs_path, source):
+    "Copies images and downloads that lie beside the notebooks to the same places."
+    for p in nbs_path.rglob('*'):
+        if p.suffix in ASSET_SUFFIXES and is_public(p, nbs_path):
+            to = source/p.relative_to(nbs_path)
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(p, to)
 
 
-def main():
+def run_sphinx(source, out, doctrees, strict):
+    "Builds the site; returns Sphinx's exit code."
+    flags = ['-W', '--keep-going'] if strict else []
+    command = [sys.executable, '-m', 'sphinx', '-q', '-b', 'html', '-d', str(doctrees), *flags, str(source), str(out)]
+    return subprocess.call(command, env=os.environ | dict(PYTHONWARNINGS='ignore'))
+
+
+def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--out', default='_docs', help='folder for the HTML pages (_docs)')
     parser.add_argument('--theme', default='sphinx_book_theme', help='Sphinx theme (sphinx_book_theme)')
-    parser.add_argument('--strict', action='store_true', help='fail on warnings, on chapters the sidebar names but nobody wrote or forgets, and on diagrams without a picture')
+    parser.add_argument('--strict', action='store_true', help='fail on warnings, on a sidebar that does not fit the '
+                        'notebooks, and on diagrams without an image')
     parser.add_argument('--force', action='store_true', help='process all notebooks again, not only those that changed')
     parser.add_argument('--workers', type=int, default=1, help='processes that process notebooks (1)')
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    args = read_arguments()
     from nbdev.config import get_config
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
     cfg = get_config()
-    out = Path(args.out).resolve()
     refresh_quarto_yml()
     proc = proc_nbs(n_workers=args.workers, force=args.force)
-    source = proc/'_sphinx'
-    missing, forgotten, undrawn = write_sphinx_source(cfg, proc, source, args.theme)
-    for what,files in (('named in _quarto.yml, but there is no such notebook', missing), ('not in the sidebar of _quarto.yml; put under "More"', forgotten),
-                       ('a diagram without its picture, shown as text; run tools/draw_diagrams.py', undrawn)):
-        for f in files: print(f'{f}: {what}', file=sys.stderr)
-    command = [sys.executable, '-m', 'sphinx', '-q', '-b', 'html', '-d', str(proc/'_doctrees'), *(['-W', '--keep-going'] if args.strict else []), str(source), str(out)]
-    code = subprocess.call(command, env=os.environ | dict(PYTHONWARNINGS='ignore'))
-    return code or int(args.strict and bool(missing or forgotten or undrawn))
+    problems = write_sphinx_source(cfg, proc, proc/'_sphinx', args.theme)
+    for problem,file in problems: print(f'{file}: {problem}', file=sys.stderr)
+    code = run_sphinx(proc/'_sphinx', Path(args.out).resolve(), proc/'_doctrees', args.strict)
+    return code or int(args.strict and bool(problems))
 
 
 if __name__=='__main__': sys.exit(main())
