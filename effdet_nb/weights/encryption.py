@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['ENCRYPTED_MAGIC', 'HEADER_STRUCT', 'CHUNK_SIZE', 'TAG_SIZE', 'HEADER_SIZE', 'ModelFileError', 'WrongKeyError',
-           'DamagedFileError', 'derive_key', 'resolve_key', 'make_encryption_header', 'read_encryption_header',
-           'chunk_nonce', 'EncryptingWriter', 'DecryptingReader', 'encrypt', 'decrypt']
+           'DamagedFileError', 'derive_key', 'resolve_key', 'EncryptionHeader', 'make_encryption_header',
+           'read_encryption_header', 'chunk_nonce', 'EncryptingWriter', 'DecryptingReader', 'output_stream',
+           'decrypting_stream', 'encrypt', 'decrypt']
 
 # %% ../../nbs/weights/01_encryption.ipynb #f3795da2
 import io, os, struct
+from contextlib import contextmanager
 from hmac import compare_digest
 from secrets import token_bytes
+from typing import NamedTuple
 from zlib import crc32
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
@@ -18,33 +21,33 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 # %% ../../nbs/weights/01_encryption.ipynb #cb92a3f9
 class ModelFileError(ValueError):
-    "A model file that cannot be read as asked."
+    "A model file cannot be read."
 
 # %% ../../nbs/weights/01_encryption.ipynb #185464db
 class WrongKeyError(ModelFileError):
-    "The file is sealed, and not with this key."
+    "The file is encrypted with another key, or a key was given for a file that is not encrypted."
 
 # %% ../../nbs/weights/01_encryption.ipynb #847a43c9
 class DamagedFileError(ModelFileError):
-    "The file is ours, but its bytes are not as they were written."
+    "The bytes of a file written by this package have changed since."
 
 # %% ../../nbs/weights/01_encryption.ipynb #5c797380
 def derive_key(
-    key:str,     # what the user typed
-    salt:bytes,  # 16 random bytes, stored openly in the file
-    log_n:int=15,# log2 of scrypt's cost: memory is 128·r·2^log_n bytes, 32 MB
-    r:int=8,     # scrypt's block size
-    p:int=1,     # scrypt's repetitions
-)->tuple:        # (32 bytes of cipher key, 16 bytes that recognise the key)
-    "Turns a typed key into a cipher key, and a check value which gives nothing of it away."
-    out = Scrypt(salt=salt, length=48, n=2**log_n, r=r, p=p).derive(key.encode())
-    return out[:32], out[32:]
+    key:str,      # what the user typed
+    salt:bytes,   # 16 random bytes, stored unencrypted in the file
+    log_n:int=15, # log2 of scrypt's cost: memory is 128·r·2^log_n bytes, 32 MB
+    r:int=8,      # scrypt's block size
+    p:int=1,      # scrypt's repetitions
+)->tuple:         # (cipher key of 32 bytes, check value of 16 bytes that identifies the key)
+    "Derives a cipher key from a typed key, and a check value that reveals nothing about it."
+    derived = Scrypt(salt=salt, length=48, n=2**log_n, r=r, p=p).derive(key.encode())
+    return derived[:32], derived[32:]
 
 # %% ../../nbs/weights/01_encryption.ipynb #3f51cd08
 def resolve_key(
-    key:str='',  # as given with -k; None or empty: look into the environment
-)->str:          # the key to use; empty for open files
-    "The key from the argument or, failing that, from the environment variable EFFDET_KEY."
+    key:str='',  # as given with -k; None or empty: read EFFDET_KEY
+)->str:          # the key to use; empty for files that are not encrypted
+    "Returns the key from the argument or else from the environment variable EFFDET_KEY."
     if key is not None and not isinstance(key, str):
         raise ValueError(f'key: got a {type(key).__name__}, need text. Give it as -k WORD, or in EFFDET_KEY')
     return key or os.environ.get('EFFDET_KEY', '')
@@ -52,61 +55,97 @@ def resolve_key(
 # %% ../../nbs/weights/01_encryption.ipynb #2abea5bf
 ENCRYPTED_MAGIC = b'EFFDETNB'
 HEADER_STRUCT = struct.Struct('<8sHBBBxI16s7s16s3x') # then 4 bytes CRC-32: 64 in all
-CHUNK_SIZE = 2**16                                 # plain bytes in a chunk
-TAG_SIZE = 16                                      # bytes AES-GCM adds to each chunk
+CHUNK_SIZE = 2**16                                   # plain bytes in a chunk
+TAG_SIZE = 16                                        # bytes AES-GCM adds to each chunk
 HEADER_SIZE = HEADER_STRUCT.size + 4
+
+# %% ../../nbs/weights/01_encryption.ipynb #8708b728
+class EncryptionHeader(NamedTuple):
+    "The fields of `HEADER_STRUCT`, in its order."
+    magic:bytes       # `ENCRYPTED_MAGIC`
+    version:int       # of the format, 1
+    log_n:int         # log2 of scrypt's cost
+    r:int             # scrypt's block size
+    p:int             # scrypt's repetitions
+    chunk_size:int    # plain bytes in a chunk
+    salt:bytes        # 16 random bytes
+    nonce_base:bytes  # 7 random bytes
+    check:bytes       # 16 bytes that identify the key
 
 # %% ../../nbs/weights/01_encryption.ipynb #4af6cdc4
 def make_encryption_header(
-    key:str,         # what the user typed
+    key:str,                   # what the user typed
     chunk_size:int=CHUNK_SIZE, # plain bytes in a chunk, 16 to 2^24
-)->tuple:            # (64 bytes, cipher)
-    "A fresh header, with new random salt and nonce base, and the cipher that goes with it."
-    if not key: raise ValueError('seal: the key is empty; any other text is allowed. Without a key there is nothing to seal: write the bytes as they are')
-    salt, base = token_bytes(16), token_bytes(7)
-    secret, check = derive_key(key, salt)
-    body = HEADER_STRUCT.pack(ENCRYPTED_MAGIC, 1, 15, 8, 1, chunk_size, salt, base, check)
-    return body + crc32(body).to_bytes(4, 'little'), AESGCM(secret)
+)->tuple:                      # (64 bytes, cipher, nonce base of 7 bytes)
+    "Makes a header with a random salt and nonce base, and the cipher that belongs to it."
+    if not key:
+        raise ValueError('encrypt: the key is empty; any other text is allowed. '
+                         'Without a key there is nothing to encrypt: write the bytes as they are')
+    salt, nonce_base = token_bytes(16), token_bytes(7)
+    cipher_key, check = derive_key(key, salt)
+    body = HEADER_STRUCT.pack(*EncryptionHeader(ENCRYPTED_MAGIC, 1, 15, 8, 1, chunk_size, salt, nonce_base, check))
+    return body + crc32(body).to_bytes(4, 'little'), AESGCM(cipher_key), nonce_base
 
 # %% ../../nbs/weights/01_encryption.ipynb #dffbbb56
 def read_encryption_header(
-    header:bytes,  # the first 64 bytes of a file
-    key:str,     # what the user typed
-    name:str,    # the file, for messages
-)->tuple:        # (cipher, plain bytes in a chunk, nonce base)
-    "Checks a header and the key against it."
-    if not key: raise WrongKeyError(f'{name}: sealed, and no key was given. Give the key it was saved with: -k or EFFDET_KEY on the command line, key= in Python')
-    if len(header)<HEADER_SIZE: raise DamagedFileError(f'{name}: ends after {len(header)} bytes, within its header of {HEADER_SIZE}. Copy the file again')
-    magic, version, log_n, r, p, chunk, salt, base, check = HEADER_STRUCT.unpack(header[:-4])
-    if crc32(header[:-4]).to_bytes(4, 'little')!=header[-4:]:
-        raise DamagedFileError(f'{name}: the header is damaged (its checksum is not that of its bytes). Copy the file again')
-    if version!=1: raise ModelFileError(f'{name}: format version {version}, this effdet_nb reads version 1. Install a newer effdet_nb')
-    if not (10<=log_n<=18 and 1<=r<=16 and 1<=p<=4 and 16<=chunk<=2**24):
-        raise DamagedFileError(f'{name}: the header asks for scrypt 2^{log_n},{r},{p} and chunks of {chunk} bytes, beyond what we ever write. Do not trust this file')
-    secret, expected = derive_key(key, salt, log_n, r, p)
-    if not compare_digest(check, expected): raise WrongKeyError(f'{name}: sealed with another key than the one given. Give the key it was saved with (-k or EFFDET_KEY)')
-    return AESGCM(secret), chunk, base
+    header:bytes, # the first 64 bytes of a file
+    key:str,      # what the user typed
+    name:str,     # the file, for messages
+)->tuple:         # (cipher, plain bytes in a chunk, nonce base of 7 bytes)
+    "Checks a header, then the key against it."
+    if not key:
+        raise WrongKeyError(f'{name}: encrypted, and no key was given. '
+                            'Give the key it was saved with: -k or EFFDET_KEY on the command line, key= in Python')
+    fields = _parse_header(header, name)
+    cipher_key, check = derive_key(key, fields.salt, fields.log_n, fields.r, fields.p)
+    if not compare_digest(fields.check, check):
+        raise WrongKeyError(f'{name}: encrypted with another key than the one given. '
+                            'Give the key it was saved with (-k or EFFDET_KEY)')
+    return AESGCM(cipher_key), fields.chunk_size, fields.nonce_base
+
+def _parse_header(header, name):
+    "The fields of a header, refused if damaged, newer than this package or too expensive to follow."
+    if len(header) < HEADER_SIZE:
+        raise DamagedFileError(f'{name}: ends after {len(header)} bytes, within its header of {HEADER_SIZE}. '
+                               'Copy the file again')
+    body, checksum = header[:-4], header[-4:]
+    if crc32(body).to_bytes(4, 'little') != checksum:
+        raise DamagedFileError(f'{name}: the header is damaged (its checksum is not that of its bytes). '
+                               'Copy the file again')
+    fields = EncryptionHeader(*HEADER_STRUCT.unpack(body))
+    if fields.version != 1:
+        raise ModelFileError(f'{name}: format version {fields.version}, this effdet_nb reads version 1. '
+                             'Install a newer effdet_nb')
+    if not _is_affordable(fields):
+        raise DamagedFileError(f'{name}: the header asks for scrypt 2^{fields.log_n},{fields.r},{fields.p} and chunks of '
+                               f'{fields.chunk_size} bytes, beyond what this package writes. Do not trust this file')
+    return fields
+
+def _is_affordable(fields):
+    "Whether opening the file takes no more time and memory than a file of this package can ask for."
+    cheap_key = 10<=fields.log_n<=18 and 1<=fields.r<=16 and 1<=fields.p<=4
+    return cheap_key and 16<=fields.chunk_size<=2**24
 
 # %% ../../nbs/weights/01_encryption.ipynb #0c962663
 def chunk_nonce(
     nonce_base:bytes,  # 7 bytes from the header
-    chunk_index:int,       # which chunk, from 0
-    is_last:bool,   # is it the last one of the file?
-)->bytes:        # 12 bytes
-    "The number that ties a chunk to its file, its place and the end."
+    chunk_index:int,   # number of the chunk, from 0
+    is_last:bool,      # whether it is the last chunk of the file
+)->bytes:              # 12 bytes
+    "Builds the nonce that ties a chunk to its file, its place and the end."
     return nonce_base + chunk_index.to_bytes(4, 'big') + bytes([is_last])
 
 # %% ../../nbs/weights/01_encryption.ipynb #40d9a8aa
 class EncryptingWriter(io.RawIOBase):
-    "A write-only stream that seals what passes through; `close` writes the last chunk, the file below stays open."
+    "A write-only stream that encrypts into a file; `close` writes the last chunk and leaves the file open."
     def __init__(self,
-        file,            # a binary file open for writing
-        key:str,         # what the user typed, not empty
+        file,                      # a binary file open for writing
+        key:str,                   # what the user typed, not empty
         chunk_size:int=CHUNK_SIZE, # plain bytes in a chunk, 16 to 2^24
     ):
-        self.file, self.chunk_size, self.num_chunks, self.buffer = file, chunk_size, 0, bytearray()
-        self.header, self.cipher = make_encryption_header(key, chunk_size)
-        self.nonce_base = self.header[34:41]
+        self.file, self.chunk_size = file, chunk_size
+        self.header, self.cipher, self.nonce_base = make_encryption_header(key, chunk_size)
+        self.num_chunks, self.buffer = 0, bytearray()
         file.write(self.header)
 
     def writable(self): return True
@@ -115,33 +154,36 @@ class EncryptingWriter(io.RawIOBase):
         data = memoryview(data).cast('B')
         for i in range(0, len(data), self.chunk_size):
             self.buffer += data[i:i+self.chunk_size]
-            if len(self.buffer)>self.chunk_size: self._put(False)
+            if len(self.buffer) > self.chunk_size: self._write_chunk(is_last=False)
         return len(data)
 
-    def _put(self, last):
-        self.file.write(self.cipher.encrypt(chunk_nonce(self.nonce_base, self.num_chunks, last), bytes(self.buffer[:self.chunk_size]), self.header))
+    def _write_chunk(self, is_last):
+        nonce = chunk_nonce(self.nonce_base, self.num_chunks, is_last)
+        chunk = bytes(self.buffer[:self.chunk_size])
+        self.file.write(self.cipher.encrypt(nonce, chunk, self.header))
         del self.buffer[:self.chunk_size]
         self.num_chunks += 1
 
     def close(self):
-        if not self.closed: self._put(True)
+        if not self.closed: self._write_chunk(is_last=True)
         super().close()
 
 # %% ../../nbs/weights/01_encryption.ipynb #e0e428f8
 class DecryptingReader(io.RawIOBase):
-    "A read-only, seekable view of the plain bytes of a sealed file; every chunk is verified before one byte of it is given out."
+    "A read-only, seekable view of the plain bytes of an encrypted file; each chunk is verified before it is used."
     def __init__(self,
-        file,         # a binary file open for reading, seekable, at its first sealed byte
-        key:str,      # what the user typed
-        name:str='sealed bytes', # the file, for messages
+        file,                       # a binary file open for reading, seekable, at its first encrypted byte
+        key:str,                    # what the user typed
+        name:str='encrypted bytes', # the file, for messages
     ):
-        self.file, self.name, self.start, self.position, self.chunk_index = file, name, file.tell(), 0, None
+        self.file, self.name, self.start = file, name, file.tell()
         self.header = file.read(HEADER_SIZE)
         self.cipher, self.chunk_size, self.nonce_base = read_encryption_header(self.header, key, name)
-        body = file.seek(0, 2) - self.start - HEADER_SIZE
-        self.num_chunks = max(1, -(-body//(self.chunk_size+TAG_SIZE)))
-        self.length = max(0, body - self.num_chunks*TAG_SIZE)
-        self._load(self.num_chunks-1)
+        body_size = file.seek(0, 2) - self.start - HEADER_SIZE
+        self.num_chunks = max(1, -(-body_size//(self.chunk_size+TAG_SIZE)))
+        self.length = max(0, body_size - self.num_chunks*TAG_SIZE)   # plain bytes
+        self.position, self.chunk_index, self.chunk_data = 0, None, b''
+        self._load_chunk(self.num_chunks-1)
 
     def readable(self): return True
     def seekable(self): return True
@@ -149,42 +191,65 @@ class DecryptingReader(io.RawIOBase):
 
     def seek(self, offset, whence=0):
         self.position = offset + (0, self.position, self.length)[whence]
-        if self.position<0: raise ValueError(f'{self.name}: position {self.position} lies before the start. Seek to 0 or later')
+        if self.position < 0:
+            raise ValueError(f'{self.name}: position {self.position} lies before the start. Seek to 0 or later')
         return self.position
 
-    def _load(self, i):
-        last = i==self.num_chunks-1
+    def _load_chunk(self, i):
+        is_last = i == self.num_chunks-1
         self.file.seek(self.start + HEADER_SIZE + i*(self.chunk_size+TAG_SIZE))
         data = self.file.read(self.chunk_size+TAG_SIZE)
-        try: self.chunk_data, self.chunk_index = self.cipher.decrypt(chunk_nonce(self.nonce_base, i, last), data, self.header), i
-        except InvalidTag: raise DamagedFileError(f'{self.name}: chunk {i+1} of {self.num_chunks} is not as it was sealed (' +
-            ('the end is missing, changed or followed by more' if last else 'changed or moved') + '). Copy the file again from where it was made') from None
+        try: self.chunk_data = self.cipher.decrypt(chunk_nonce(self.nonce_base, i, is_last), data, self.header)
+        except InvalidTag:
+            change = 'the end is missing, changed or followed by more' if is_last else 'changed or moved'
+            raise DamagedFileError(f'{self.name}: chunk {i+1} of {self.num_chunks} is not as it was encrypted ({change}). '
+                                   'Copy the file again from where it was made') from None
+        self.chunk_index = i
 
     def readinto(self, out):
-        i,skip = divmod(self.position, self.chunk_size)
-        if self.position>=self.length: return 0
-        if i!=self.chunk_index: self._load(i)
+        if self.position >= self.length: return 0
+        i, skip = divmod(self.position, self.chunk_size)
+        if i != self.chunk_index: self._load_chunk(i)
         part = self.chunk_data[skip:skip+len(out)]
         out[:len(part)] = part
         self.position += len(part)
         return len(part)
 
+# %% ../../nbs/weights/01_encryption.ipynb #c565d04b
+@contextmanager
+def output_stream(
+    file,    # a binary file open for writing
+    key:str, # encrypts what is written; empty writes it as it is
+):           # gives a stream to write to
+    "Writes to a file, through encryption if there is a key."
+    if not key: yield file
+    else:
+        with EncryptingWriter(file, key) as writer: yield writer
+
+def decrypting_stream(
+    file,     # a binary file open for reading, seekable, at its first encrypted byte
+    key:str,  # the key it was encrypted with
+    name:str, # the file, for messages
+)->io.BufferedReader: # of the plain bytes
+    "Opens the encrypted rest of a file as a buffered stream of plain bytes."
+    return io.BufferedReader(DecryptingReader(file, key, name), CHUNK_SIZE)
+
 # %% ../../nbs/weights/01_encryption.ipynb #66f7a3d2
 def encrypt(
-    data:bytes,      # anything
-    key:str,         # what the user typed, not empty
+    data:bytes,                # anything
+    key:str,                   # what the user typed, not empty
     chunk_size:int=CHUNK_SIZE, # plain bytes in a chunk
-)->bytes:            # 64 + 16 per chunk longer
-    "Encrypts and signs bytes with a key."
+)->bytes:                      # longer by 64, and by 16 for each chunk
+    "Encrypts and authenticates bytes with a key."
     out = io.BytesIO()
     with EncryptingWriter(out, key, chunk_size) as w: w.write(data)
     return out.getvalue()
 
 # %% ../../nbs/weights/01_encryption.ipynb #ea3c686f
 def decrypt(
-    data:bytes, # as `encrypt` returned it
-    key:str,    # the key it was sealed with
-    name:str='sealed bytes', # the file it came from, for messages
-)->bytes:       # what was sealed
-    "Decrypts bytes from `encrypt`, or says why not."
-    return io.BufferedReader(DecryptingReader(io.BytesIO(data), key, name)).read()
+    data:bytes,                 # as `encrypt` returned it
+    key:str,                    # the key it was encrypted with
+    name:str='encrypted bytes', # the file it came from, for messages
+)->bytes:                       # the plain bytes
+    "Decrypts bytes from `encrypt`, or raises an error that says why it cannot."
+    return decrypting_stream(io.BytesIO(data), key, name).read()
