@@ -9,7 +9,7 @@ FOLDERS = ('core', 'detector', 'accel', 'data', 'evaluate', 'weights', 'train', 
 OPTIONAL = {'matplotlib', 'pycocotools', 'tf2onnx', 'onnx', 'tensorboard', 'tensorrt', 'apache_beam', 'nbdev', 'IPython'} # never at the top of a module
 HEAVY = {'tensorflow', 'keras', 'onnxruntime'}
 LIGHT = ['core.files', 'core.console', 'detector.boxes', 'detector.images', 'detector.toy_data', 'detector.nms', 'detector.detections', 'data.classes', 'data.coco', 'data.tfrecord',
-         'weights.encryption', 'weights.model_file', 'train.fields', 'train.spec', 'app.command', 'app.cli']          # no TensorFlow in these
+         'weights.encryption', 'weights.container', 'weights.model_file', 'train.fields', 'train.spec', 'app.command', 'app.cli']          # no TensorFlow in these
 PURE = ['detector', 'train.optim']                # keras, never tensorflow
 
 def hidden(p, top): return any(part[0] in '._' for part in p.relative_to(top).parts)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from effdet_nb.weights import name_map as T, import_weights as W, pretrained
+from effdet_nb.weights import name_map as T, import_weights as W, keras_applications
 from effdet_nb.weights.model_file import load_keras_model, save_detector, weights_by_path
 from effdet_nb.detector.efficientdet import Arch, build
 
@@ -216,7 +216,7 @@ def test_the_word_imagenet_uses_what_keras_downloads(keras_b0, tmp_path, monkeyp
     from keras.src.legacy.saving.legacy_h5_format import save_weights_to_hdf5_group
     norm = next(l for l in keras_b0.layers if isinstance(l, keras.layers.Normalization))
     old = [np.array(w) for w in norm.weights]
-    norm.set_weights([np.float32([.485, .456, .406]), np.float32(pretrained.IMAGENET_STD), *norm.get_weights()[2:]])      # as in the published file
+    norm.set_weights([np.float32([.485, .456, .406]), np.float32(keras_applications.IMAGENET_STD), *norm.get_weights()[2:]])      # as in the published file
     with h5py.File(tmp_path/'b0.h5', 'w') as f: save_weights_to_hdf5_group(f, keras_b0)
     norm.set_weights(old)
     monkeypatch.setattr(efficientnet.file_utils, 'get_file', lambda *a, **k: str(tmp_path/'b0.h5'))
@@ -235,7 +235,7 @@ def test_the_word_imagenet_uses_what_keras_downloads(keras_b0, tmp_path, monkeyp
 def test_imagenet_knows_which_backbone(monkeypatch, name, b):
     asked = []
     class Stop(Exception): pass
-    for k in pretrained.KERAS_NUM_BLOCKS: monkeypatch.setattr(keras.applications, f'EfficientNet{k}', lambda *a, k=k, **kw: asked.append(k) or 1/0)
+    for k in keras_applications.KERAS_NUM_BLOCKS: monkeypatch.setattr(keras.applications, f'EfficientNet{k}', lambda *a, k=k, **kw: asked.append(k) or 1/0)
     with pytest.raises(T.WeightsError): W.read_weights('imagenet', model_name=name)
     assert asked == [b]
 

@@ -4,7 +4,8 @@ import numpy as np, pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra import numpy as hnp
 from effdet_nb.weights.encryption import CHUNK_SIZE, DamagedFileError, HEADER_SIZE, ENCRYPTED_MAGIC, DecryptingReader, ModelFileError, TAG_SIZE, WrongKeyError
-from effdet_nb.weights.model_file import is_encrypted, load_etlt, load_model_file, read_meta, save_etlt, save_model_file
+from effdet_nb.weights.model_file import load_etlt, load_model_file, read_meta, save_etlt, save_model_file
+from effdet_nb.weights.container import is_encrypted
 from test_encryption import KEY, cheap, quick, refused
 
 
@@ -106,11 +107,11 @@ def test_keys_given_and_forgotten(tmp_path, arrays):
     for read in (load_model_file, read_meta):
         assert 'no key was given' in refused(lambda: read(a), WrongKeyError)
         assert 'another key' in refused(lambda: read(a, KEY+' '), WrongKeyError)
-        assert 'not sealed' in refused(lambda: read(b, KEY), WrongKeyError)
+        assert 'not encrypted' in refused(lambda: read(b, KEY), WrongKeyError)
     e, o = save_etlt(tmp_path/'a.etlt', b'\x08\x07', KEY), save_etlt(tmp_path/'b.etlt', b'\x08\x07')
     assert 'no key was given' in refused(lambda: load_etlt(e), WrongKeyError)
     assert 'another key' in refused(lambda: load_etlt(e, 'x'), WrongKeyError)
-    assert 'not sealed' in refused(lambda: load_etlt(o, KEY), WrongKeyError)
+    assert 'not encrypted' in refused(lambda: load_etlt(o, KEY), WrongKeyError)
 
 
 def test_keys_are_not_in_the_file_nor_in_reprs(tmp_path, arrays):
@@ -241,13 +242,14 @@ def test_a_gigabyte_passes_in_bounded_memory(tmp_path):
     "Written from zeros that take no memory, read back chunk by chunk, in a process of its own whose peak is measured."
     code = f'''
 import io, json, re, numpy as np
-from effdet_nb.weights.encryption import CHUNK, SealReader
-from effdet_nb.weights.model_file import is_sealed, read_meta, save_model
-path = save_model({str(tmp_path/'big.tlt')!r}, dict(w=np.zeros(2**28, np.float32)), dict(step=3), 'k')
+from effdet_nb.weights.container import is_encrypted
+from effdet_nb.weights.encryption import CHUNK_SIZE, DecryptingReader
+from effdet_nb.weights.model_file import read_meta, save_model_file
+path = save_model_file({str(tmp_path/'big.tlt')!r}, dict(w=np.zeros(2**28, np.float32)), dict(step=3), 'k')
 with open(path, 'rb') as f:
-    r, n, odd = io.BufferedReader(SealReader(f, 'k'), CHUNK), 0, 0
+    r, n, odd = io.BufferedReader(DecryptingReader(f, 'k'), CHUNK_SIZE), 0, 0
     while block := r.read(2**20): n += len(block); odd += any(block)
-print(json.dumps([path.stat().st_size, n, odd, is_sealed(path), read_meta(path, 'k')['step'], int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])/1024]))'''
+print(json.dumps([path.stat().st_size, n, odd, is_encrypted(path), read_meta(path, 'k')['step'], int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])/1024]))'''
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     size, plain, odd, sealed, step, peak_mb = json.loads(out)
     assert size > plain > 2**30 and odd < 5 and sealed and step == 3

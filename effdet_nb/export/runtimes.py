@@ -18,7 +18,8 @@ from ..detector.images import to_channels
 from ..detector.detections import Detections, predict_image
 from ..detector.nms import NmsOptions, postprocess_batch
 from ..weights.encryption import ENCRYPTED_MAGIC, resolve_key
-from ..weights.model_file import require_file, is_onnx, load_etlt
+from ..weights.model_file import is_onnx, load_etlt
+from ..weights.container import require_file
 from .onnx_graph import get_metadata, anchors_from_metadata
 from .onnx_nms import strip_nms
 

@@ -16,7 +16,8 @@ from ..detector.efficientdet import arch_anchors, arch_from_dict
 from ..detector.predictor import KerasDetector
 from ..data.classes import ClassTable
 from ..data.check import check_before_training
-from ..weights.model_file import is_encrypted, load_model_file, set_weights_by_path
+from ..weights.model_file import load_model_file, set_weights_by_path
+from ..weights.container import is_encrypted
 from ..weights.name_map import load_pretrained, match_preprocessing
 from ..weights.import_weights import read_weights
 from .spec import Spec
