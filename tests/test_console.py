@@ -1,5 +1,13 @@
-"Guards for the status chapter: nothing half-written, nothing secret written, nothing torn."
-import io, json, os, signal, stat, subprocess, sys, threading, time
+"Files are complete or absent, no secret is written, and no line of status.json is damaged."
+import io
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
 from contextlib import redirect_stderr
 from pathlib import Path
 
@@ -7,15 +15,17 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from effdet_nb.core.console import Status, format_duration, progress_bar, read_status, log_message
-from effdet_nb.core.files import atomic_write, check_output_path, to_jsonable
+from effdet_nb.core.console import Status, format_duration, log_message, progress_bar, read_status
+from effdet_nb.core.files import atomic_write, check_output_path, to_jsonable, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
-class Terminal(io.StringIO):
+class FakeTerminal(io.StringIO):
     def isatty(self): return True
 
 
-def test_atomic_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
+def test_atomic_write_keeps_the_old_file_until_the_new_one_is_complete(tmp_path):
     path = tmp_path/'a.bin'
     path.write_bytes(b'old')
     with atomic_write(path) as f:
@@ -26,7 +36,7 @@ def test_atomic_keeps_the_old_file_until_the_new_one_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize('error', [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
-def test_atomic_leaves_nothing_behind_whatever_stops_it(tmp_path, error):
+def test_atomic_write_leaves_nothing_behind_after_any_exception(tmp_path, error):
     with pytest.raises(error):
         with atomic_write(tmp_path/'x'/'y'/'a.bin') as f:
             f.write(b'half')
@@ -34,7 +44,7 @@ def test_atomic_leaves_nothing_behind_whatever_stops_it(tmp_path, error):
     assert os.listdir(tmp_path) == []
 
 
-def test_atomic_spares_folders_that_were_there_or_are_in_use(tmp_path):
+def test_atomic_write_keeps_folders_that_existed_or_are_in_use(tmp_path):
     (tmp_path/'x').mkdir()
     with pytest.raises(ValueError):
         with atomic_write(tmp_path/'x'/'y'/'a.bin'):
@@ -43,56 +53,57 @@ def test_atomic_spares_folders_that_were_there_or_are_in_use(tmp_path):
     assert (tmp_path/'x'/'y'/'other').read_text() == 'kept'
 
 
-def test_atomic_writes_through_a_link(tmp_path):
+def test_atomic_write_follows_a_link(tmp_path):
     (tmp_path/'real').write_text('old')
     (tmp_path/'link').symlink_to(tmp_path/'real')
     with atomic_write(tmp_path/'link', 'w') as f: f.write('new')
     assert (tmp_path/'link').is_symlink() and (tmp_path/'real').read_text() == 'new'
 
 
-def test_atomic_gives_ordinary_permissions(tmp_path):
+def test_atomic_write_gives_ordinary_permissions(tmp_path):
     (tmp_path/'plain').write_text('')
     with atomic_write(tmp_path/'a', 'w') as f: f.write('')
     assert stat.S_IMODE((tmp_path/'a').stat().st_mode) == stat.S_IMODE((tmp_path/'plain').stat().st_mode)
 
 
-def test_atomic_never_replaces_a_device():
+def test_atomic_write_never_replaces_a_device():
     with pytest.raises(ValueError, match='device'):
         with atomic_write(os.devnull): pass
     assert not Path(os.devnull).is_file()
 
 
-def test_atomic_copes_with_long_names(tmp_path):
+def test_atomic_write_accepts_long_names(tmp_path):
     name = 'ä'*125   # 250 bytes of the 255 a name may have
     with atomic_write(tmp_path/name, 'w') as f: f.write('x')
     assert (tmp_path/name).read_text() == 'x'
 
 
-@pytest.mark.parametrize('where', ['mkdir','open'])
-def test_atomic_names_the_file_when_the_folder_is_read_only(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize('call', ['mkdir', 'open'])
+def test_the_error_names_the_file_when_the_folder_is_read_only(tmp_path, monkeypatch, call):
     def denied(*_, **__): raise PermissionError(13, 'Permission denied', 'something.part')
-    if where=='mkdir': monkeypatch.setattr(Path, 'mkdir', denied)
+    if call=='mkdir': monkeypatch.setattr(Path, 'mkdir', denied)
     else: monkeypatch.setattr('effdet_nb.core.files.open', denied, raising=False)
     with pytest.raises(PermissionError, match=r'a.bin: cannot be written \(Permission denied\)') as e:
         with atomic_write(tmp_path/'a.bin'): pass
     assert 'part' not in str(e.value) and os.listdir(tmp_path)==[]
 
 
-def test_impossible_targets_are_refused_before_anything_is_written(tmp_path):
+def test_impossible_paths_are_refused_before_anything_is_written(tmp_path):
     (tmp_path/'file').write_text('')
     for bad in (tmp_path, tmp_path/'file'/'a', tmp_path/'file'/'b'/'a'):
-        with pytest.raises(ValueError, match='Give the name of a file|Choose a different folder'): check_output_path(bad)
+        with pytest.raises(ValueError, match='Give the name of a file|Choose a different folder'):
+            check_output_path(bad)
     assert os.listdir(tmp_path) == ['file']
 
 
 def test_a_killed_writer_leaves_the_old_file(tmp_path):
     code = f'''
 import time
-from effdet_nb.core.files import atomic
-with atomic({str(tmp_path/"a")!r}, "w") as f:
+from effdet_nb.core.files import atomic_write
+with atomic_write({str(tmp_path/"a")!r}, "w") as f:
     f.write("new"*9999); f.flush(); print("ready", flush=True); time.sleep(60)'''
     (tmp_path/'a').write_text('old')
-    run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert run.stdout.readline() == 'ready\n'
     run.send_signal(signal.SIGKILL)
     run.wait()
@@ -100,30 +111,48 @@ with atomic({str(tmp_path/"a")!r}, "w") as f:
     assert (tmp_path/'a').read_text() == 'old'
 
 
-json_like = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.floats(width=32).map(np.float32) | st.lists(st.integers(0,9)).map(np.array),
-                         lambda x: st.lists(x, max_size=3) | st.tuples(x) | st.dictionaries(st.text(max_size=4), x, max_size=3), max_leaves=10)
+def containers(x):
+    "Lists, tuples and dicts of values drawn from `x`."
+    return st.lists(x, max_size=3) | st.tuples(x) | st.dictionaries(st.text(max_size=4), x, max_size=3)
+
+
+python_values = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+numpy_values = st.floats(width=32).map(np.float32) | st.lists(st.integers(0, 9)).map(np.array)
+json_like = st.recursive(python_values | numpy_values, containers, max_leaves=10)
+
 
 @given(json_like)
-def test_anything_becomes_strict_json(x): assert json.loads(json.dumps(to_jsonable(x), allow_nan=False)) == to_jsonable(x)
+def test_any_value_becomes_strict_json(x):
+    assert json.loads(json.dumps(to_jsonable(x), allow_nan=False)) == to_jsonable(x)
+
+
+def test_write_json_writes_what_to_jsonable_gives(tmp_path):
+    value = dict(loss=float('inf'), size=(np.int64(3), 4))
+    write_json(tmp_path/'new'/'a.json', value, indent=1)
+    assert json.loads((tmp_path/'new'/'a.json').read_text()) == to_jsonable(value)
 
 
 @pytest.mark.parametrize('x', [float('nan'), float('inf'), np.float32('-inf'), np.float64('nan')])
-def test_numbers_that_are_not_finite_become_null(x): assert to_jsonable(dict(kpi=[x])) == dict(kpi=[None])
+def test_numbers_that_are_not_finite_become_null(x):
+    assert to_jsonable(dict(kpi=[x])) == dict(kpi=[None])
 
 
 @given(st.text(min_size=3, max_size=8).filter(lambda s: '*' not in s), json_like)
-def test_secrets_never_pass(secret, x):
-    found = []
-    def strings(v):
-        if isinstance(v, str): found.append(v)
-        elif isinstance(v, dict): [strings(w) for kv in v.items() for w in kv]
-        elif isinstance(v, list): [strings(w) for w in v]
-    strings(to_jsonable([x, f'open {secret} now', {secret: [secret]}], secrets=[secret]))
-    assert not any(secret in s for s in found)
+def test_secrets_are_masked_everywhere(secret, x):
+    masked = to_jsonable([x, f'open {secret} now', {secret: [secret]}], secrets=[secret])
+    assert not any(secret in s for s in strings_in(masked))
 
 
-def test_status_has_taos_shape(tmp_path):
-    with Status(tmp_path, 'prune') as status: status.log_progress('Pruned.', kpi=dict(param_count=np.int64(7)), layers=3)
+def strings_in(value):
+    "All strings in nested lists and dicts, keys included."
+    if isinstance(value, str): yield value
+    children = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    for child in children: yield from strings_in(child)
+
+
+def test_status_has_the_shape_of_tao(tmp_path):
+    with Status(tmp_path, 'prune') as status:
+        status.log_progress('Pruned.', kpi=dict(param_count=np.int64(7)), layers=3)
     start,middle,end = read_status(tmp_path)
     assert start['status']=='STARTED' and start['message']=='Starting prune.' and start['verbosity']=='INFO'
     assert middle['kpi']==dict(param_count=7) and middle['layers']==3
@@ -132,9 +161,14 @@ def test_status_has_taos_shape(tmp_path):
     assert 1<=month<=12 and 1<=day<=31 and year>2000 and len(start['time'].split(':'))==3
 
 
-@pytest.mark.parametrize('error,state,words', [(ValueError('bad spec'),'FAILURE','bad spec'), (KeyboardInterrupt(),'FAILURE','interrupted'), (MemoryError(),'FAILURE','MemoryError'),
-                                               (SystemExit(1),'FAILURE','1'), (SystemExit(0),'SUCCESS','finished'), (None,'SUCCESS','finished')])
-def test_the_last_line_tells_how_it_ended(tmp_path, error, state, words):
+@pytest.mark.parametrize('error, state, words', [
+    (ValueError('bad spec'), 'FAILURE', 'bad spec'),
+    (KeyboardInterrupt(), 'FAILURE', 'interrupted'),
+    (MemoryError(), 'FAILURE', 'MemoryError'),
+    (SystemExit(1), 'FAILURE', '1'),
+    (SystemExit(0), 'SUCCESS', 'finished'),
+    (None, 'SUCCESS', 'finished')])
+def test_the_last_event_says_how_the_run_ended(tmp_path, error, state, words):
     try:
         with Status(tmp_path, 'train'):
             if error is not None: raise error
@@ -144,25 +178,26 @@ def test_the_last_line_tells_how_it_ended(tmp_path, error, state, words):
 
 
 def test_a_failing_disk_does_not_hide_the_first_error(tmp_path, monkeypatch):
-    def full(*_): raise OSError(28, 'No space left on device')
+    def disk_full(*_): raise OSError(28, 'No space left on device')
     with pytest.raises(ValueError, match='the real reason'):
         with Status(tmp_path, 'train'):
-            monkeypatch.setattr('effdet_nb.core.console._append', full)
+            monkeypatch.setattr('effdet_nb.core.console._append_line', disk_full)
             raise ValueError('the real reason')
 
 
-def test_a_torn_line_does_not_swallow_the_next(tmp_path):
+def test_a_half_line_does_not_swallow_the_next(tmp_path):
     (tmp_path/'status.json').write_text('{"status": "SUCC')
     with Status(tmp_path, 'train'): pass
     assert [e['status'] for e in read_status(tmp_path)] == ['STARTED','SUCCESS']
     assert all(line.endswith('}') for line in (tmp_path/'status.json').read_text().splitlines()[1:])
 
 
-def test_read_status_of_nothing_is_empty(tmp_path): assert read_status(tmp_path) == read_status(tmp_path/'absent') == []
+def test_read_status_without_a_file_is_empty(tmp_path):
+    assert read_status(tmp_path) == read_status(tmp_path/'absent') == []
 
 
 def test_a_terminal_gets_a_bar_and_lines_beside_it():
-    with redirect_stderr(Terminal()) as err:
+    with redirect_stderr(FakeTerminal()) as err:
         for i in progress_bar(range(3), desc='boxes'): log_message(f'line {i}')
     text = err.getvalue()
     assert 'boxes' in text and '3/3' in text and all(f'line {i}\n' in text for i in range(3))
@@ -175,14 +210,16 @@ def test_a_log_gets_lines_only_when_they_are_due():
     assert 2 <= len(lines) <= 6 and lines[-1].startswith('slow: 20/20 (100%)') and '\r' not in err.getvalue()
 
 
-def test_the_last_line_is_said_once():
-    with redirect_stderr(io.StringIO()) as err: list(progress_bar(range(3), interval=0))
+def test_the_last_progress_line_is_written_once():
+    with redirect_stderr(io.StringIO()) as err:
+        list(progress_bar(range(3), interval=0))
     assert [line.split(' ')[0] for line in err.getvalue().splitlines()] == ['1/3','2/3','3/3']
 
 
 @given(st.lists(st.integers(), max_size=5))
-def test_progress_changes_nothing(items):
-    with redirect_stderr(io.StringIO()): assert list(progress_bar(iter(items), interval=0)) == items
+def test_a_progress_bar_passes_items_through(items):
+    with redirect_stderr(io.StringIO()):
+        assert list(progress_bar(iter(items), interval=0)) == items
 
 
 def test_progress_writes_nothing_to_stdout(capsys):
@@ -192,10 +229,12 @@ def test_progress_writes_nothing_to_stdout(capsys):
 
 
 @given(st.floats(0, 1e7))
-def test_duration_never_shows_sixty(seconds): assert '60' not in format_duration(seconds).split()[-2] and ' 60 ' not in f' {format_duration(seconds)} '
+def test_a_duration_never_shows_sixty(seconds):
+    text = format_duration(seconds)
+    assert '60' not in text.split()[-2] and ' 60 ' not in f' {text} '
 
 
-def test_parallel_writers_do_not_tear_each_other(tmp_path):
+def test_parallel_writers_do_not_mix_their_files(tmp_path):
     def write(i):
         for _ in range(20):
             with atomic_write(tmp_path/'same', 'w') as f: f.write(str(i)*1000)
@@ -207,6 +246,7 @@ def test_parallel_writers_do_not_tear_each_other(tmp_path):
 
 
 def test_importing_is_light():
-    code = 'import sys, effdet_nb.core.files; print([m for m in ("tensorflow","tqdm","matplotlib") if m in sys.modules])'
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
-    assert out.strip() == '[]'
+    code = '''import sys, effdet_nb.core.console
+print([m for m in ("tensorflow", "tqdm", "matplotlib") if m in sys.modules])'''
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.strip() == '[]'
