@@ -98,7 +98,7 @@ def _mask(text, secrets):
     for secret in filter(None, secrets): text = text.replace(secret, '***')
     return text
 
-# %% ../../nbs/core/01_files.ipynb #927c2246
+# %% ../../nbs/core/01_files.ipynb #d6989555
 def write_json(
     path,            # the file to write; missing folders are made, an existing file is replaced
     value,           # anything that `to_jsonable` takes
