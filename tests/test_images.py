@@ -15,10 +15,10 @@ from effdet_nb.detector.images import (IMAGENET_MEAN_RGB, PAD_RGB, boxes_to_orig
 side = st.integers(1, 5000)
 
 
-def encode(image, format='png', **options):
+def encode(image, file_format='png', **options):
     "The bytes of an array as an image file."
     file = io.BytesIO()
-    Image.fromarray(image).save(file, format, **options)
+    Image.fromarray(image).save(file, file_format, **options)
     return file.getvalue()
 
 
@@ -85,9 +85,9 @@ def test_bytes_that_are_no_image_raise_a_value_error_with_the_name(data, start):
         read_image(start+data, 'odd.bin')
 
 
-@pytest.mark.parametrize('format', ['jpeg', 'png', 'bmp', 'webp', 'tiff', 'gif'])
-def test_common_formats_are_read(format):
-    image = read_image(encode(smooth_image(20, 30), format))
+@pytest.mark.parametrize('file_format', ['jpeg', 'png', 'bmp', 'webp', 'tiff', 'gif'])
+def test_common_formats_are_read(file_format):
+    image = read_image(encode(smooth_image(20, 30), file_format))
     assert image.shape==(20,30,3) and image.dtype==np.uint8
 
 

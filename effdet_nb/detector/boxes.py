@@ -108,12 +108,16 @@ def iou(
     b,           # `[M, 4]` y1 x1 y2 x2
 )->np.ndarray:   # `[N, M]` float32, 0 to 1; 0 where both boxes are empty
     "Computes the intersection over union of each box of `a` with each box of `b`."
-    a,b = as_boxes(a)[:,None], as_boxes(b)
-    height = np.minimum(a[...,2], b[:,2]) - np.maximum(a[...,0], b[:,0])
-    width = np.minimum(a[...,3], b[:,3]) - np.maximum(a[...,1], b[:,1])
-    intersection = np.maximum(height, 0) * np.maximum(width, 0)
+    a,b = as_boxes(a), as_boxes(b)
+    intersection = _shared_length(a, b, 0) * _shared_length(a, b, 1)
     union = area(a)[:,None] + area(b) - intersection
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union>0)
+
+def _shared_length(a, b, axis):
+    "How many pixels each box of `a` shares with each of `b` along one axis: `[N, M]`."
+    start = np.maximum(a[:,None,axis], b[:,axis])
+    end = np.minimum(a[:,None,axis+2], b[:,axis+2])
+    return np.maximum(end-start, 0)
 
 # %% ../../nbs/detector/01_boxes.ipynb #99470a4d
 def clip_boxes(

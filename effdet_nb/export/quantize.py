@@ -100,7 +100,8 @@ def calibration_batches(
     "Pictures to calibrate with, in the order of their names."
     files = sorted(p for p in Path(image_dir).rglob('*') if p.suffix.lower() in ('.jpg','.jpeg','.png','.bmp','.webp'))[:batch_size*num_batches]
     if not files: raise FileNotFoundError(f'cal_image_dir {image_dir}: no pictures (.jpg, .jpeg, .png, .bmp, .webp) in it or below. Give a folder with pictures like those the detector will see')
-    return (to_channels(canvases, channels) for canvases,_,_ in read_letterboxed_batches(files, tuple(image_hw), batch_size))
+    batches = read_letterboxed_batches(files, tuple(image_hw), batch_size)
+    return (to_channels(np.stack([item.image for _,item in batch]), channels) for batch in batches)
 
 # %% ../../nbs/export/04_quantize.ipynb #9fa4b5b7
 PRECISIONS = 'fp32', 'fp16', 'int8'
