@@ -13,8 +13,7 @@ from statistics import median
 import json, os, tempfile, time
 import keras, numpy as np
 from ..detector.efficientdet import Arch
-from .channel_groups import (
-    SCOPE_COLORS, abstract_model, channel_graph, layer_type, params_and_macs, scope_of)
+from .channel_groups import SCOPE_COLORS, abstract_model, layer_type, scope_of
 
 # %% ../../nbs/prune/03_latency.ipynb #b193d3c0
 class OnnxBuilder:
@@ -67,7 +66,8 @@ def _write_conv(builder, layer, inputs, in_channels, out_channels):
     return _add_activation(builder, layer, y, layer.activation)
 
 def _write_depthwise(builder, layer, inputs, in_channels, out_channels):
-    return _add_conv(builder, layer, inputs[0], in_channels, in_channels, layer.kernel_size, layer.strides, groups=in_channels)
+    channels = in_channels, in_channels
+    return _add_conv(builder, layer, inputs[0], *channels, layer.kernel_size, layer.strides, groups=in_channels)
 
 def _write_separable(builder, layer, inputs, in_channels, out_channels):
     x = _write_depthwise(builder, layer, inputs, in_channels, in_channels)

@@ -100,10 +100,11 @@ class PruningPlan:
     @cached_property
     def kept_indices(self)->dict: # {group: [channels kept] int}
         "Indices of the channels that stay, by group."
+        rule = self.threshold, self.granularity, self.min_num_filters
         kept = {}
         for g in self.graph.groups:
-            if g.name in self.protected: kept[g.name] = np.arange(g.size)
-            else: kept[g.name] = select_channels(self.norms[g.name], self.threshold, self.granularity, self.min_num_filters)
+            is_protected = g.name in self.protected
+            kept[g.name] = np.arange(g.size) if is_protected else select_channels(self.norms[g.name], *rule)
         return kept
 
     @property
@@ -231,7 +232,8 @@ def next_steps(self:PruningPlan)->list:
     "Lines that say which file was written and how to retrain it; none if no file was written."
     if not self.path: return []
     return ['', f'{self.path}: {_change(*self.file_megabytes, spec=",.1f")} MB',
-            f'Now retrain it: training_config {{ pruned_model_path: "{self.path}" }} is enough, the file has shape and weights.',
+            f'Now retrain it: training_config {{ pruned_model_path: "{self.path}" }} is enough, '
+            'the file has shape and weights.',
             'Lower the weight decay (l2_weight_decay: 0, l1_weight_decay: 0): the remaining weights must grow to '
             'replace the removed ones.']
 
@@ -333,8 +335,8 @@ def _cost(plan, quantity):
 def _unreachable(plan, quantity, target, least):
     "The message for a target below what the settings allow."
     share = least/_cost(plan, quantity).before
-    return (f'target_{quantity} {target:g}: cannot be reached; the least that these settings leave is {least:,} ({share:.1%}). '
-            f'Lower min_num_filters ({plan.min_num_filters}) or pruning_granularity, or exclude less')
+    return (f'target_{quantity} {target:g}: cannot be reached; the least that these settings leave is {least:,} '
+            f'({share:.1%}). Lower min_num_filters ({plan.min_num_filters}) or pruning_granularity, or exclude less')
 
 # %% ../../nbs/prune/02_pruning_plan.ipynb #f2a701b0
 def expand_layer_names(
@@ -346,7 +348,8 @@ def expand_layer_names(
     matches = {pattern: match_names(layers, pattern) for pattern in patterns}
     unknown = [_with_suggestion(pattern, layers) for pattern,names in matches.items() if not names]
     if unknown:
-        raise ValueError(f'excluded_layers: no layer is named {", ".join(unknown)}. Give names of layers, or patterns with *')
+        raise ValueError(f'excluded_layers: no layer is named {", ".join(unknown)}. '
+                         'Give names of layers, or patterns with *')
     return set().union(*matches.values())
 
 def _with_suggestion(name, names):
