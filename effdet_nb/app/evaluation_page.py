@@ -6,7 +6,8 @@
 __all__ = ['ERROR_ADVICE', 'METRIC_DESCRIPTIONS', 'HEADLINE_METRICS', 'suggest_improvements', 'ground_truth_figure',
            'detections_figure', 'display_score_threshold', 'worst_image_figures', 'most_different_figures',
            'precision_recall_figure', 'error_cost_figure', 'calibration_figure', 'confusion_matrix_table',
-           'single_model_sections', 'comparison_sections', 'write_evaluation_report', 'evaluate_files']
+           'single_model_sections', 'comparison_sections', 'class_comparison_rows', 'write_evaluation_report',
+           'evaluate_files']
 
 # %% ../../nbs/app/06_evaluation_page.ipynb #d12f2b5e
 import json, re
@@ -253,15 +254,16 @@ def comparison_sections(
     samples,          # (image, GroundTruth) pairs
 )->dict:              # heading -> fragments
     "Returns the sections of a page that compares models."
+    models = html_table(_comparison_rows(evaluations), sortable=True)
+    classes = html_table(class_comparison_rows({e.name: e.metrics for e in evaluations}), sortable=True)
     different = most_different_figures(evaluations, samples)
     return {
-        'Summary': [f'{evaluation_summary(evaluations)}.', html_table(_comparison_rows(evaluations), sortable=True)],
+        'Summary': [f'{evaluation_summary(evaluations)}.', models],
         'Errors': [
             figure_row(*[error_cost_figure(e) for e in evaluations]),
             figure_row(*[precision_recall_figure(e) for e in evaluations])],
         'Where they differ most': different or ['They agree on every image.'],
-        'Classes': [
-            'AP of each class; click a heading to sort.', html_table(_class_comparison_rows(evaluations), sortable=True)],
+        'Classes': ['AP of each class; click a heading to sort.', classes],
         'All twelve numbers': [_coco_stats_table(evaluations), *_dash_note(evaluations)],
     }
 
@@ -273,13 +275,17 @@ def _comparison_rows(evaluations):
         rows.append({'model': e.name, **e.known_metrics(HEADLINE_METRICS), **facts})
     return rows
 
-def _class_comparison_rows(evaluations):
-    "A dict for each class: AP by each model."
-    rows = []
-    for i,row in enumerate(evaluations[0].metrics.per_class):
-        scores = {e.name: none_if_undefined(e.metrics.per_class[i]['AP']) for e in evaluations}
-        rows.append({'id': row['id'], 'class': row['name'], 'boxes': row['num_boxes'], **scores})
-    return rows
+# %% ../../nbs/app/06_evaluation_page.ipynb #5f6800e6
+def class_comparison_rows(
+    metrics:dict, # name of a model -> its Metrics
+)->list:
+    "Returns a dict for each class: number of boxes, and AP by each model."
+    rows = {}
+    for model_name,model_metrics in metrics.items():
+        for row in model_metrics.per_class:
+            own = rows.setdefault(row['id'], {'id': row['id'], 'class': row['name'], 'boxes': row['num_boxes']})
+            own[model_name] = none_if_undefined(row['AP'])
+    return list(rows.values())
 
 # %% ../../nbs/app/06_evaluation_page.ipynb #41f31901
 def write_evaluation_report(

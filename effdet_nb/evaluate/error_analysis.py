@@ -53,7 +53,7 @@ ERROR_KINDS = dict(location='right class, box too loose', classification='right 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #a464b9b3
 def _of_one_class(columns, rows):
     "Some rows of `DetectionColumns` or `GroundTruthColumns`, as if there were one class."
-    return type(columns)(*(c[rows] for c in columns))._replace(cls=np.zeros(len(rows), int))
+    return type(columns)(*(c[rows] for c in columns))._replace(class_index=np.zeros(len(rows), int))
 
 def _nearest(j, pairs, chosen):
     "For each detection the true box it shares most with among chosen pairs: IoU or 0, and its row or -1."
