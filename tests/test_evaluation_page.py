@@ -1,4 +1,4 @@
-"The evaluation page: files others can read, opened by a real browser, nothing lost on the way."
+"Evaluating model files: results that other programs read, a page that a browser opens, nothing lost on the way."
 import contextlib
 import io
 import json
@@ -8,187 +8,274 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from effdet_nb.app.evaluation_page import confusion_matrix_table, evaluate_files, suggest_improvements
+from effdet_nb.app.html import TABLE_SORT_JS, html_page, html_table
+from effdet_nb.app.model_evaluation import ModelEvaluation, most_different_images
+from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.coco import load_coco
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.app.evaluation_page import EvaluationResults, ModelEvaluation, suggest_improvements, confusion_matrix_table, most_different_images, evaluate_files, evaluate_model_file, model_display_names, write_evaluation_report
-from effdet_nb.app.html import TABLE_SORT_JS, html_page, html_table
-from effdet_nb.evaluate.ground_truth import samples_from_coco
-from effdet_nb.evaluate.evaluate import coco_metrics, coco_results
 from effdet_nb.detector.detections import Detections
+from effdet_nb.evaluate.evaluate import coco_metrics
+from effdet_nb.evaluate.ground_truth import samples_from_coco
 from effdet_nb.train.spec import Spec
-from effdet_nb.core.console import read_status
+
+CATEGORIES = [dict(id=1, name='a<b>&"c'), dict(id=2, name='dog')]    # the first name is meant to break pages
 
 
 @pytest.fixture(scope='module')
 def work(tmp_path_factory):
-    "Nine pictures with two classes, one of them named to break pages; records; and two files of detections."
+    "Nine images with two classes, their records, and two files of detections."
     work, rng = tmp_path_factory.mktemp('evaluation'), np.random.default_rng(0)
-    images, annotations, files = [], [], dict(good=[], bad=[])
-    (work/'pictures').mkdir()
+    images, annotations, detections = [], [], dict(good=[], bad=[])
+    (work/'images').mkdir()
     for i in range(9):
-        Image.fromarray(rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)).save(work/'pictures'/f'{i}.png')
+        pixels = rng.integers(0, 255, (90, 120, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(work/'images'/f'{i}.png')
         images.append(dict(id=100+i, file_name=f'{i}.png', height=90, width=120))
-        for k in (1, 2):
+        for category_id in (1, 2):
             box = [float(v) for v in (*rng.integers(0, 50, 2), *rng.integers(15, 40, 2))]
-            annotations.append(dict(id=len(annotations)+1, image_id=100+i, category_id=k, bbox=box, area=box[2]*box[3], iscrowd=0))
-            files['good'].append(dict(image_id=100+i, category_id=k, bbox=[box[0]+1.37, *box[1:]], score=float(rng.uniform(.5, 1))))
-            if i%2: files['bad'].append(dict(image_id=100+i, category_id=3-k, bbox=box, score=float(rng.uniform(.2, 1))))
-    (work/'truth.json').write_text(json.dumps(dict(images=images, annotations=annotations, categories=[dict(id=1, name='a<b>&"c'), dict(id=2, name='dog')])))
-    for name, rows in files.items(): (work/f'{name}.json').write_text(json.dumps(rows))
-    dataset_convert(work/'pictures', work/'truth.json', work/'records', 'val', num_shards=2)
+            where = dict(image_id=100+i, category_id=category_id)
+            annotations.append(dict(where, id=len(annotations)+1, bbox=box, area=box[2]*box[3], iscrowd=0))
+            detections['good'].append(dict(where, bbox=[box[0]+1.37, *box[1:]], score=float(rng.uniform(.5, 1))))
+            if i%2==0: continue
+            detections['bad'].append(dict(where, category_id=3-category_id, bbox=box, score=float(rng.uniform(.2, 1))))
+    write_json(work/'truth.json', dict(images=images, annotations=annotations, categories=CATEGORIES))
+    for name, rows in detections.items(): write_json(work/f'{name}.json', rows)
+    dataset_convert(work/'images', work/'truth.json', work/'records', 'val', num_shards=2)
     return work
 
 
 @pytest.fixture(scope='module')
-def spec(work): return Spec().replace(dataset_config=dict(validation_file_pattern=str(work/'records/val*'), validation_json_file=str(work/'truth.json')))
+def spec(work): return spec_for(work, work/'truth.json')
 
 
-def pycocotools(truth, detections):
+def spec_for(work, annotations):
+    files = dict(validation_file_pattern=str(work/'records/val*'), validation_json_file=str(annotations))
+    return Spec().replace(dataset_config=files)
+
+
+def write_json(path, data): path.write_text(json.dumps(data))
+def read_json(path): return json.loads(path.read_text())
+
+
+def pycocotools_stats(truth, detections):
+    "The twelve numbers that pycocotools computes from two files."
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
     with contextlib.redirect_stdout(io.StringIO()):
         gt = COCO(str(truth))
-        e = COCOeval(gt, gt.loadRes(str(detections)), 'bbox')
-        e.evaluate(), e.accumulate(), e.summarize()
-    return e.stats
+        evaluation = COCOeval(gt, gt.loadRes(str(detections)), 'bbox')
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats
 
 
-def test_a_foreign_file_gets_pycocotools_digits_and_comes_out_as_it_went_in(work, spec):
-    made = evaluate_files(spec, work/'good.json', results_dir=work/'out')
-    np.testing.assert_allclose(list(made[0].metrics.values()), pycocotools(work/'truth.json', work/'good.json'), rtol=0, atol=1e-12)
-    assert 0<made[0].metrics['AP']<1
-    np.testing.assert_array_equal(pycocotools(work/'truth.json', work/'out'/'detections.json'), pycocotools(work/'truth.json', work/'good.json'))
-    key = lambda r: (r['image_id'], r['category_id'], r['score'])
-    out, went_in = (sorted(json.loads((work/p).read_text()), key=key) for p in ('out/detections.json', 'good.json'))
-    assert [r['bbox'] for r in out]==[r['bbox'] for r in went_in] and all(type(r['image_id']) is int for r in out)
-    slow = evaluate_files(spec, work/'good.json', pycocotools=True)
-    assert dict(slow[0].metrics)==dict(made[0].metrics)
+def test_detections_of_another_program_get_the_numbers_of_pycocotools(work, spec):
+    results = evaluate_files(spec, work/'good.json', results_dir=work/'out')
+    expected = pycocotools_stats(work/'truth.json', work/'good.json')
+    np.testing.assert_allclose(list(results[0].metrics.values()), expected, rtol=0, atol=1e-12)
+    assert 0<results[0].metrics['AP']<1
+    counted_by_pycocotools = evaluate_files(spec, work/'good.json', pycocotools=True)
+    assert dict(counted_by_pycocotools[0].metrics)==dict(results[0].metrics)
 
 
-def test_files_are_all_there_and_status_holds_fractions(work, spec):
+def test_detections_are_written_as_they_were_read(work, spec):
+    def order(row): return row['image_id'], row['category_id'], row['score']
+    evaluate_files(spec, work/'good.json', results_dir=work/'out')
+    written, read = (sorted(read_json(work/name), key=order) for name in ('out/detections.json', 'good.json'))
+    assert [row['bbox'] for row in written]==[row['bbox'] for row in read]
+    assert all(type(row['image_id']) is int for row in written)
+    stats = [pycocotools_stats(work/'truth.json', work/name) for name in ('out/detections.json', 'good.json')]
+    np.testing.assert_array_equal(*stats)
+
+
+def test_all_files_are_written_and_status_holds_fractions(work, spec):
     evaluate_files(spec, work/'good.json', results_dir=work/'one', iou_threshold=.75, score_threshold=.6)
-    told = json.loads((work/'one'/'metrics.json').read_text())
-    assert (told['iou_threshold'], told['score_threshold'])==(.75, .6) and len(told['errors'])==6 and len(told['thresholds'])==3 and np.shape(told['confusion'])==(3, 3)
-    assert told['num_images']==told['num_available']==9 and told['calibration']['bins']
+    written = read_json(work/'one'/'metrics.json')
+    assert (written['iou_threshold'], written['score_threshold'])==(.75, .6)
+    assert len(written['errors'])==6 and len(written['thresholds'])==3 and np.shape(written['confusion'])==(3, 3)
+    assert written['num_images']==written['num_available']==9 and written['calibration']['bins']
     kpi = read_status(work/'one')[-1]['kpi']
-    assert kpi==told['metrics'] and all(0<=v<=1 or v==-1 for v in kpi.values())
+    assert kpi==written['metrics'] and all(0<=v<=1 or v==-1 for v in kpi.values())
     assert (work/'one'/'report.html').stat().st_size>20_000
 
 
 def test_two_models_are_compared(work, spec):
-    made = evaluate_files(spec, [work/'good.json', work/'bad.json'], results_dir=work/'two')
-    assert [m.name for m in made]==['good.json', 'bad.json'] and made[0].metrics['AP']>made[1].metrics['AP']
-    told = json.loads((work/'two'/'metrics.json').read_text())
-    assert [m['model'] for m in told]==['good.json', 'bad.json']
-    assert all((work/'two'/n/'detections.json').is_file() for n in ('good.json', 'bad.json'))
-    assert set(read_status(work/'two')[-1]['kpi'])=={f'{n} {k}' for n in ('good.json', 'bad.json') for k in made[0].metrics}
-    text = str(made)
+    names = ['good.json', 'bad.json']
+    results = evaluate_files(spec, [work/name for name in names], results_dir=work/'two')
+    assert [e.name for e in results]==names and results[0].metrics['AP']>results[1].metrics['AP']
+    assert [row['model'] for row in read_json(work/'two'/'metrics.json')]==names
+    assert all((work/'two'/name/'detections.json').is_file() for name in names)
+    kpi_names = {f'{name} {stat}' for name in names for stat in results[0].metrics}
+    assert set(read_status(work/'two')[-1]['kpi'])==kpi_names
+    text = str(results)
     assert max(map(len, text.splitlines()))<=100 and 'They differ most' in text
-    best, worst = most_different_images(made, 1)[0][1]
-    assert best==1 and worst==0
+    assert most_different_images(results, 1)[0][1]==[1, 0]
 
 
-def test_eval_samples_hold_for_files_too_and_are_said(work, spec):
-    few = json.loads((work/'good.json').read_text())[:8]
-    (work/'few.json').write_text(json.dumps(few))
-    made = evaluate_files(spec.replace(eval_config=dict(eval_samples=4)), work/'few.json')
-    assert str(made).startswith('the first 4 of 9 images (eval_samples 4)')
-    with pytest.raises(ValueError, match='10 of 18 detections are for images that were not evaluated; there are 4'): evaluate_files(spec.replace(eval_config=dict(eval_samples=4)), work/'good.json')
+def test_eval_samples_apply_to_detection_files_and_are_reported(work, spec):
+    spec = spec.replace(eval_config=dict(eval_samples=4))
+    write_json(work/'few.json', read_json(work/'good.json')[:8])
+    assert str(evaluate_files(spec, work/'few.json')).startswith('the first 4 of 9 images (eval_samples 4)')
+    message = '10 of 18 detections are for images that were not evaluated; there are 4'
+    with pytest.raises(ValueError, match=message): evaluate_files(spec, work/'good.json')
 
 
-@pytest.mark.parametrize('wrong, words', [
-    (lambda r: {**r, 'image_id': 5}, '1 of 18 detections are for images that were not evaluated; there are 9 .such as image 5'),
-    (lambda r: {**r, 'image_id': '100'}, "such as image '100'"),
-    (lambda r: {**r, 'category_id': 7}, '1 of 18 detections have a category the classes do not include; these are 2, 1 to 2 .such as category 7'),
-    (lambda r: {**r, 'score': float('nan')}, '1 of 18 detections are not whole'),
-    (lambda r: {**r, 'bbox': [0, 0, float('inf'), 1]}, '1 of 18 detections are not whole'),
-    (lambda r: {**r, 'bbox': [0, 0, 1]}, '1 of 18 detections are not whole'),
-    (lambda r: {k: v for k, v in r.items() if k!='score'}, '1 of 18 detections are not whole'),
-    (lambda r: 7, '1 of 18 detections are not whole'),
+@pytest.mark.parametrize('wrong, message', [
+    (dict(image_id=5), '1 of 18 detections are for images that were not evaluated; there are 9 .such as image 5'),
+    (dict(image_id='100'), "such as image '100'"),
+    (dict(category_id=7), '1 of 18 detections have a category the classes do not include; these are 2, 1 to 2 .such as cat'),
+    (dict(score=float('nan')), '1 of 18 detections are not whole'),
+    (dict(bbox=[0, 0, float('inf'), 1]), '1 of 18 detections are not whole'),
+    (dict(bbox=[0, 0, 1]), '1 of 18 detections are not whole'),
+    (dict(score=None), '1 of 18 detections are not whole'),
+    ('no score', '1 of 18 detections are not whole'),
+    ('no dict', '1 of 18 detections are not whole'),
 ])
-def test_faults_in_a_file_are_counted(work, spec, tmp_path, wrong, words):
-    rows = json.loads((work/'good.json').read_text())
-    (tmp_path/'x.json').write_text(json.dumps([wrong(rows[0]), *rows[1:]]))
-    with pytest.raises(ValueError, match=words): evaluate_files(spec, tmp_path/'x.json')
+def test_faults_in_a_detection_file_are_counted(work, spec, tmp_path, wrong, message):
+    rows = read_json(work/'good.json')
+    if wrong=='no dict': rows[0] = 7
+    elif wrong=='no score': del rows[0]['score']
+    else: rows[0] |= wrong
+    write_json(tmp_path/'x.json', rows)
+    with pytest.raises(ValueError, match=message): evaluate_files(spec, tmp_path/'x.json')
 
 
-def test_files_that_are_no_detections(work, spec, tmp_path):
+def test_other_files_are_refused(work, spec, tmp_path):
     (tmp_path/'cut.json').write_text('[{"image_id"')
     with pytest.raises(ValueError, match='cut.json: not valid JSON'): evaluate_files(spec, tmp_path/'cut.json')
-    with pytest.raises(ValueError, match='An annotation file is not a file of detections'): evaluate_files(spec, work/'truth.json')
+    message = 'An annotation file is not a file of detections'
+    with pytest.raises(ValueError, match=message): evaluate_files(spec, work/'truth.json')
     with pytest.raises(FileNotFoundError, match='none.json'): evaluate_files(spec, tmp_path/'none.json')
-    (tmp_path/'nothing.json').write_text('[]')
-    assert evaluate_files(spec, tmp_path/'nothing.json', results_dir=tmp_path/'nothing')[0].metrics['AP']==0
 
 
-def test_records_that_do_not_belong_to_the_file(work, spec, tmp_path):
-    truth = json.loads((work/'truth.json').read_text())
-    for name, images in dict(other=[{**i, 'id': i['id']+4} for i in truth['images']], size=[{**i, 'height': 91} for i in truth['images']], more=[*truth['images'], dict(id=7, file_name='x.png', height=9, width=9)]).items():
-        (tmp_path/f'{name}.json').write_text(json.dumps(dict(truth, images=images, annotations=[a for a in truth['annotations'] if a['image_id'] in {i['id'] for i in images}])))
-    using = lambda name: spec.replace(dataset_config=dict(validation_json_file=str(tmp_path/f'{name}.json')))
-    with pytest.raises(ValueError, match=r'image 100 of the records is not among the 9 images of .*other.json \(4 of 9 are not\)'): evaluate_files(using('other'), work/'good.json')
-    with pytest.raises(ValueError, match=r'has 90 x 120 pixels in the records and 91 x 120 in .*size.json \(9 of 9 differ\)'): evaluate_files(using('size'), work/'good.json')
-    with pytest.warns(UserWarning, match='1 of 10 images of .*more.json are in no record .such as 7.; they are not evaluated'): evaluate_files(using('more'), work/'good.json')
+def test_a_file_without_detections_has_ap_zero(spec, tmp_path):
+    write_json(tmp_path/'nothing.json', [])
+    results = evaluate_files(spec, tmp_path/'nothing.json', results_dir=tmp_path/'nothing')
+    assert results[0].metrics['AP']==0
 
 
-def test_models_measured_on_other_pictures_are_not_compared(work):
-    classes = ClassTable((1,), ('a',), 2)
-    samples = list(samples_from_coco(load_coco(work/'truth.json'), work/'pictures'))
-    made = [ModelEvaluation(str(n), m:=coco_metrics([(t, Detections([], [], [])) for _, t in samples[:n]], ClassTable((1, 2), ('a', 'b'), 3)), m.analyze_errors()) for n in (3, 4)]
-    with pytest.raises(ValueError, match='measured on other pictures .3, 4.'): most_different_images(made)
+def write_annotations(work, path, images):
+    "The annotation file with other images."
+    truth = read_json(work/'truth.json')
+    ids = {image['id'] for image in images}
+    annotations = [a for a in truth['annotations'] if a['image_id'] in ids]
+    write_json(path, dict(truth, images=images, annotations=annotations))
+    return spec_for(work, path)
 
 
-def test_advice_names_the_dearest(work, spec):
-    told = lambda **cost: dict(errors=[dict(kind=k, what=k, count=1, cost=cost.get(k, 0.)) for k in ('location', 'classification', 'both', 'duplicate', 'background', 'missed')])
-    assert [a.split(',')[0] for a in suggest_improvements(told(missed=.2, both=.3, duplicate=.1))]==['Both', 'Missed']
-    assert len(suggest_improvements(told()))==1
+def test_records_and_annotations_must_belong_together(work, tmp_path):
+    images = read_json(work/'truth.json')['images']
+    shifted = [{**image, 'id': image['id']+4} for image in images]
+    message = r'image 100 of the records is not among the 9 images of .*other.json \(4 of 9 are not\)'
+    with pytest.raises(ValueError, match=message):
+        evaluate_files(write_annotations(work, tmp_path/'other.json', shifted), work/'good.json')
+    taller = [{**image, 'height': 91} for image in images]
+    message = r'has 90 x 120 pixels in the records and 91 x 120 in .*size.json \(9 of 9 differ\)'
+    with pytest.raises(ValueError, match=message):
+        evaluate_files(write_annotations(work, tmp_path/'size.json', taller), work/'good.json')
+    more = [*images, dict(id=7, file_name='x.png', height=9, width=9)]
+    message = '1 of 10 images of .*more.json are in no record .such as 7.; they are not evaluated'
+    with pytest.warns(UserWarning, match=message):
+        evaluate_files(write_annotations(work, tmp_path/'more.json', more), work/'good.json')
 
 
-def test_a_hundred_classes_fit_a_square(work):
+def test_models_measured_on_other_images_are_not_compared(work):
+    classes, evaluations = ClassTable((1, 2), ('a', 'b'), 3), []
+    truths = [truth for _, truth in samples_from_coco(load_coco(work/'truth.json'), work/'images')]
+    for num_images in (3, 4):
+        metrics = coco_metrics([(truth, Detections([], [], [])) for truth in truths[:num_images]], classes)
+        evaluations.append(ModelEvaluation(str(num_images), metrics, metrics.analyze_errors()))
+    with pytest.raises(ValueError, match='measured on other images .3, 4.'): most_different_images(evaluations)
+
+
+def test_advice_is_about_the_most_expensive_errors():
+    def analysis(**costs):
+        kinds = 'location', 'classification', 'both', 'duplicate', 'background', 'missed'
+        return dict(errors=[dict(kind=kind, what=kind, count=1, cost=costs.get(kind, 0.)) for kind in kinds])
+    advice = suggest_improvements(analysis(missed=.2, both=.3, duplicate=.1))
+    assert [sentence.split(',')[0] for sentence in advice]==['Both', 'Missed']
+    assert len(suggest_improvements(analysis()))==1
+
+
+def test_a_confusion_matrix_of_a_hundred_classes_shows_thirty(work):
     classes = ClassTable(tuple(range(1, 101)), tuple(f'class {i}' for i in range(100)), 101)
-    samples = [t for _, t in samples_from_coco(load_coco(work/'truth.json'), work/'pictures')]
-    m = coco_metrics([(t, Detections(t.boxes, np.ones(len(t)), t.category_ids)) for t in samples], classes)   # every class called the next one
-    square = str(confusion_matrix_table(ModelEvaluation('x', m, m.analyze_errors())))
-    assert square.count('<tr>')==32 and 'the 30 of 100 classes' in square
+    results = []
+    for _, truth in samples_from_coco(load_coco(work/'truth.json'), work/'images'):
+        next_class = truth.category_ids     # a channel is one less than its id, so every class is called the next one
+        results.append((truth, Detections(truth.boxes, np.ones(len(truth)), next_class)))
+    metrics = coco_metrics(results, classes)
+    matrix = str(confusion_matrix_table(ModelEvaluation('x', metrics, metrics.analyze_errors())))
+    assert matrix.count('<tr>')==32 and 'the 30 of 100 classes' in matrix
 
 
 # --- in a browser
 
-def opened(browser, path):
-    "What a browser makes of a page, and what it says on the console."
+def open_page(browser, path):
+    "The document a browser makes of a page, and the errors on its console."
     browser.errors.clear()
     browser.goto(path.resolve().as_uri())
     return browser.evaluate_js('document.documentElement.outerHTML'), list(browser.errors)
 
 
-def test_a_browser_opens_the_page_without_complaint_and_draws_it(work, spec, browser, tmp_path):
+def test_a_browser_draws_the_page_without_errors(work, spec, browser, tmp_path):
     for name, files in dict(one=['good.json'], two=['good.json', 'bad.json']).items():
         evaluate_files(spec, [work/f for f in files], results_dir=tmp_path/name)
-        dom, said = opened(browser, tmp_path/name/'report.html')
-        assert not said, said
-        assert dom.count('<polyline')>=3 and dom.count('<rect')>20 and dom.count('data:image/')>=9
+        dom, errors = open_page(browser, tmp_path/name/'report.html')
+        assert not errors, errors
+        assert dom.count('data:image/svg+xml')>=3 and dom.count('<rect')>20 and dom.count('data:image/')>=9
         assert 'tabindex="0"' in dom                          # the script ran
         assert 'a&lt;b&gt;&amp;"c' in dom                     # and the odd name is text
-    shot = tmp_path/'shot.png'
     browser.set_viewport(1100, 5000)
-    opened(browser, tmp_path/'one'/'report.html')
-    browser.screenshot(shot)
-    pixels = np.asarray(Image.open(shot).convert('RGB')).astype(int)
-    coloured = (pixels.max(-1)-pixels.min(-1)>60).mean()
-    assert coloured>.005, 'charts and boxes have colours'
+    open_page(browser, tmp_path/'one'/'report.html')
+    browser.screenshot(tmp_path/'page.png')
+    pixels = np.asarray(Image.open(tmp_path/'page.png').convert('RGB')).astype(int)
+    colorful = (pixels.max(-1)-pixels.min(-1)>60).mean()
+    assert colorful>.005, 'charts and boxes have colours'
 
 
-def test_a_click_sorts_numbers_by_size_and_dashes_last(browser, tmp_path):
-    rows = [dict(name=n, v=v) for n, v in (('b', 9), ('a', 1_200), ('d', None), ('c', .5), ('e', 30))]
-    click = 'const th = document.querySelectorAll("th"), read = () => [...document.querySelectorAll("tbody tr")].map(r => r.cells[0].textContent).join(""); const out = [read()]; for (const i of [1,1,0,0]) { th[i].click(); out.push(read()) } document.title = out.join(" ")'
-    (tmp_path/'page.html').write_text(html_page('x', {'t': [html_table(rows, sortable=True)]}, script=TABLE_SORT_JS+click))
-    dom, said = opened(browser, tmp_path/'page.html')
-    assert not said and re.search('<title>(.*?)</title>', dom)[1].split()==['badce', 'aebcd', 'cbead', 'edcba', 'abcde']
+DECODE_IMAGES = """
+Promise.all([...document.querySelectorAll('image')].map(async image => {
+  const copy = new Image()
+  copy.src = image.getAttribute('href')
+  await copy.decode()
+  return copy.naturalWidth
+}))
+"""
 
 
-def test_the_promise_of_the_page_stops_other_scripts(browser, tmp_path):
-    text = html_page('before', {'t': ['x']}, script=TABLE_SORT_JS).replace('</body>', '<script>document.title = "after"</script></body>')
+def test_a_browser_draws_charts(work, spec, browser, tmp_path):
+    "A chart that a browser cannot decode would leave its place empty."
+    evaluate_files(spec, work/'good.json', results_dir=tmp_path)
+    open_page(browser, tmp_path/'report.html')
+    decoded = browser.evaluate_js(DECODE_IMAGES)
+    assert len(decoded)>=9 and min(decoded)>0
+
+
+SORT_AND_REPORT = """
+const th = document.querySelectorAll("th"), orders = []
+const read = () => orders.push([...document.querySelectorAll("tbody tr")].map(row => row.cells[0].textContent).join(""))
+read()
+for (const i of [1, 1, 0, 0]) { th[i].click(); read() }
+document.title = orders.join(" ")
+"""
+
+
+def test_a_click_sorts_numbers_by_value_and_dashes_last(browser, tmp_path):
+    values = dict(b=9, a=1_200, d=None, c=.5, e=30)
+    table = html_table([dict(name=name, value=value) for name, value in values.items()], sortable=True)
+    (tmp_path/'page.html').write_text(html_page('x', {'t': [table]}, script=TABLE_SORT_JS+SORT_AND_REPORT))
+    dom, errors = open_page(browser, tmp_path/'page.html')
+    assert not errors
+    assert re.search('<title>(.*?)</title>', dom)[1].split()==['badce', 'aebcd', 'cbead', 'edcba', 'abcde']
+
+
+def test_the_content_security_policy_stops_other_scripts(browser, tmp_path):
+    text = html_page('before', {'t': ['x']}, script=TABLE_SORT_JS)
+    text = text.replace('</body>', '<script>document.title = "after"</script></body>')
     (tmp_path/'page.html').write_text(text)
-    dom, said = opened(browser, tmp_path/'page.html')
-    assert '<title>before</title>' in dom and any('Content Security Policy' in l for l in said)   # so the console is listened to
+    dom, errors = open_page(browser, tmp_path/'page.html')
+    assert '<title>before</title>' in dom
+    assert any('Content Security Policy' in error for error in errors)   # so errors do arrive here

@@ -159,9 +159,9 @@ def _asked(detector, batches):
     with ThreadPoolExecutor(1) as pool:
         last = None
         for batch in batches:
-            out = detector.raw(canvases(batch))
+            out = detector.forward(canvases(batch))
             if last: yield last[0], last[1].result()
-            last = batch, pool.submit(detector.answers, out)
+            last = batch, pool.submit(detector.decode, out)
         if last: yield last[0], last[1].result()
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #f9c464d3
