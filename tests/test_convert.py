@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from effdet_nb.data import convert, validate as faults_module
+from effdet_nb.data import shards, workers
 from effdet_nb.data.coco import CocoError
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.data.validate import validate_box, probe_image, mask_png, worst_image_id
+from effdet_nb.data.faults import Fault, worst_image_id
+from effdet_nb.data.masks import mask_png
+from effdet_nb.data.validate import image_fault, probe_image, validate_box
 from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.data.tfrecord import FEATURE_TYPES, load_sidecar, parse_example, decode_example, read_records, find_record_files
 
@@ -35,13 +37,15 @@ def test_judged_boxes_lie_inside(bbox, clip):
     else:
         y1, x1, y2, x2 = box
         assert -1e-5 <= y1 < y2 <= 100 + 1e-5 and -1e-5 <= x1 < x2 <= 150 + 1e-5
-        assert (wrong == '') or (clip and wrong == 'out of bounds')
+        assert wrong is None or (clip and wrong is Fault.OUT_OF_BOUNDS)
 
 
-@pytest.mark.parametrize('bbox,wrong', [([0, 0, 150, 100], ''), ([0, 0, 150.01, 100], 'out of bounds'), ([-.01, 0, 9, 9], 'out of bounds'), ([0, -1, 9, 9], 'out of bounds'),
-                                        ([0, 99, 9, 2], 'out of bounds'), ([1, 1, 0, 5], 'no size'), ([1, 1, 5, 0], 'no size'), ([1, 1, -5, 5], 'no size'), ([1, 1, 5, 1e-12], 'no size'),
-                                        ([float('nan'), 1, 5, 5], 'not finite'), ([1, 1, float('inf'), 5], 'not finite'), ([149.7, 0, .1 + .2, 9], '')])
-def test_boxes_left_out(bbox, wrong): assert validate_box(bbox, (100, 150))[1] == wrong
+@pytest.mark.parametrize('bbox, fault', [
+    ([0, 0, 150, 100], None), ([0, 0, 150.01, 100], 'out of bounds'), ([-.01, 0, 9, 9], 'out of bounds'),
+    ([0, -1, 9, 9], 'out of bounds'), ([0, 99, 9, 2], 'out of bounds'), ([1, 1, 0, 5], 'no size'),
+    ([1, 1, 5, 0], 'no size'), ([1, 1, -5, 5], 'no size'), ([1, 1, 5, 1e-12], 'no size'),
+    ([float('nan'), 1, 5, 5], 'not finite'), ([1, 1, float('inf'), 5], 'not finite'), ([149.7, 0, .1 + .2, 9], None)])
+def test_boxes_with_a_fault_are_left_out(bbox, fault): assert validate_box(bbox, (100, 150))[1] == fault
 
 
 # --- pictures and masks ---
@@ -56,24 +60,36 @@ def test_a_mask_is_what_was_drawn(h, w, data):
     with Image.open(io.BytesIO(mask_png(M.encode(pixels)))) as im: assert im.mode == 'L' and np.array_equal(np.asarray(im), pixels)
 
 
-@pytest.mark.parametrize('kw', [{}, dict(progressive=True), dict(optimize=True), dict(comment=b'mine'), dict(icc_profile=b'x'*300), dict(mode='L'), dict(mode='CMYK'), dict(subsampling=0), dict(restart_marker_rows=1)])
-def test_jpegs_look_the_same_with_and_without_pil(tmp_path, monkeypatch, kw):
-    kw = dict(kw)
-    Image.new(kw.pop('mode', 'RGB'), (37, 23), 90).save(tmp_path/'a.jpg', **kw)
-    ours = probe_image(tmp_path/'a.jpg')
-    monkeypatch.setattr(faults_module, '_plain_jpeg_size', lambda data: None)
-    assert probe_image(tmp_path/'a.jpg') == ours and ours.original_hw == (23, 37)
+jpeg_options = [{}, dict(progressive=True), dict(optimize=True), dict(comment=b'mine'), dict(icc_profile=b'x'*300), dict(mode='L'),
+                dict(mode='CMYK'), dict(subsampling=0), dict(restart_marker_rows=1)]
+
+
+@pytest.mark.parametrize('options', jpeg_options)
+def test_every_kind_of_jpeg_keeps_its_bytes(tmp_path, options):
+    mode = options.get('mode', 'RGB')
+    Image.new(mode, (37, 23), 90).save(tmp_path/'a.jpg', **{k: v for k, v in options.items() if k != 'mode'})
+    image = probe_image(tmp_path/'a.jpg')
+    assert image.data == (tmp_path/'a.jpg').read_bytes() and image.file_format == 'jpeg' and image.original_hw == (23, 37)
+    assert [reason.detail for reason in image.warnings] == ([] if mode == 'RGB' else [mode])
+
+
+def test_a_jpeg_may_be_larger_than_pillows_limit(tmp_path, monkeypatch):
+    Image.new('RGB', (37, 23), 90).save(tmp_path/'a.jpg')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    assert probe_image(tmp_path/'a.jpg').original_hw == (23, 37)
 
 
 @given(st.data())
 @settings(max_examples=200, deadline=None)
-def test_no_damaged_header_breaks_the_short_look(data):
+def test_a_damaged_jpeg_header_is_read_or_has_a_fault(tmp_path_factory, data):
     out = io.BytesIO()
     Image.new('RGB', (37, 23), 90).save(out, 'JPEG')
     raw = bytearray(out.getvalue())
     for _ in range(data.draw(st.integers(1, 4))): raw[data.draw(st.integers(0, 200))] = data.draw(st.integers(0, 255))
-    size = faults_module._plain_jpeg_size(bytes(raw))
-    assert size is None or len(size) == 2
+    path = tmp_path_factory.getbasetemp()/'header.jpg'
+    path.write_bytes(raw)
+    try: assert len(probe_image(path).original_hw) == 2
+    except Exception as e: assert image_fault(e) in (Fault.NOT_AN_IMAGE, Fault.FILE_DAMAGED)
 
 
 # --- conversion ---
@@ -130,7 +146,7 @@ def test_workers_and_repeats_give_the_same_bytes(drawn, tmp_path):
 def test_a_script_without_main_guard_may_use_workers(drawn, tmp_path):
     images, annotations, out = drawn
     script = tmp_path/'script.py'
-    script.write_text(f'from effdet_nb.data.convert import dataset_convert\nprint("once")\nprint(dataset_convert({str(images)!r}, {str(annotations)!r}, {str(out)!r}, num_shards=4, workers=2).images)\n')
+    script.write_text(f'from effdet_nb.data.convert import dataset_convert\nprint("once")\nprint(dataset_convert({str(images)!r}, {str(annotations)!r}, {str(out)!r}, num_shards=4, workers=2).num_images)\n')
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.stdout.split() == ['once', '14'], done.stderr
 
@@ -233,29 +249,29 @@ def as_mode(mode, **kw):
 
 # what is done to the file -> where the summary must have it, under which reason, with which items
 faults = {
-    'box beyond the right edge': (box(bbox=[100, 5, 40, 9]), 'dropped', 'out of bounds', [(1, 1)]),
-    'box beyond the lower edge': (box(bbox=[5, 100, 9, 40]), 'dropped', 'out of bounds', [(1, 1)]),
-    'negative x': (box(bbox=[-1, 5, 9, 9]), 'dropped', 'out of bounds', [(1, 1)]),
-    'negative y': (box(bbox=[5, -.5, 9, 9]), 'dropped', 'out of bounds', [(1, 1)]),
-    'zero width': (box(bbox=[5, 5, 0, 9]), 'dropped', 'no size', [(1, 1)]),
-    'negative height': (box(bbox=[5, 5, 9, -2]), 'dropped', 'no size', [(1, 1)]),
-    'NaN': (box(bbox=[nan, 5, 9, 9]), 'dropped', 'not finite', [(1, 1)]),
-    'infinite': (box(bbox=[5, 5, inf, 9]), 'dropped', 'not finite', [(1, 1)]),
-    'three numbers': (box(bbox=[5, 5, 9]), 'dropped', 'not four numbers', [(1, 1)]),
-    'no bbox': (lacks('annotations', 'bbox'), 'dropped', 'incomplete', [(1, 1)]),
-    'annotation twice': (copy('annotations'), 'dropped', 'annotation stands twice', [(1, 1)]),
+    'box beyond the right edge': (box(bbox=[100, 5, 40, 9]), 'dropped_boxes', 'out of bounds', [(1, 1)]),
+    'box beyond the lower edge': (box(bbox=[5, 100, 9, 40]), 'dropped_boxes', 'out of bounds', [(1, 1)]),
+    'negative x': (box(bbox=[-1, 5, 9, 9]), 'dropped_boxes', 'out of bounds', [(1, 1)]),
+    'negative y': (box(bbox=[5, -.5, 9, 9]), 'dropped_boxes', 'out of bounds', [(1, 1)]),
+    'zero width': (box(bbox=[5, 5, 0, 9]), 'dropped_boxes', 'no size', [(1, 1)]),
+    'negative height': (box(bbox=[5, 5, 9, -2]), 'dropped_boxes', 'no size', [(1, 1)]),
+    'NaN': (box(bbox=[nan, 5, 9, 9]), 'dropped_boxes', 'not finite', [(1, 1)]),
+    'infinite': (box(bbox=[5, 5, inf, 9]), 'dropped_boxes', 'not finite', [(1, 1)]),
+    'three numbers': (box(bbox=[5, 5, 9]), 'dropped_boxes', 'not four numbers', [(1, 1)]),
+    'no bbox': (lacks('annotations', 'bbox'), 'dropped_boxes', 'incomplete', [(1, 1)]),
+    'annotation twice': (copy('annotations'), 'dropped_boxes', 'annotation stands twice', [(1, 1)]),
     'annotation id shared': (copy('annotations', bbox=[5, 5, 9, 9]), 'notes', 'annotation id of different objects', [1]),
-    'unknown category': (box(category_id=7), 'dropped', 'unknown category', [(1, 1)]),
-    'category is a list': (box(category_id=[1]), 'dropped', 'unknown category', [(1, 1)]),
-    'unknown image': (box(image_id=99), 'dropped', 'unknown image', [(99, 1)]),
-    'image id twice': (copy('images', 1, file_name='000001.jpg'), 'pictures', 'image id used twice', [(2, '000001.jpg')]),
-    'image without file name': (lacks('images', 'file_name', 1), 'pictures', 'incomplete', [(2, None)]),
-    'file name is a number': (entry(1, file_name=3), 'pictures', 'file name is no text', [(2, 3)]),
-    'missing picture': (lost('000002.jpg'), 'pictures', 'file missing', [(2, '000002.jpg')]),
-    'not a picture': (file('000002.jpg', lambda p: p.write_bytes(b'hello')), 'pictures', 'not a picture', [(2, '000002.jpg')]),
-    'empty picture': (file('000002.jpg', lambda p: p.write_bytes(b'')), 'pictures', 'not a picture', [(2, '000002.jpg')]),
-    'broken jpeg': (file('000002.jpg', truncate), 'pictures', 'file damaged', [(2, '000002.jpg')]),
-    'broken png': (file('000005.png', truncate), 'pictures', 'file damaged', [(5, '000005.png')]),
+    'unknown category': (box(category_id=7), 'dropped_boxes', 'unknown category', [(1, 1)]),
+    'category is a list': (box(category_id=[1]), 'dropped_boxes', 'unknown category', [(1, 1)]),
+    'unknown image': (box(image_id=99), 'dropped_boxes', 'unknown image', [(99, 1)]),
+    'image id twice': (copy('images', 1, file_name='000001.jpg'), 'dropped_images', 'image id used twice', [(2, '000001.jpg')]),
+    'image without file name': (lacks('images', 'file_name', 1), 'dropped_images', 'incomplete', [(2, None)]),
+    'file name is a number': (entry(1, file_name=3), 'dropped_images', 'file name is no text', [(2, 3)]),
+    'missing picture': (lost('000002.jpg'), 'dropped_images', 'file missing', [(2, '000002.jpg')]),
+    'not a picture': (file('000002.jpg', lambda p: p.write_bytes(b'hello')), 'dropped_images', 'not a picture', [(2, '000002.jpg')]),
+    'empty picture': (file('000002.jpg', lambda p: p.write_bytes(b'')), 'dropped_images', 'not a picture', [(2, '000002.jpg')]),
+    'broken jpeg': (file('000002.jpg', truncate), 'dropped_images', 'file damaged', [(2, '000002.jpg')]),
+    'broken png': (file('000005.png', truncate), 'dropped_images', 'file damaged', [(5, '000005.png')]),
     'size disagrees': (file('000002.jpg', shrink), 'notes', 'JSON and file disagree about the size', ['000002.jpg']),
     'size missing': (lacks('images', 'width', 1), 'notes', 'size missing in the JSON', ['000002.jpg']),
     'size is text': (entry(1, height='128'), 'notes', 'size missing in the JSON', ['000002.jpg']),
@@ -283,7 +299,7 @@ def test_every_fault_costs_what_it_must_and_is_named(drawn, spoil, where, reason
     edit(annotations, lambda d: spoil(images, d))
     summary = dataset_convert(images, annotations, out, num_shards=2, include_masks=True)
     assert getattr(summary, where) == {reason: items}
-    lost_images = len(items) if where == 'pictures' and reason != 'image id used twice' else 0
+    lost_images = len(items) if where == 'dropped_images' and reason != 'image id used twice' else 0
     left_out = sum(map(len, summary.dropped_boxes.values()))
     assert summary.num_images == 14 - lost_images == len(examples(summary.files))
     assert sum(summary.boxes_by_name.values()) == len(json.loads(annotations.read_text())['annotations']) - left_out
@@ -465,7 +481,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(drawn, tmp_path, how, cap
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='signals differ')
 def test_workers_end_with_a_killed_parent():
-    code = 'import os, time; from effdet_nb.data.convert import _worker_pool\nwith _worker_pool(2) as pool: print([pool.submit(os.getpid).result() for _ in range(2)] and "ready", flush=True); time.sleep(60)'
+    code = 'import os, time; from effdet_nb.data.workers import worker_pool\nwith worker_pool(2) as pool: print([pool.submit(os.getpid).result() for _ in range(2)] and "ready", flush=True); time.sleep(60)'
     run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline() == 'ready\n'
     run.kill()
@@ -475,14 +491,14 @@ def test_workers_end_with_a_killed_parent():
 def begin(drawn, num_shards, first):
     "A conversion that was stopped after its first shards."
     images, annotations, out = drawn
-    jobs = []
-    def some(path, *rest):
-        if len(jobs) == first: raise KeyboardInterrupt
-        jobs.append(path)
-        return whole(path, *rest)
-    whole = convert._convert_shard
+    started = []
+    whole = workers.write_shard
+    def write_first_shards(job):
+        if len(started) == first: raise KeyboardInterrupt
+        started.append(job)
+        return whole(job)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(convert, '_convert_shard', some)
+        m.setattr(workers, 'write_shard', write_first_shards)
         with pytest.raises(KeyboardInterrupt): dataset_convert(images, annotations, out, num_shards=num_shards)
 
 
@@ -506,11 +522,11 @@ def test_what_has_changed_since_is_done_again(drawn, tmp_path, change):
 
 def test_a_full_disk_keeps_what_was_done(drawn, monkeypatch, capsys):
     images, annotations, out = drawn
-    whole = convert.write_records
+    whole = shards.write_records
     def full(path, records, **kw):
         if '00002' in path.name[:12]: raise OSError(28, 'No space left on device')
         return whole(path, records, **kw)
-    monkeypatch.setattr(convert, 'write_records', full)
+    monkeypatch.setattr(shards, 'write_records', full)
     with pytest.raises(OSError, match='No space left'): dataset_convert(images, annotations, out, num_shards=4)
     monkeypatch.undo()
     assert dataset_convert(images, annotations, out, num_shards=4).num_images == 14
@@ -533,7 +549,7 @@ def test_beam_writes_identical_records_with_two_workers(drawn, tmp_path):
 def test_without_beam_its_absence_is_told(drawn, monkeypatch):
     monkeypatch.setitem(sys.modules, 'apache_beam', None)
     with pytest.raises(ImportError, match=r'Apache Beam is not installed .* pip install "effdet_nb\[beam\]"'): dataset_convert(*drawn, num_shards=2, runner='FlinkRunner')
-    assert convert._beam_options('FlinkRunner', ['--flink_master=h:1'], None) == ['--runner=FlinkRunner', '--flink_master=h:1']
+    assert workers._beam_options('FlinkRunner', ['--flink_master=h:1'], None) == ['--runner=FlinkRunner', '--flink_master=h:1']
 
 
 # --- real pictures ---
