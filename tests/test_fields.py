@@ -3,184 +3,199 @@ import dataclasses
 import io
 import sys
 import time
-import types
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from small_training import (
+    classes_of, experiment_of, new_trainer, run_stub, small_spec, StubEvaluator, StubTrainer, write_records,
+)
 
-from effdet_nb.detector.toy_data import make_toy_dataset
-from effdet_nb.data.convert import dataset_convert
-from effdet_nb.train import experiment, fit as B, checkpoints as saving, trainer as S, fit as T, diagnostics as trouble, callbacks as watch
-from effdet_nb.detector import efficientdet as detector
-from effdet_nb.train.spec import Spec
+from effdet_nb.data.pipeline import make_sample_loader, train_dataset
+from effdet_nb.detector import efficientdet
+from effdet_nb.detector.detections import Detections
+from effdet_nb.evaluate.ground_truth import GroundTruth
+from effdet_nb.train import callbacks, diagnostics, startup
+from effdet_nb.train.checkpoints import CheckpointCallback, MetricHistory, list_checkpoints
+from effdet_nb.train.experiment import (
+    InitialWeights, arch_from_spec, data_config_from_spec, evaluate_spec, training_plan_from_spec, with_epoch_size,
+)
+from effdet_nb.train.optim import l1_l2_penalty
+from effdet_nb.train.trainer import Trainer, training_batches
+from effdet_nb.weights.model_file import save_detector
 
 
 @pytest.fixture(scope='module')
-def records(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('shapes')
-    make_toy_dataset(folder/'shapes', num_train=12, num_val=4, image_hw=(128, 128), seed=0)
-    for split in ('train', 'val'): dataset_convert(folder/'shapes'/split, folder/'shapes'/f'{split}.json', folder, split, num_shards=2, workers=1)
-    return folder
+def records(tmp_path_factory): return write_records(tmp_path_factory.mktemp('shapes'))
 
 
-@pytest.fixture(autouse=True)
-def small_network(monkeypatch): monkeypatch.setitem(detector.VARIANTS, 'efficientdet-d0', (128, .35, .3, 16, 1, 1))
+@pytest.fixture(scope='module')
+def spec(records): return small_spec(records, num_epochs=2, lr_warmup_epoch=0, moving_average_decay=0.)
 
 
-@pytest.fixture
-def spec(records):
-    return Spec().replace(
-        dataset_config=dict(training_file_pattern=f'{records}/train-*', validation_file_pattern=f'{records}/val-*', validation_json_file=f'{records}/shapes/val.json', num_classes=4, image_size='128,128', max_instances_per_image=20),
-        training_config=dict(train_batch_size=4, num_examples_per_epoch=12, num_epochs=2, learning_rate=.05, lr_warmup_epoch=0, moving_average_decay=0.))
+@pytest.fixture(scope='module')
+def trainer(spec):
+    "A trainer whose compiled step several tests share; its weights do not matter to them."
+    return new_trainer(spec)
 
 
-def trainer_of(spec, **changes):
-    spec = spec.replace(training_config=changes)
-    keras.utils.set_random_seed(spec.training_config.tf_random_seed)
-    return S.Trainer(spec, B.resolve_arch(spec)[0])
+@pytest.fixture(scope='module')
+def batch(spec, trainer): return next(training_batches(trainer, data_config_from_spec(spec)))
 
 
-class Fake:
-    "A trainer of numbers, without a network: what the loop around the step does is seen in milliseconds."
-    run_steps, log_metrics, run_epoch, epoch_row, fit, should_evaluate = (getattr(S.Trainer, n) for n in ('run_steps', 'log_metrics', 'run_epoch', 'epoch_row', 'fit', 'should_evaluate'))
-    flush_metrics, check_finite, warn_no_positives = S.Trainer.flush_metrics, S.Trainer.check_finite, S.Trainer.warn_no_positives
-    metric_names = ['loss', 'cls_loss', 'box_loss', 'reg_loss', 'gradient_norm', 'positives']
-    ema, optimizer, group_names, num_replicas = None, None, [], 1
-
-    def __init__(self, spec):
-        self.spec, self.config, self.training_schedule = spec, spec.training_config, S.make_training_schedule(spec)
-        self.step, self.history, self.epoch_sums, self.metric_buffer, self.last_metrics, self.calls, self.evaluations = 0, [], None, [], None, [], []
-        self.model, self.lr_schedule = types.SimpleNamespace(stop_training=False), lambda step: .1
-    def row(self): return np.float32([1, 1, 1, 0, 1, 1])
-    def train_step(self, batch): self.calls.append(1); return self.row()
-    def train_steps(self, batches, n): self.calls.append(int(n)); return np.stack([self.row()]*int(n))
-    def run_evaluation(self, classes): self.evaluations.append(len(self.history)+1); self.last_eval_time = time.monotonic(); return {'AP': .5, 'AP50': .5}
-    def save(self, path, *a, **k): path.write_text('saved'); return path
+def set_training(spec, **changes): return spec.replace(training_config=changes)
 
 
-def run(spec, folder=None, **changes):
-    fake = Fake(spec.replace(training_config=changes))
-    callbacks = keras.callbacks.CallbackList([saving.CheckpointCallback(fake, folder, None)] if folder else [])
-    fake.fit(iter(lambda: {}, None), None, callbacks)
-    return fake
-
-
-def test_batch_sizes_and_counts_make_the_steps(spec):
-    plan = S.make_training_schedule(spec.replace(training_config=dict(train_batch_size=5, num_examples_per_epoch=12, num_epochs=3, stop_at_epoch=2)))
+def test_batch_size_and_epoch_size_give_the_steps(spec):
+    plan = training_plan_from_spec(set_training(spec, train_batch_size=5, num_examples_per_epoch=12, num_epochs=3, stop_at_epoch=2))
     assert [plan.step_at(e) for e in range(4)] == [0, 2, 4, 7] and plan.last_epoch == 2
-    left_out = dataclasses.replace(spec, training_config=dataclasses.replace(spec.training_config, num_examples_per_epoch=0))
-    assert S.with_epoch_size(left_out).training_config.num_examples_per_epoch == 12 and S.with_epoch_size(left_out, 2).training_config.num_examples_per_epoch == 6
-    with pytest.raises(ValueError, match='not of equal size'): S.make_training_schedule(spec.replace(training_config=dict(gradient_accumulation_steps=3)))
+    uncounted = dataclasses.replace(spec, training_config=dataclasses.replace(spec.training_config, num_examples_per_epoch=0))
+    assert with_epoch_size(uncounted).training_config.num_examples_per_epoch == 12
+    assert with_epoch_size(uncounted, 2).training_config.num_examples_per_epoch == 6
+    with pytest.raises(ValueError, match='not of equal size'):
+        training_plan_from_spec(set_training(spec, gradient_accumulation_steps=3))
 
 
-def test_several_steps_in_one_call_do_the_same(spec):
-    assert run(spec, iterations_per_loop=2).calls == [2, 1, 2, 1] and run(spec).calls == [1]*6
-    one, three = trainer_of(spec), trainer_of(spec, iterations_per_loop=3)
-    batches = S.training_batches(one)
-    rows = np.stack([one.train_step(next(batches)).numpy() for _ in range(3)])
-    np.testing.assert_allclose(three.train_steps(S.training_batches(three), tf.constant(3)).numpy(), rows, rtol=2e-3)
-    assert int(three.optimizer.iterations) == 3
+def test_several_steps_in_one_call_equal_single_steps(spec, trainer):
+    assert run_stub(set_training(spec, iterations_per_loop=2)).trainer.calls == [2, 1, 2, 1]
+    assert run_stub(spec).trainer.calls == [1]*6
+    variables = [*trainer.model.variables, *trainer.optimizer.variables]
+    start, data = [v.numpy() for v in variables], data_config_from_spec(spec)
+    batches = training_batches(trainer, data)
+    single = np.stack([trainer.train_step(next(batches)).numpy() for _ in range(3)])
+    for v, value in zip(variables, start): v.assign(value)
+    together = trainer.train_steps(training_batches(trainer, data), tf.constant(3)).numpy()
+    np.testing.assert_allclose(together, single, rtol=2e-3)
+    assert int(trainer.optimizer.iterations) == int(start[len(trainer.model.variables)]) + 3
 
 
 @pytest.mark.slow
 def test_xla_takes_the_same_step(spec, monkeypatch):
-    monkeypatch.setattr(detector.Variant, 'drop_connect', 0.)          # XLA draws other random numbers
-    spec = spec.replace(dataset_config=dict(image_size='136,152'))      # maps of 5 and 9 rows, 5 and 10 columns: copies of unequal number
-    ways = [trainer_of(spec, use_xla=x) for x in (False, True)]
-    batch = next(S.training_batches(ways[0]))
-    rows = [t.train_step(batch).numpy() for t in ways]
+    toy = efficientdet.VARIANTS['efficientdet-tiny']
+    without_dropping = toy._replace(drop_connect=0.) if hasattr(toy, '_replace') else dataclasses.replace(toy, drop_connect=0.)
+    monkeypatch.setitem(efficientdet.VARIANTS, 'efficientdet-tiny', without_dropping)     # XLA draws other random numbers
+    odd = spec.replace(dataset_config=dict(image_size='136,152'))       # maps of 5 and 9 rows, 5 and 10 columns
+    trainers = [new_trainer(set_training(odd, use_xla=use_xla)) for use_xla in (False, True)]
+    batch = next(training_batches(trainers[0], data_config_from_spec(odd)))
+    rows = [t.train_step(batch).numpy() for t in trainers]
     np.testing.assert_allclose(rows[1][:4], rows[0][:4], rtol=1e-4)
     np.testing.assert_allclose(rows[1][4:], rows[0][4:], rtol=5e-3)       # sums in another order, once more for each layer backwards
-    for a, b in zip(*(t.model.weights for t in ways), strict=True): np.testing.assert_allclose(np.array(b), np.array(a), atol=5e-5, err_msg=a.path)
-    def compiled(t):       # the whole of it; single activations are compiled in either way
+    for a, b in zip(*(t.model.weights for t in trainers), strict=True):
+        np.testing.assert_allclose(np.array(b), np.array(a), atol=5e-5, err_msg=a.path)
+
+    def is_compiled(t):       # the whole of it; single activations are compiled in either way
         functions = t.train_step.get_concrete_function(batch).graph.as_graph_def().library.function
         return any(f.attr['_XlaMustCompile'].b for f in functions if 'gradients' in f.signature.name)
-    assert [compiled(t) for t in ways] == [False, True]
+    assert [is_compiled(t) for t in trainers] == [False, True]
 
 
-def test_what_is_said_while_an_epoch_runs(spec, monkeypatch, capfd):
-    long = dict(num_examples_per_epoch=80, num_epochs=1)
-    run(spec, logging_frequency=5, **long)
-    assert [l.split()[1] for l in capfd.readouterr().err.splitlines()] == ['5/20', '10/20', '15/20', '20/20']
-    run(spec, disable_logging=True, **long)
+def with_progress(trainer, history): return [callbacks.ProgressCallback(trainer)]
+
+
+def test_an_epoch_logs_lines_or_a_bar(spec, monkeypatch, capfd):
+    long = set_training(spec, num_examples_per_epoch=80, num_epochs=1)
+    run_stub(set_training(long, logging_frequency=5), with_progress)
+    assert [line.split()[1] for line in capfd.readouterr().err.splitlines()] == ['5/20', '10/20', '15/20', '20/20']
+    run_stub(set_training(long, logging_frequency=5, disable_logging=True), with_progress)
     assert not capfd.readouterr().err
+
     class Terminal(io.StringIO):
         def isatty(self): return True
+
+    def slow_step(self, batch):
+        time.sleep(.02)
+        return np.float32([1, 1, 1, 0, 1, 1])
     monkeypatch.setattr(sys, 'stderr', screen := Terminal())
-    monkeypatch.setattr(Fake, 'train_step', lambda self, batch: (time.sleep(.02), self.row())[1])
-    run(spec, logging_frequency=2, **long)
-    assert 'epoch 1/1' in screen.getvalue() and '/20' in screen.getvalue() and 'images/s' in screen.getvalue() and '\n' not in screen.getvalue().strip()
+    monkeypatch.setattr(StubTrainer, 'train_step', slow_step)
+    run_stub(set_training(long, logging_frequency=2), with_progress)
+    text = screen.getvalue()
+    assert 'epoch 1/1' in text and '/20' in text and 'images/s' in text and '\n' not in text.strip()
 
 
-def test_epochs_that_the_cycle_does_not_divide(spec, tmp_path):
-    fake = run(spec.replace(eval_config=dict(eval_epoch_cycle=4)), tmp_path, num_epochs=7, checkpoint_period=3)
-    assert [p.name for p in saving.list_checkpoints(tmp_path)] == [f'model.step-{3*e}.tlt' for e in (3, 4, 6, 7)] and fake.evaluations == [4, 7]
+def test_epochs_that_the_period_does_not_divide_are_saved_too(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(CheckpointCallback, 'save_as', lambda self, name, **meta: (self.model_dir/name).write_text('saved'))
+    seven = set_training(spec.replace(eval_config=dict(eval_epoch_cycle=4)), num_epochs=7, checkpoint_period=3)
+    loop = run_stub(seven, lambda trainer, history: [CheckpointCallback(trainer, history, tmp_path, None)])
+    assert [p.name for p in list_checkpoints(tmp_path)] == [f'model.step-{3*e}.tlt' for e in (3, 4, 6, 7)]
+    assert loop.evaluator.epochs == [4, 7]
 
 
-def test_when_an_epoch_is_evaluated(spec):
-    evaluated = lambda **e: run(spec.replace(eval_config=e), num_epochs=5).evaluations
+def test_fields_of_eval_config_decide_which_epochs_are_evaluated(spec):
+    def evaluated(**changes): return run_stub(set_training(spec.replace(eval_config=changes), num_epochs=5)).evaluator.epochs
     assert evaluated(eval_epoch_cycle=2) == [2, 4, 5]
     assert evaluated(eval_epoch_cycle=2, eval_after_training=False) == [2, 4]
     assert evaluated(eval_epoch_cycle=1, min_eval_interval=1000) == [1, 5]
-    assert not run(spec.replace(dataset_config=dict(validation_file_pattern='')), num_epochs=5).evaluations
+    without = set_training(spec.replace(dataset_config=dict(validation_file_pattern='')), num_epochs=5)
+    assert not run_stub(without).evaluator.epochs
 
 
-def test_evaluation_in_time(spec, monkeypatch):
-    seen = []
-    class Slow:
-        image_hw, classes = (128, 128), experiment.class_table_from_spec(spec)
-        def __call__(self, images): seen.append(len(images)); time.sleep(.3); return [T.Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0))]*len(images)
-    few = spec.replace(eval_config=dict(eval_batch_size=2))
-    assert experiment.evaluate_spec(Slow(), few).num_images == 4 and seen == [2, 2]
-    assert experiment.evaluate_spec(Slow(), few.replace(eval_config=dict(eval_samples=3))).num_images == 3
-    with pytest.warns(UserWarning, match='eval_timeout'): assert experiment.evaluate_spec(Slow(), few.replace(eval_config=dict(eval_batch_size=1)), timeout=1e-6).num_images < 4
+def test_an_evaluation_obeys_batch_size_samples_and_timeout(spec):
+    class SlowDetector:
+        image_hw, classes, batch_sizes = (128, 128), classes_of(spec), []
+
+        def __call__(self, images):
+            self.batch_sizes.append(len(images))
+            time.sleep(.3)
+            return [Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0))]*len(images)
+    detector, pairs = SlowDetector(), spec.replace(eval_config=dict(eval_batch_size=2))
+    assert evaluate_spec(detector, pairs).num_images == 4 and detector.batch_sizes == [2, 2]
+    assert evaluate_spec(detector, pairs.replace(eval_config=dict(eval_samples=3))).num_images == 3
+    with pytest.warns(UserWarning, match='eval_timeout'):
+        single = pairs.replace(eval_config=dict(eval_batch_size=1))
+        assert evaluate_spec(detector, single, timeout=1e-6).num_images < 4
 
 
-def test_resume_false_starts_anew(spec, tmp_path, monkeypatch):
-    called = []
-    monkeypatch.setattr(B, 'load_latest_checkpoint', lambda *a: called.append(a) or (None, None))
+def test_resume_false_reads_no_checkpoint(spec, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(startup, 'load_latest_checkpoint', lambda *args: calls.append(args) or (None, None))
     for resume in (False, True):
-        fake = types.SimpleNamespace(config=spec.replace(training_config=dict(resume=resume)).training_config)
-        assert S.Trainer.initialize(fake, tmp_path) == 'starting from random weights' and bool(called) == resume
+        assert experiment_of(set_training(spec, resume=resume), tmp_path)[1] == InitialWeights()
+        assert bool(calls) == resume
 
 
-def test_a_profile_of_five_steps(spec, tmp_path, monkeypatch):
-    calls, at = [], []
-    for name in ('start', 'stop'): monkeypatch.setattr(tf.profiler.experimental, name, lambda *a, name=name: calls.append((name, at[-1])))
-    profile = watch.ProfilerCallback(tmp_path, 3)
-    for step in range(20, 40): at.append(step); profile.on_train_batch_begin(step); profile.on_train_batch_end(step)
-    profile.on_train_end()
+def test_a_profile_has_five_steps(tmp_path, monkeypatch):
+    calls, steps = [], []
+    for name in ('start', 'stop'):
+        monkeypatch.setattr(tf.profiler.experimental, name, lambda *args, name=name: calls.append((name, steps[-1])))
+    profiler = callbacks.ProfilerCallback(tmp_path, 3)
+    for step in range(20, 40):
+        steps.append(step)
+        profiler.on_train_batch_begin(step)
+        profiler.on_train_batch_end(step)
+    profiler.on_train_end()
     assert calls == [('start', 23), ('stop', 27)]
 
 
 def test_the_seed_decides_weights_and_order(spec):
     def start(seed):
-        t = trainer_of(spec, tf_random_seed=seed)
-        return t.model.get_layer('stem_conv').kernel.numpy(), t.batch_at(0)[1]
+        seeded = set_training(spec, tf_random_seed=seed)
+        trainer = new_trainer(seeded)
+        return trainer.model.get_layer('stem_conv').kernel.numpy(), diagnostics.batch_of_step(trainer, data_config_from_spec(seeded), 0)[1]
     a, b, c = start(1), start(1), start(2)
     np.testing.assert_array_equal(a[0], b[0])
     assert a[1] == b[1] != c[1] and np.abs(a[0]-c[0]).max() > 0
 
 
-def test_ema_zero_keeps_none(spec):
-    assert trainer_of(spec).ema is None and trainer_of(spec, moving_average_decay=.5).ema.decay == .5
+def test_a_decay_of_zero_keeps_no_average(spec, trainer):
+    assert trainer.ema is None and new_trainer(set_training(spec, moving_average_decay=.5)).ema.decay == .5
 
 
-def test_l1_and_l2_are_two_things(spec):
-    trainer = trainer_of(spec)
-    kernels = [v.numpy().ravel() for v in trainer.model.trainable_variables if v.path.endswith('kernel')]
-    from effdet_nb.train.optim import l1_l2_penalty
-    assert float(l1_l2_penalty(trainer.model.trainable_variables, .5, 0)) == pytest.approx(.5*np.abs(np.concatenate(kernels)).sum(), rel=1e-4)
-    assert float(l1_l2_penalty(trainer.model.trainable_variables, 0, .5)) == pytest.approx(.25*np.square(np.concatenate(kernels)).sum(), rel=1e-4)
+def test_l1_and_l2_are_different_penalties(trainer):
+    variables = trainer.model.trainable_variables
+    kernels = np.concatenate([v.numpy().ravel() for v in variables if v.path.endswith('kernel')])
+    assert float(l1_l2_penalty(variables, .5, 0)) == pytest.approx(.5*np.abs(kernels).sum(), rel=1e-4)
+    assert float(l1_l2_penalty(variables, 0, .5)) == pytest.approx(.25*np.square(kernels).sum(), rel=1e-4)
 
 
 def step_length(spec, **changes):
-    trainer = trainer_of(spec, momentum=0., learning_rate=.01, **changes)
+    "How far a step of learning rate 1 would move the weights, and the norm of its gradient."
+    trainer = new_trainer(set_training(spec, momentum=0., learning_rate=.01, **changes))
     before = [v.numpy() for v in trainer.model.trainable_variables]
-    row = dict(zip(trainer.metric_names, trainer.train_step(next(S.training_batches(trainer))).numpy()))
-    return np.sqrt(sum(np.square(v.numpy()-b).sum() for v, b in zip(trainer.model.trainable_variables, before)))/.01, row['gradient_norm']
+    metrics = trainer.train_step(next(training_batches(trainer, data_config_from_spec(spec)))).numpy()
+    moved = sum(np.square(v.numpy()-b).sum() for v, b in zip(trainer.model.trainable_variables, before))
+    return np.sqrt(moved)/.01, metrics[trainer.metric_names.index('gradient_norm')]
 
 
 def test_clipping_shortens_the_step_and_zero_does_not(spec):
@@ -190,75 +205,76 @@ def test_clipping_shortens_the_step_and_zero_does_not(spec):
     assert length == pytest.approx(norm, rel=1e-2)
 
 
-def test_parts_of_a_batch_make_the_step_of_the_whole(spec):
-    "Two parts of the same two pictures: batch norm sees the same statistics, so the step must be that of all four at once."
-    whole, parts = trainer_of(spec), trainer_of(spec, gradient_accumulation_steps=2)
+def test_parts_of_a_batch_make_the_step_of_the_whole(spec, batch):
+    "Two parts with the same two images: batch norm sees the same statistics, so the step must be that of all four at once."
+    whole, parts = new_trainer(spec), new_trainer(set_training(spec, gradient_accumulation_steps=2))
     for layer in (*whole.model.layers, *parts.model.layers):
         if isinstance(layer, keras.layers.Dropout): layer.rate = 0.     # what is dropped at random is another matter
-    batch = {k: tf.concat([v[:2], v[:2]], 0) for k, v in next(S.training_batches(whole)).items()}
-    a, b = whole.train_step(batch).numpy(), parts.train_step(batch).numpy()
+    twice = {k: tf.concat([v[:2], v[:2]], 0) for k, v in batch.items()}
+    a, b = whole.train_step(twice).numpy(), parts.train_step(twice).numpy()
     np.testing.assert_allclose(b, a, rtol=2e-3)
-    for v, w in zip(whole.model.trainable_variables, parts.model.trainable_variables): np.testing.assert_allclose(w, v, rtol=1e-3, atol=1e-4, err_msg=v.path)
+    for v, w in zip(whole.model.trainable_variables, parts.model.trainable_variables):
+        np.testing.assert_allclose(w, v, rtol=1e-3, atol=1e-4, err_msg=v.path)
 
 
-def test_picture_fields(spec):
+def test_fields_of_the_data_reach_the_pipeline(spec):
     "The pipeline has tests of its own; here only that the fields arrive there."
-    from effdet_nb.data.pipeline import make_sample_loader, train_dataset
-    changed = spec.replace(dataset_config=dict(image_size='160,128', max_instances_per_image=33, skip_crowd_during_training=False))
-    load = make_sample_loader(experiment.data_config_from_spec(changed))
-    assert load.image_hw == (160, 128) and load.max_instances == 33 and load.skip_crowd is False
-    def batches(s): return iter(train_dataset(experiment.data_config_from_spec(s), s.training_config.train_batch_size))
-    fake = batches(spec.replace(dataset_config=dict(use_fake_data=True)))
+    larger = spec.replace(dataset_config=dict(image_size='160,128', max_instances_per_image=33, skip_crowd_during_training=False))
+    loader = make_sample_loader(data_config_from_spec(larger))
+    assert loader.image_hw == (160, 128) and loader.max_instances == 33 and loader.skip_crowd is False
+    fake = iter(train_dataset(data_config_from_spec(spec.replace(dataset_config=dict(use_fake_data=True))), 4))
     np.testing.assert_array_equal(next(fake)['images'], next(fake)['images'])
+
+
+def test_fields_of_the_augmentation_reach_the_pipeline(spec):
     plain = spec.replace(augmentation_config=dict(random_crop_min_scale=1., random_crop_max_scale=1.))
-    def first(s): return next(batches(s))['images'].numpy()
-    straight, mirrored, smaller = first(plain), first(plain.replace(augmentation_config=dict(rand_hflip=True))), first(plain.replace(augmentation_config=dict(random_crop_min_scale=.3, random_crop_max_scale=.3)))
-    assert {(np.array_equal(a, b), np.array_equal(a, b[:, ::-1])) for a, b in zip(straight, mirrored)} <= {(True, False), (False, True)} and not np.array_equal(straight, mirrored)
+    def first(s): return next(iter(train_dataset(data_config_from_spec(s), 4)))['images'].numpy()
+    straight, mirrored = first(plain), first(plain.replace(augmentation_config=dict(rand_hflip=True)))
+    matches = {(np.array_equal(a, b), np.array_equal(a, b[:, ::-1])) for a, b in zip(straight, mirrored)}
+    assert matches <= {(True, False), (False, True)} and not np.array_equal(straight, mirrored)
+    smaller = first(plain.replace(augmentation_config=dict(random_crop_min_scale=.3, random_crop_max_scale=.3)))
     assert (smaller == smaller[:, -1:, -1:]).all(-1).mean() > .5            # most of the canvas is padding
 
 
-def test_a_pruned_file_is_trained_again(spec, tmp_path):
-    from effdet_nb.weights.model_file import save_detector
-    arch = experiment.arch_from_spec(spec)
-    arch = arch.__class__(**{**vars(arch), 'widths': {'block2a_expand_conv': 8}})
-    model = detector.build(arch)
-    save_detector(tmp_path/'pruned.tlt', model, arch, experiment.class_table_from_spec(spec))
-    again = spec.replace(training_config=dict(pruned_model_path=str(tmp_path/'pruned.tlt')))
-    got, stored = B.resolve_arch(again)
-    trainer = S.Trainer(again, got)
-    assert got.widths == {'block2a_expand_conv': 8} and 'retraining' in trainer.initialize(tmp_path/'run', initial_weights=stored)
-    np.testing.assert_array_equal(trainer.model.get_layer('block2a_expand_conv').kernel, model.get_layer('block2a_expand_conv').kernel)
+def test_a_pruned_file_is_retrained(spec, tmp_path):
+    arch = dataclasses.replace(arch_from_spec(spec), widths={'block2a_expand_conv': 8})
+    model = efficientdet.build(arch)
+    save_detector(tmp_path/'pruned.tlt', model, arch, classes_of(spec))
+    experiment, initial = experiment_of(set_training(spec, pruned_model_path=str(tmp_path/'pruned.tlt')), tmp_path/'run')
+    trainer = Trainer(experiment.arch, experiment.training)
+    start = startup.initialize_weights(trainer, MetricHistory([]), initial)
+    assert experiment.arch.widths == {'block2a_expand_conv': 8} and 'retraining' in start
+    name = 'block2a_expand_conv'
+    np.testing.assert_array_equal(trainer.model.get_layer(name).kernel, model.get_layer(name).kernel)
 
 
-# --- trouble
+# --- diagnostics
 
-def test_memory_that_ends_names_what_would_fit(spec, monkeypatch):
-    trainer = trainer_of(spec, train_batch_size=12)
-    def gradients(batch, *a):
+def test_out_of_memory_names_the_batch_that_fits(spec, monkeypatch):
+    plan = training_plan_from_spec(set_training(spec, train_batch_size=12))
+    def gradients(batch, *args):
         if batch['images'].shape[0] > 5: raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
-    trainer.compute_gradients = gradients
-    with pytest.raises(ValueError, match='train_batch_size 12 .* 5 would fit: set train_batch_size: 5, or keep 12 with gradient_accumulation_steps: 3'):
-        with trouble.readable_errors(trainer.spec, trainer): raise tf.errors.ResourceExhaustedError(None, None, 'OOM')
+    trainer = SimpleNamespace(arch=arch_from_spec(spec), compute_gradients=gradients)
+    advice = 'train_batch_size 12 .* 5 would fit: set train_batch_size: 5, or keep 12 with gradient_accumulation_steps: 3'
+    with pytest.raises(ValueError, match=advice):
+        with diagnostics.readable_errors(plan, (128, 128), lambda n: diagnostics.fits_in_memory(trainer, n)):
+            raise tf.errors.ResourceExhaustedError(None, None, 'OOM')
 
 
-def test_doubts_name_the_cure(spec):
-    said = lambda **t: trouble.hyperparameter_warnings(s := spec.replace(training_config=t), S.make_training_schedule(s))
-    assert 'learning_rate: 0.005' in said(learning_rate=.5)[0] and not said(learning_rate=.01)
-    assert 'Set it to' in said(learning_rate=.01, moving_average_decay=.9999)[0]
+def test_unusual_settings_come_with_a_remedy(spec):
+    def warnings_for(**changes): return diagnostics.hyperparameter_warnings(training_plan_from_spec(set_training(spec, **changes)))
+    assert 'learning_rate: 0.005' in warnings_for(learning_rate=.5)[0] and not warnings_for(learning_rate=.01)
+    assert 'Set it to' in warnings_for(learning_rate=.01, moving_average_decay=.9999)[0]
 
 
-def test_a_second_evaluation_without_any_hit_is_explained(spec, monkeypatch, capfd):
-    class Metrics(dict):
-        classes = experiment.class_table_from_spec(spec)
-        results = [(trouble_truth(), T.Detections(np.float32([[0, 0, 9, 9]]), np.float32([.01]), np.int32([1])))]
-    fake = Fake(spec)
-    fake.evaluate, fake.judge = lambda classes: Metrics(AP=0.), types.MethodType(S.Trainer.run_evaluation, fake)
-    for said in (False, True, False):
-        row = fake.judge(None)
-        fake.history.append(row)
-        assert ('AP is 0, to three digits. What the evaluation saw' in capfd.readouterr().err) == said
+def test_the_second_evaluation_with_ap_0_is_diagnosed(spec, capfd):
+    truth = GroundTruth(1, np.float32([[0, 0, 40, 60]]), np.array([1]), np.zeros(1, bool), np.ones(1))
+    guess = Detections(np.float32([[0, 0, 9, 9]]), np.float32([.01]), np.int32([1]))
 
-
-def trouble_truth():
-    from effdet_nb.evaluate.ground_truth import GroundTruth
-    return GroundTruth(1, np.float32([[0, 0, 40, 60]]), np.array([1]), np.zeros(1, bool), np.ones(1))
+    class Metrics(dict): classes, results = classes_of(spec), [(truth, guess)]
+    history = MetricHistory([])
+    evaluator = StubEvaluator(None, history, SimpleNamespace(data=None, evaluation=None))
+    evaluator.evaluate = lambda: Metrics(AP=0.)
+    for is_diagnosed in (False, True, False):
+        history.epochs.append(evaluator.run())
+        assert ('AP is 0, to three digits. What the evaluation saw' in capfd.readouterr().err) == is_diagnosed
