@@ -67,16 +67,11 @@ def pipeline_images_per_second(spec, batches):
 
 
 def train_step_images_per_second(spec, steps):
-    from effdet_nb.data.pipeline import train_dataset
-    from effdet_nb.train.experiment import data_config_from_spec
-    from effdet_nb.accel.grid_targets import anchor_grid, assign_on_grid
-    from effdet_nb.train.fit import resolve_arch
-    from effdet_nb.train.trainer import Trainer
-    from effdet_nb.detector.anchors import all_anchors
-    trainer = Trainer(spec, resolve_arch(spec)[0])
-    config = data_config_from_spec(spec)
-    assign_fn = partial(assign_on_grid, anchor_grid(all_anchors(config.image_hw)))
-    batch = next(iter(train_dataset(config, spec.training_config.train_batch_size, assign_fn)))
+    from effdet_nb.train.experiment import resolve_experiment
+    from effdet_nb.train.trainer import Trainer, training_batches
+    experiment = resolve_experiment(spec)
+    trainer = Trainer(experiment.arch, experiment.training)
+    batch = next(training_batches(trainer, experiment.data))
     import numpy as np
     np.asarray(trainer.train_step(batch))
     start = time.perf_counter()

@@ -28,12 +28,13 @@ def make_package_step():
     from effdet_nb.train.trainer import Trainer
     from effdet_nb.detector.targets import assign
     from effdet_nb.detector.efficientdet import arch_anchors
-    from effdet_nb.train.experiment import arch_from_spec
+    from effdet_nb.train.experiment import resolve_experiment
     from effdet_nb.train.spec import Spec
     spec = Spec().replace(dataset_config=dict(num_classes=CLASSES, image_size=f'{SIDE},{SIDE}'),
                           training_config=dict(train_batch_size=BATCH, num_examples_per_epoch=400, num_epochs=10, learning_rate=.01))
     keep_freed_memory()           # as `train` does
-    trainer = Trainer(spec, arch_from_spec(spec))
+    experiment = resolve_experiment(spec)
+    trainer = Trainer(experiment.arch, experiment.training)
     anchors = tf.constant(arch_anchors(trainer.arch))
     images, boxes, channels = map(tf.constant, random_batch())
 

@@ -20,9 +20,11 @@ from effdet_nb.prune.pruning_plan import (
     EQUALIZATION_CRITERIA, NORMALIZERS, PruningPlan, find_threshold, group_norms, normalize_norms,
     protected_groups, select_channels)
 from effdet_nb.train import fit
-from effdet_nb.train.fit import resolve_arch, weights_with_ema
+from effdet_nb.train.checkpoints import MetricHistory, optimizer_state
+from effdet_nb.train.experiment import resolve_arch, resolve_experiment
+from effdet_nb.train.startup import initialize_weights, read_initial_weights
 from effdet_nb.train.spec import Spec
-from effdet_nb.train.trainer import dtype_policy_scope
+from effdet_nb.train.trainer import Trainer, dtype_policy_scope
 from effdet_nb.weights.model_file import (
     load_keras_model, load_model_file, save_model_file, set_weights_by_path, weights_by_path)
 
@@ -266,6 +268,9 @@ def test_a_pruned_file_keeps_its_metadata_but_not_its_scores(trained, pruned):
     for name in ('classes', 'history', 'step'): assert after[name] == before[name]
 
 
+def initial_weights(spec): return read_initial_weights(spec.training_config, spec.model_config.model_name, 'key')
+
+
 def test_a_pruned_file_opens_as_a_detector_and_as_the_start_of_a_training(pruned):
     model, arch, stored = load_keras_model(pruned.path, 'key')
     assert model.count_params() == pruned.params.after
@@ -274,8 +279,9 @@ def test_a_pruned_file_opens_as_a_detector_and_as_the_start_of_a_training(pruned
     spec = Spec().replace(
         model_config=dict(model_name=ARCH.name), dataset_config=dict(num_classes=3, image_size='128,160'),
         training_config=dict(pruned_model_path=str(pruned.path)))
-    arch, stored = resolve_arch(spec, 'key')
-    set_weights_by_path(build(arch), weights_with_ema(stored))
+    initial = initial_weights(spec)
+    arch = resolve_arch(spec, initial)
+    set_weights_by_path(build(arch), initial.pruned.averaged_weights)
     assert arch.image_hw == (128, 160)
 
 
@@ -484,6 +490,15 @@ def spec(pruned, tmp_path_factory):
     return Spec().replace(model_config=dict(model_name=ARCH.name), dataset_config=dataset, training_config=training)
 
 
+def start_trainer(spec):
+    "A trainer with the weights that its spec starts from, those weights, and the message about them."
+    initial = initial_weights(spec)
+    experiment = resolve_experiment(spec, initial)
+    trainer = Trainer(experiment.arch, experiment.training)
+    message = initialize_weights(trainer, MetricHistory(trainer.metric_names), initial, experiment.spec_text)
+    return trainer, initial, message
+
+
 @pytest.mark.slow
 def test_retraining_starts_from_the_pruned_file_alone_and_resumes_exactly(pruned, spec, tmp_path, capsys):
     fit.train(spec, tmp_path/'a', 'key')
@@ -504,25 +519,22 @@ def test_retraining_starts_from_the_pruned_file_alone_and_resumes_exactly(pruned
 
 def test_retraining_starts_with_the_averaged_weights_a_fresh_optimizer_and_a_hint(spec, tmp_path):
     spec = spec.replace(training_config=dict(l2_weight_decay=4e-5))
-    arch, stored = resolve_arch(spec, 'key')
-    trainer = fit.Trainer(spec, arch)
-    message = trainer.initialize(tmp_path, 'key', stored)
+    trainer, initial, message = start_trainer(spec)
     assert 'hint: l2_weight_decay 4e-05' in message and trainer.step == 0
-    for name, value in trainer.extra_state().items(): assert 'momentum' not in name or not np.asarray(value).any()
+    for name, value in optimizer_state(trainer).items(): assert 'momentum' not in name or not np.asarray(value).any()
     for weights in (weights_by_path(trainer.model), trainer.ema.to_dict()):
-        for path, value in weights.items(): assert np.array_equal(value, weights_with_ema(stored)[path])
+        for path, value in weights.items(): assert np.array_equal(value, initial.pruned.averaged_weights[path])
 
 
 def test_a_checkpoint_beside_the_pruned_file_must_fit_it(pruned, spec, trained, tmp_path):
     small = load_model_file(pruned.path, 'key')
     weights = {path: value+1 for path, value in small.weights.items() if path.startswith('stem')}
     save_model_file(tmp_path/'more.tlt', weights, {'arch': arch_to_dict(ARCH), 'classes': small.meta['classes']}, 'key')
-    arch, stored = resolve_arch(spec, 'key')
     def initialize(path):
-        trainer = fit.Trainer(spec.replace(training_config=dict(checkpoint=str(path))), arch)
-        return trainer.initialize(tmp_path/'run', 'key', stored), weights_by_path(trainer.model)
+        trainer, _, message = start_trainer(spec.replace(training_config=dict(checkpoint=str(path))))
+        return message, weights_by_path(trainer.model)
     message, loaded = initialize(tmp_path/'more.tlt')
     assert 'loaded' in message and 'more.tlt' in message and 'hint' not in message
-    for path, value in loaded.items(): assert np.array_equal(value, weights.get(path, weights_with_ema(stored)[path]))
+    for path, value in loaded.items(): assert np.array_equal(value, weights.get(path, small.averaged_weights[path]))
     assert initialize(pruned.path)[0] == f'retraining the pruned {pruned.path}'       # named twice, as TAO specs do
     with pytest.raises(ValueError, match='leave checkpoint out'): initialize(trained)

@@ -6,12 +6,14 @@
 __all__ = ['FIXED_FIELDS', 'arch_from_spec', 'InitialWeights', 'resolve_arch', 'data_config_from_spec', 'class_table',
            'class_table_from_spec', 'TrainingPlan', 'with_epoch_size', 'training_plan_from_spec', 'with_defaults',
            'Experiment', 'resolve_experiment', 'changed_fields', 'check_spec_changes', 'compare_spec_texts',
-           'eval_dataset', 'eval_dataset_from_spec', 'until_timeout', 'evaluate_data', 'evaluate_spec']
+           'eval_dataset', 'eval_dataset_from_spec', 'until_timeout', 'evaluate_data', 'evaluate_spec',
+           'nms_options_from_spec', 'export_nms_settings']
 
 # %% ../../nbs/train/03_experiment.ipynb #bd6b1bf2
 import time, warnings
 from dataclasses import dataclass, replace
 from ..detector.efficientdet import Arch
+from ..detector.nms import NmsOptions
 from ..data.classes import ClassTable
 from ..data.coco import load_coco
 from ..data.tfrecord import load_sidecar
@@ -38,7 +40,7 @@ def arch_from_spec(
         anchor_scale=model.anchor_scale if spec.is_set('model_config', 'anchor_scale') else None,
         channels=data.num_channels)
 
-# %% ../../nbs/train/03_experiment.ipynb #3b4771cd
+# %% ../../nbs/train/03_experiment.ipynb #4a12de07
 @dataclass(frozen=True)
 class InitialWeights:
     "The files that a training run starts from, already read; None where the run does not use one."
@@ -47,7 +49,7 @@ class InitialWeights:
     pruned:ModelFile=None         # content of `pruned_model_path`
     pretrained:SourceWeights=None # content of `checkpoint` in the spec
 
-# %% ../../nbs/train/03_experiment.ipynb #167ee5d3
+# %% ../../nbs/train/03_experiment.ipynb #f40364f1
 def resolve_arch(
     spec:Spec,                               # the experiment
     initial:InitialWeights=InitialWeights(), # the files that the run starts from
@@ -66,7 +68,7 @@ def _pruned_arch(spec, pruned):
                          f'{wanted.num_classes}. Use the same, the pruned class head has that many channels')
     return replace(arch, image_hw=tuple(wanted.image_hw))
 
-# %% ../../nbs/train/03_experiment.ipynb #feceacb4
+# %% ../../nbs/train/03_experiment.ipynb #f41693fd
 def data_config_from_spec(
     spec:Spec, # the experiment
 )->DataConfig: # its records and augmentation
@@ -151,11 +153,11 @@ def training_plan_from_spec(
     plan = TrainingPlan(config, model.frozen_blocks, model.freeze_bn, ema_decay_is_set)
     batch, parts = config.train_batch_size, config.gradient_accumulation_steps
     if plan.total_steps < 1:
-        raise ValueError(f'training_config: num_examples_per_epoch {config.num_examples_per_epoch} x num_epochs {config.num_epochs} '
-                         f'is less than one train_batch_size of {batch}. Lower the batch size')
+        raise ValueError(f'training_config: num_examples_per_epoch {config.num_examples_per_epoch} x num_epochs '
+                         f'{config.num_epochs} is less than one train_batch_size of {batch}. Lower the batch size')
     if batch % parts:
-        raise ValueError(f'training_config.gradient_accumulation_steps: {parts} parts of a train_batch_size of {batch} are not '
-                         f'of equal size. Choose a divisor of {batch}')
+        raise ValueError(f'training_config.gradient_accumulation_steps: {parts} parts of a train_batch_size of {batch} '
+                         f'are not of equal size. Choose a divisor of {batch}')
     return plan
 
 # %% ../../nbs/train/03_experiment.ipynb #f5549d06
@@ -174,7 +176,7 @@ def _has_valid_default(field):
     check = field.metadata['check']
     return field.default != '' and not (check and check.violation(field.default))
 
-# %% ../../nbs/train/03_experiment.ipynb #4fee402f
+# %% ../../nbs/train/03_experiment.ipynb #c799f4aa
 @dataclass(frozen=True)
 class Experiment:
     "Everything that a spec says about a run, as plain values."
@@ -185,7 +187,7 @@ class Experiment:
     spec_text:str              # the spec as it was given, the number of images included
     full_spec_text:str         # the same with every default written out
 
-# %% ../../nbs/train/03_experiment.ipynb #6c638566
+# %% ../../nbs/train/03_experiment.ipynb #d64d3362
 def resolve_experiment(
     spec:Spec,                               # the experiment
     initial:InitialWeights=InitialWeights(), # the files that the run starts from
@@ -231,9 +233,12 @@ def check_spec_changes(
               for (s,f),(old,new) in changed.items() if f in FIXED_FIELDS.get(s, ())]
     errors += _pace_changes(old_pace or new_pace, new_pace)
     if errors:
-        raise ValueError(f'{name}: {"; ".join(errors)}. A run cannot change that on its way: put it back, or start another '
-                         f'--model_dir with training_config.checkpoint: "{name}"')
-    if not changed: return ''
+        raise ValueError(f'{name}: {"; ".join(errors)}. A run cannot change that on its way: put it back, or start '
+                         f'another --model_dir with training_config.checkpoint: "{name}"')
+    return _describe_changes(changed) if changed else ''
+
+def _describe_changes(changed):
+    "Describes changed fields in one line."
     lines = [f'{s}.{f} {format_value(old)} -> {format_value(new)}' for (s,f),(old,new) in changed.items()]
     return f'changed since: {", ".join(lines)}'
 
@@ -242,7 +247,7 @@ def _pace_changes(old, new):
     cause = '(train_batch_size, num_examples_per_epoch, GPUs, or the number of records)'
     return [f'{k.replace("_"," ")} was {old[k]:g} and is {new[k]:g} {cause}' for k in new if old[k] != new[k]]
 
-# %% ../../nbs/train/03_experiment.ipynb #911bc72b
+# %% ../../nbs/train/03_experiment.ipynb #ef000fcb
 def compare_spec_texts(
     old_text:str,   # spec of the checkpoint
     new_text:str,   # spec of now
@@ -281,7 +286,7 @@ def until_timeout(
             return
         yield sample
 
-# %% ../../nbs/train/03_experiment.ipynb #f613e1e5
+# %% ../../nbs/train/03_experiment.ipynb #24e8d118
 def evaluate_data(
     detector,                # any detector: callable on uint8 [N,H,W,3], with `image_hw` and `classes`
     data:DataConfig,         # validation records and annotations
@@ -305,3 +310,23 @@ def evaluate_spec(
 )->Metrics:
     "Evaluates a detector on the validation images of a spec."
     return evaluate_data(detector, data_config_from_spec(spec), spec.eval_config, classes, show_progress, timeout)
+
+# %% ../../nbs/train/03_experiment.ipynb #f221d076
+def nms_options_from_spec(
+    spec:Spec,   # the experiment
+)->NmsOptions:   # for inference
+    "Returns which detections a spec wants to keep in inference."
+    config = spec.eval_config
+    return NmsOptions(score_threshold=config.min_score_thresh, max_detections=config.max_detections_per_image)
+
+# %% ../../nbs/train/03_experiment.ipynb #083c5b78
+def export_nms_settings(
+    spec:Spec, # the experiment
+    kind:str,  # suppression of the exported file: 'onnx', 'efficient_nms_trt' or 'none'
+)->dict:       # max_detections, and score_threshold for the plugin
+    "Returns the settings that a spec makes for the suppression of an exported file."
+    if kind == 'none': return {}
+    config, settings = spec.eval_config, dict(max_detections=spec.eval_config.max_detections_per_image)
+    if kind == 'efficient_nms_trt' and spec.is_set('eval_config', 'min_score_thresh'):
+        settings['score_threshold'] = config.min_score_thresh or .4
+    return settings
