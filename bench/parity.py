@@ -15,7 +15,7 @@ from effdet_nb.accel import fast_focal
 from effdet_nb.detector.anchors import all_anchors, decode_boxes
 from effdet_nb.detector.efficientdet import Arch, build
 from effdet_nb.detector.nms import NmsOptions, postprocess
-from effdet_nb.weights.name_map import SourceWeights, load_pretrained
+from effdet_nb.weights.pretrained import SourceWeights, load_pretrained
 
 folder = Path(sys.argv[1])
 load_reference = lambda name: np.load(folder/name, allow_pickle=False)

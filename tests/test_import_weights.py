@@ -14,7 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from effdet_nb.weights import name_map as T, import_weights as W, keras_applications
+from effdet_nb.weights import keras_applications
+from effdet_nb.weights.import_weights import default_class_table, import_weights
+from effdet_nb.weights.name_map import source_names
+from effdet_nb.weights.pretrained import WeightsError, load_pretrained, match_preprocessing, matching_variants
+from effdet_nb.weights.read_weights import plain_variable_name, read_weights
 from effdet_nb.weights.model_file import load_keras_model, save_detector, weights_by_path
 from effdet_nb.detector.efficientdet import Arch, build
 
@@ -72,7 +76,7 @@ def ours_of(reference):
     "The reference's arrays by our names."
     got = {}
     for path in weights_by_path(build(ARCH)):
-        parts = [reference[re.sub('^backbone', 'efficientnet-b0', n)] for n in T.source_names(path, ARCH, 'google')]
+        parts = [reference[re.sub('^backbone', 'efficientnet-b0', n)] for n in source_names(path, ARCH, 'google')]
         got[path] = np.stack(parts) if len(parts) > 1 else parts[0]
     return got
 
@@ -83,18 +87,9 @@ def same_weights(model, wanted):
 
 # --- names
 
-def test_every_name_is_one_of_the_references(shared_dir, model):
-    real = {v['name'] for v in json.loads((shared_dir/'oracle'/'variables_d0.json').read_text())['tf2']}
-    made = [re.sub('^backbone', 'efficientnet-b0', n) for w in model.weights for n in T.source_names(w.path, ARCH, 'google')]
-    assert set(made) == real and len(made) == len(real) == 709
-    keys = {n for n, _ in json.loads((shared_dir/'oracle'/'tf2_ckpt_keys_d0.json').read_text())} - {'_CHECKPOINTABLE_OBJECT_GRAPH'}
-    made = [f'{n}/.ATTRIBUTES/VARIABLE_VALUE' for w in model.weights for n in T.source_names(w.path, ARCH, 'graph')]
-    assert set(made) == keys and len(made) == len(keys)
-
-
 def test_every_key_of_a_published_checkpoint_is_understood(shared_dir):
     names = [n for n, _ in json.loads((shared_dir/'oracle'/'variables_d0_tf1_ckpt.json').read_text())]
-    plain = {n: W._plain_name(n) for n in names}
+    plain = {n: plain_variable_name(n) for n in names}
     assert [n for n, p in plain.items() if p is None] == ['global_step']
     assert sum(p[1] for p in plain.values() if p) == 709
 
@@ -102,39 +97,39 @@ def test_every_key_of_a_published_checkpoint_is_understood(shared_dir):
 # --- google's formats, and the forward pass on them
 
 def check_reference(weights, model, reference, kind):
-    assert weights.description.startswith(kind) and T.matching_variants(weights) == ['efficientdet-d0']
-    report = T.load_pretrained(model, weights, ARCH)
+    assert weights.description.startswith(kind) and matching_variants(weights) == ['efficientdet-d0']
+    report = load_pretrained(model, weights, ARCH)
     assert not report.missing and not report.unexpected and len(report.loaded) == len(model.weights)
     same_weights(model, ours_of(reference))
 
 
 def test_a_tf1_checkpoint_by_prefix_folder_and_archive(reference, tf1, model, tmp_path):
-    check_reference(W.read_weights(tf1), model, reference, 'TensorFlow 1')
-    for path in (tf1.parent, f'{tf1}.index', f'{tf1}.data-00000-of-00001'): assert set(W.read_weights(path).arrays) == set(W.read_weights(tf1).arrays)
+    check_reference(read_weights(tf1), model, reference, 'TensorFlow 1')
+    for path in (tf1.parent, f'{tf1}.index', f'{tf1}.data-00000-of-00001'): assert set(read_weights(path).arrays) == set(read_weights(tf1).arrays)
     with tarfile.open(tmp_path/'d0.tar.gz', 'w:gz') as t: t.add(tf1.parent, 'efficientdet-d0')
-    check_reference(W.read_weights(tmp_path/'d0.tar.gz'), model, reference, 'TensorFlow 1')
+    check_reference(read_weights(tmp_path/'d0.tar.gz'), model, reference, 'TensorFlow 1')
 
 
 def test_a_tf2_checkpoint(shared_dir, reference, model, tmp_path):
     graph = {}
     for w in model.weights:
-        for google, key in zip(T.source_names(w.path, ARCH, 'google'), T.source_names(w.path, ARCH, 'graph')): graph[key] = reference[re.sub('^backbone', 'efficientnet-b0', google)]
+        for google, key in zip(source_names(w.path, ARCH, 'google'), source_names(w.path, ARCH, 'graph')): graph[key] = reference[re.sub('^backbone', 'efficientnet-b0', google)]
     prefix = write_tf2(tmp_path/'ckpt-7', graph)
     import tensorflow as tf
     keys = set(tf.train.load_checkpoint(str(prefix)).get_variable_to_shape_map())
     assert keys == {n for n, _ in json.loads((shared_dir/'oracle'/'tf2_ckpt_keys_d0.json').read_text())}      # the real format
-    check_reference(W.read_weights(prefix), model, reference, 'TensorFlow 2')
+    check_reference(read_weights(prefix), model, reference, 'TensorFlow 2')
 
 
 @pytest.mark.slow
 def test_a_keras_2_file_of_automl(reference, model, tmp_path):
     with h5py.File(tmp_path/'d0.h5', 'w') as f:
         for n, a in reference.items(): f[f'{n.split("/")[0]}/{n}:0'] = a
-    check_reference(W.read_weights(tmp_path/'d0.h5'), model, reference, 'Keras 2')
+    check_reference(read_weights(tmp_path/'d0.h5'), model, reference, 'Keras 2')
 
 
 def test_the_forward_pass_on_imported_weights_equals_the_reference(shared_dir, tf1, tmp_path):
-    W.import_weights(tf1, tmp_path/'d0.tlt', 'a key')
+    import_weights(tf1, tmp_path/'d0.tlt', 'a key')
     model, arch, stored = load_keras_model(tmp_path/'d0.tlt', 'a key')
     assert arch == Arch() and stored.meta['classes']['names'][0] == 'person'
     ref = np.load(shared_dir/'oracle'/'d0_forward_512.npz', allow_pickle=False)
@@ -154,13 +149,13 @@ def test_the_forward_pass_on_imported_weights_equals_the_reference(shared_dir, t
 
 def test_a_tao_checkpoint_in_a_zip(model, tmp_path):
     wanted = {p: np.random.default_rng(i).normal(size=a.shape).astype('float32') for i, (p, a) in enumerate(weights_by_path(model).items())}
-    arrays = {n: a for p, a in wanted.items() for n in T.source_names(p, ARCH, 'tao')}
+    arrays = {n: a for p, a in wanted.items() for n in source_names(p, ARCH, 'tao')}
     assert 'block2b_dwconv/depthwise_kernel' in arrays and 'bifpn0_1_7_0/kernel' in arrays and 'weighted_fusion_7_2/weighted_fusion_7_2' in arrays
     arrays |= {'top_conv/kernel': np.zeros((1, 1, 320, 8), 'float32'), 'global_step': np.int64(9)}
     prefix = write_tf1(tmp_path/'c'/'model.ckpt-9', arrays)
     with zipfile.ZipFile(tmp_path/'model.epoch-9.tlt', 'w') as z:
         for p in prefix.parent.iterdir(): z.write(p, p.name)
-    W.import_weights(tmp_path/'model.epoch-9.tlt', tmp_path/'ours.tlt', image_hw=(128,128))
+    import_weights(tmp_path/'model.epoch-9.tlt', tmp_path/'ours.tlt', image_hw=(128,128))
     imported, arch, _ = load_keras_model(tmp_path/'ours.tlt')
     same_weights(imported, wanted)
     assert arch.std_rgb == (255*.224,)*3 and not arch.last_adds
@@ -186,7 +181,7 @@ def keras_b0():
 
 def features_agree(net, arch, weights, atol=2e-3):
     model = build(arch)
-    T.load_pretrained(model, weights, arch)
+    load_pretrained(model, weights, arch)
     picture = np.random.default_rng(1).integers(0, 256, (1, *HW, 3)).astype('uint8')
     ours = keras.Model(model.input, model.get_layer('block7a_project_bn').output)(picture)
     theirs = keras.Model(net.input, net.get_layer('block7a_project_bn').output)(picture.astype('float32'))
@@ -204,11 +199,11 @@ def test_keras_backbones_in_every_format(keras_b0, tmp_path, name):
         keras_b0.save_weights(tmp_path/'b0.weights.h5')
         os.rename(tmp_path/'b0.weights.h5', tmp_path/name)
     else: keras_b0.save(tmp_path/name)
-    weights = W.read_weights(tmp_path/name)
+    weights = read_weights(tmp_path/name)
     assert weights.description == 'Keras EfficientNetB0' and weights.num_blocks() == 16
     wanted = {w.path: np.array(w) for w in keras_b0.weights}
     for n, a in weights.arrays.items(): np.testing.assert_array_equal(a, wanted[n])
-    if name == 'b0.keras': features_agree(keras_b0, T.match_preprocessing(ARCH, weights), weights)       # pixels from 0 to 1, like theirs
+    if name == 'b0.keras': features_agree(keras_b0, match_preprocessing(ARCH, weights), weights)       # pixels from 0 to 1, like theirs
 
 
 def test_the_word_imagenet_uses_what_keras_downloads(keras_b0, tmp_path, monkeypatch):
@@ -220,15 +215,15 @@ def test_the_word_imagenet_uses_what_keras_downloads(keras_b0, tmp_path, monkeyp
     with h5py.File(tmp_path/'b0.h5', 'w') as f: save_weights_to_hdf5_group(f, keras_b0)
     norm.set_weights(old)
     monkeypatch.setattr(efficientnet.file_utils, 'get_file', lambda *a, **k: str(tmp_path/'b0.h5'))
-    weights = W.read_weights('imagenet', model_name='efficientdet-d0')
+    weights = read_weights('imagenet', model_name='efficientdet-d0')
     np.testing.assert_allclose(weights.std_rgb, ARCH.std_rgb, rtol=1e-6)
     theirs = keras.applications.EfficientNetB0(weights='imagenet', include_top=False, input_shape=(*HW, 3))
-    features_agree(theirs, T.match_preprocessing(ARCH, weights), weights)
+    features_agree(theirs, match_preprocessing(ARCH, weights), weights)
 
     def offline(*a, **k): raise OSError('no route to host')
     monkeypatch.setattr(efficientnet.file_utils, 'get_file', offline)
-    with pytest.raises(T.WeightsError, match='no route to host.*give its path'): W.read_weights('imagenet')
-    with pytest.raises(T.WeightsError, match='no ImageNet weights for the backbone of efficientdet-lite0'): W.read_weights('imagenet', model_name='efficientdet-lite0')
+    with pytest.raises(WeightsError, match='no route to host.*give its path'): read_weights('imagenet')
+    with pytest.raises(WeightsError, match='no ImageNet weights for the backbone of efficientdet-lite0'): read_weights('imagenet', model_name='efficientdet-lite0')
 
 
 @pytest.mark.parametrize('name, b', [('d0', 'B0'), ('d1', 'B1'), ('d2', 'B2'), ('d5', 'B5'), ('d7', 'B6'), ('d7x', 'B7')])
@@ -236,7 +231,7 @@ def test_imagenet_knows_which_backbone(monkeypatch, name, b):
     asked = []
     class Stop(Exception): pass
     for k in keras_applications.KERAS_NUM_BLOCKS: monkeypatch.setattr(keras.applications, f'EfficientNet{k}', lambda *a, k=k, **kw: asked.append(k) or 1/0)
-    with pytest.raises(T.WeightsError): W.read_weights('imagenet', model_name=name)
+    with pytest.raises(WeightsError): read_weights('imagenet', model_name=name)
     assert asked == [b]
 
 
@@ -246,25 +241,7 @@ def test_imagenet_knows_which_backbone(monkeypatch, name, b):
 def test_a_backbone_for_another_variant_is_refused(keras_b0, tmp_path):
     keras_b0.save_weights(tmp_path/'b0.weights.h5')
     d1 = Arch('d1', HW, 4)
-    with pytest.raises(T.WeightsError, match='16 blocks.*efficientdet-d1 has 23'): T.load_pretrained(build(d1), W.read_weights(tmp_path/'b0.weights.h5'), d1)
-
-
-def test_grey_networks_take_coloured_weights():
-    colour, grey = build(ARCH), build(Arch(image_hw=HW, num_classes=90, channels=1))
-    rng = np.random.default_rng(0)
-    colour.get_layer('stem_bn').moving_mean.assign(rng.normal(size=32))
-    weights = T.SourceWeights('c', 'colour', 'ours', weights_by_path(colour), ARCH.mean_rgb, ARCH.std_rgb)
-    assert 'the stem for three colours became one for grey' in T.load_pretrained(grey, weights, Arch(image_hw=HW, num_classes=90, channels=1)).notes
-    picture = rng.integers(0, 256, (1, *HW, 1)).astype('uint8')
-    a, b = (keras.Model(m.input, m.get_layer('stem_bn').output)(x) for m, x in ((colour, np.repeat(picture, 3, -1)), (grey, picture)))
-    np.testing.assert_allclose(np.array(a)[:, :-1, :-1], np.array(b)[:, :-1, :-1], atol=2e-3)    # the last row and column look over the edge
-
-
-@pytest.mark.slow
-def test_other_anchors_start_both_predictors_afresh(model):
-    arch = Arch(image_hw=HW, num_classes=90, num_scales=2)
-    report = T.load_pretrained(build(arch), T.SourceWeights('c', 'ours', 'ours', weights_by_path(model)), arch)
-    assert {p.split('/')[0] for p in report.missing} == {'class-predict', 'box-predict'} and '9 anchors per cell there, 6 here' in report.notes[0]
+    with pytest.raises(WeightsError, match='16 blocks.*efficientdet-d1 has 23'): load_pretrained(build(d1), read_weights(tmp_path/'b0.weights.h5'), d1)
 
 
 # --- bad input
@@ -282,24 +259,15 @@ def test_damaged_checkpoints_are_refused(tf1, model, tmp_path):
     data = folder/'model.data-00000-of-00001'
     whole = data.read_bytes()
     data.write_bytes(whole[:len(whole)//2])
-    untouched(model, lambda: T.load_pretrained(model, W.read_weights(folder), ARCH), 'cannot be read')
+    untouched(model, lambda: load_pretrained(model, read_weights(folder), ARCH), 'cannot be read')
     flipped = bytearray(whole); flipped[len(whole)//2] ^= 255
     data.write_bytes(flipped)
-    untouched(model, lambda: T.load_pretrained(model, W.read_weights(folder), ARCH), 'cannot be read')
+    untouched(model, lambda: load_pretrained(model, read_weights(folder), ARCH), 'cannot be read')
     data.unlink()
-    untouched(model, lambda: T.load_pretrained(model, W.read_weights(folder), ARCH), 'cannot be read')
+    untouched(model, lambda: load_pretrained(model, read_weights(folder), ARCH), 'cannot be read')
     (folder/'model.index').write_bytes(b'nonsense'*10)
-    with pytest.raises(T.WeightsError): W.read_weights(folder)
-    with pytest.raises(T.WeightsError, match='no TensorFlow checkpoint there'): W.read_weights(tmp_path)
-
-
-def test_nan_and_nothing_leave_the_model_alone(model, reference):
-    arrays = {re.sub('^efficientnet-b0', 'backbone', n): a for n, a in reference.items()}
-    bad = T.SourceWeights('bad', 'google', 'google', arrays | {'class_net/class-0/bias': np.full(64, np.inf, 'f4')})
-    untouched(model, lambda: T.load_pretrained(model, bad, ARCH), 'class-0/bias first')
-    untouched(model, lambda: T.load_pretrained(model, T.SourceWeights('bad', 'google', 'google', {'a/b': np.zeros(3)}), ARCH), 'nothing to load')
-    cut = T.SourceWeights('bad', 'google', 'google', arrays | {'box_net/box-1/pointwise_kernel': np.zeros((1, 1, 64, 88), 'f4')})
-    untouched(model, lambda: T.load_pretrained(model, cut, ARCH), r'\(1, 1, 64, 88\) there, \(1, 1, 64, 64\) here')
+    with pytest.raises(WeightsError): read_weights(folder)
+    with pytest.raises(WeightsError, match='no TensorFlow checkpoint there'): read_weights(tmp_path)
 
 
 def member(name, data=b'x', kind=tarfile.REGTYPE, link=''):
@@ -311,10 +279,10 @@ def member(name, data=b'x', kind=tarfile.REGTYPE, link=''):
                                                      ('model.index', tarfile.SYMTYPE, '/etc/passwd', 'a link or a device')])
 def test_archives_that_lead_elsewhere_are_refused(tmp_path, name, kind, link, words):
     with tarfile.open(tmp_path/'bad.tar.gz', 'w:gz') as t: t.addfile(*member(name, b'' if link else b'x', kind, link))
-    with pytest.raises(T.WeightsError, match=words): W.read_weights(tmp_path/'bad.tar.gz')
+    with pytest.raises(WeightsError, match=words): read_weights(tmp_path/'bad.tar.gz')
     if link: return
     with zipfile.ZipFile(tmp_path/'bad.tlt', 'w') as z: z.writestr(name, 'x')
-    with pytest.raises(T.WeightsError, match=words): W.read_weights(tmp_path/'bad.tlt')
+    with pytest.raises(WeightsError, match=words): read_weights(tmp_path/'bad.tlt')
     assert not (tmp_path.parent/'model.index').exists()
 
 
@@ -322,10 +290,10 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(tmp_path/'bomb.tlt', 'w', zipfile.ZIP_DEFLATED) as z:
         with z.open('model.ckpt-1.index', 'w') as f:
             for _ in range(300): f.write(bytes(2**20))
-    with pytest.raises(T.WeightsError, match='do not pack that well'): W.read_weights(tmp_path/'bomb.tlt')
+    with pytest.raises(WeightsError, match='do not pack that well'): read_weights(tmp_path/'bomb.tlt')
     lie = tarfile.TarInfo('model.index'); lie.size = 2**40
     (tmp_path/'bomb.tar').write_bytes(lie.tobuf()+bytes(1024))
-    with pytest.raises(T.WeightsError, match='do not pack that well'): W.read_weights(tmp_path/'bomb.tar')
+    with pytest.raises(WeightsError, match='do not pack that well'): read_weights(tmp_path/'bomb.tar')
 
 
 def test_files_of_another_kind_are_named(tmp_path):
@@ -333,22 +301,22 @@ def test_files_of_another_kind_are_named(tmp_path):
     (tmp_path/'a.h5').write_bytes(b'\x89HDF\r\n\x1a\n'+bytes(100))
     (tmp_path/'a.zip').write_bytes(b'PK\x03\x04'+bytes(100))
     for name, words in (('a.tar.gz', 'damaged or cut short'), ('a.h5', 'damaged or cut short'), ('a.zip', 'damaged or cut short')):
-        with pytest.raises(T.WeightsError, match=words): W.read_weights(tmp_path/name)
+        with pytest.raises(WeightsError, match=words): read_weights(tmp_path/name)
     with h5py.File(tmp_path/'b.h5', 'w') as f: f['dense/kernel:0'] = np.zeros(3)
-    with pytest.raises(T.WeightsError, match='none of the networks read here'): W.read_weights(tmp_path/'b.h5')
+    with pytest.raises(WeightsError, match='none of the networks read here'): read_weights(tmp_path/'b.h5')
     with zipfile.ZipFile(tmp_path/'pruned.tlt', 'w') as z: z.writestr('pruned_model.hdf5', 'x')
-    with pytest.raises(T.WeightsError, match='pruned by TAO'): W.read_weights(tmp_path/'pruned.tlt')
-    with pytest.raises(ValueError, match='train again'): (tmp_path/'x.tlt').write_bytes(os.urandom(9000)); W.read_weights(tmp_path/'x.tlt')
-    with pytest.raises(FileNotFoundError): W.read_weights(tmp_path/'gone.tlt')
+    with pytest.raises(WeightsError, match='pruned by TAO'): read_weights(tmp_path/'pruned.tlt')
+    with pytest.raises(ValueError, match='train again'): (tmp_path/'x.tlt').write_bytes(os.urandom(9000)); read_weights(tmp_path/'x.tlt')
+    with pytest.raises(FileNotFoundError): read_weights(tmp_path/'gone.tlt')
 
 
 @pytest.mark.slow
 def test_our_own_file_and_a_pruned_one(model, tmp_path):
-    save_detector(tmp_path/'m.tlt', model, ARCH, W.default_class_table(90), 'k')
-    assert W.read_weights(tmp_path/'m.tlt', 'k').arch == ARCH
+    save_detector(tmp_path/'m.tlt', model, ARCH, default_class_table(90), 'k')
+    assert read_weights(tmp_path/'m.tlt', 'k').arch == ARCH
     narrow = Arch(image_hw=HW, num_classes=90, widths={'stem_conv': 24})
-    save_detector(tmp_path/'p.tlt', build(narrow), narrow, W.default_class_table(90))
-    untouched(model, lambda: T.load_pretrained(model, W.read_weights(tmp_path/'p.tlt', 'k'), ARCH), 'pruned_model_path')
+    save_detector(tmp_path/'p.tlt', build(narrow), narrow, default_class_table(90))
+    untouched(model, lambda: load_pretrained(model, read_weights(tmp_path/'p.tlt', 'k'), ARCH), 'pruned_model_path')
 
 
 # --- the command, and a run

@@ -2,7 +2,7 @@
 
 The files in tests/fixtures were written at commit ea326e9, before the modules moved to the parts of the book: a pruned
 efficientdet-d0 for 128 x 128 pixels with a spread-out class head (plain.tlt, sealed.tlt, and sealed.etlt exported from
-it), a checkpoint after step 4 of 6 of a run of the unmodified network (checkpoint.tlt, spec.txt), and what that code
+it), a checkpoint after step 4 of 6 of a retraining of the same network (checkpoint.tlt, spec.txt), and what that code
 computed from them (expected.npz: two images, every 16th row of both outputs, and the detections of the exported graph in
 the first image). The key is "fixture".
 """
@@ -71,6 +71,7 @@ def test_an_old_checkpoint_continues(tmp_path, monkeypatch):
         dataset_convert(f'shapes/{split}', f'shapes/{split}.json', 'records', split, num_shards=1, workers=1)
     Path('run').mkdir()
     shutil.copy(FIXTURES/'checkpoint.tlt', 'run/model.step-4.tlt')
+    shutil.copy(FIXTURES/'plain.tlt', 'pruned.tlt')      # the spec names it; the weights come from the checkpoint
     spec = Spec.load(FIXTURES/'spec.txt').replace(training_config=dict(stop_at_epoch=0))
     last_epoch = train(spec, 'run', KEY)[-1]
     assert last_epoch['epoch'] == 3 and abs(last_epoch['loss']-1.79197) < 1e-3

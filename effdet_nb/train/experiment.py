@@ -21,7 +21,7 @@ from ..data.pipeline import DataConfig, count_examples
 from ..evaluate.ground_truth import EvalDataset
 from ..evaluate.evaluate import Metrics, evaluate
 from ..weights.model_file import ModelFile
-from ..weights.name_map import SourceWeights, match_preprocessing
+from ..weights.pretrained import SourceWeights, match_preprocessing
 from .fields import SPEC_SECTIONS, EvalConfig, TrainingConfig, format_value, section_fields
 from .spec import Spec
 

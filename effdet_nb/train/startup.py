@@ -15,8 +15,8 @@ from ..detector.efficientdet import arch_anchors
 from ..data.check import check_before_training
 from ..weights.container import is_encrypted
 from ..weights.model_file import ModelFile, load_model_file, set_weights_by_path
-from ..weights.name_map import load_pretrained
-from ..weights.import_weights import read_weights
+from ..weights.pretrained import load_pretrained
+from ..weights.read_weights import read_weights
 from .fields import TrainingConfig
 from .spec import Spec
 from .experiment import Experiment, InitialWeights, class_table, resolve_experiment
