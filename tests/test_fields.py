@@ -223,7 +223,7 @@ def test_fields_of_the_data_reach_the_pipeline(spec):
     "The pipeline has tests of its own; here only that the fields arrive there."
     larger = spec.replace(dataset_config=dict(image_size='160,128', max_instances_per_image=33, skip_crowd_during_training=False))
     loader = make_sample_loader(data_config_from_spec(larger))
-    assert loader.image_hw == (160, 128) and loader.max_instances == 33 and loader.skip_crowd is False
+    assert loader.config.image_hw == (160, 128) and loader.config.max_instances == 33 and loader.config.skip_crowd is False
     fake = iter(train_dataset(data_config_from_spec(spec.replace(dataset_config=dict(use_fake_data=True))), 4))
     np.testing.assert_array_equal(next(fake)['images'], next(fake)['images'])
 

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from effdet_nb.data import pipeline as D
+from effdet_nb.data import pipeline as D, record_index
 from effdet_nb.detector.images import read_image
 
 
@@ -57,30 +57,30 @@ def pattern(tmp_path_factory):
 
 
 def test_the_index_finds_what_tensorflow_reads(pattern):
-    files = D.require_record_files(pattern)
-    records = D.Records.from_files(files)
+    files = record_index.require_record_files(pattern)
+    records = record_index.Records.from_files(files)
     assert [records.read(i) for i in range(len(records))] == [r for f in files for r in tf.data.TFRecordDataset(f).as_numpy_iterator()]
-    assert D.count_examples(pattern) == 10
+    assert record_index.count_examples(pattern) == 10
 
 
 def test_a_flipped_bit_is_found_and_named(pattern, tmp_path):
-    data = bytearray(open(D.require_record_files(pattern)[0], 'rb').read())
+    data = bytearray(open(record_index.require_record_files(pattern)[0], 'rb').read())
     data[60] ^= 1
     (tmp_path/'bad-0').write_bytes(data)
-    records = D.Records.from_files([str(tmp_path/'bad-0')])
+    records = record_index.Records.from_files([str(tmp_path/'bad-0')])
     with pytest.raises(ValueError, match='bad-0, record 0: damaged'): records.read(0)
 
 
 def test_an_empty_set_is_refused(tmp_path):
     (tmp_path/'none-0').write_bytes(b'')
-    with pytest.raises(ValueError, match='no records in 1 files'): D.Records.from_files([str(tmp_path/'none-0')])
+    with pytest.raises(ValueError, match='no records in 1 files'): record_index.Records.from_files([str(tmp_path/'none-0')])
 
 
 def test_every_epoch_shows_every_record_once_whatever_the_batch():
     for n,batch,workers in ((10,4,1), (7,3,2), (64,5,3)):
-        numbers = sorted(int(D.sample_index(s, j, batch, (w,workers))) for s in range(60) for w in range(workers) for j in range(batch))
+        numbers = sorted(int(record_index.sample_index(s, j, batch, (w,workers))) for s in range(60) for w in range(workers) for j in range(batch))
         assert numbers == list(range(60*batch*workers))
-        for epoch in range(3): assert sorted(D.record_of_sample(k, n, 1) for k in range(epoch*n, epoch*n+n)) == list(range(n))
+        for epoch in range(3): assert sorted(record_index.record_of_sample(k, n, 1) for k in range(epoch*n, epoch*n+n)) == list(range(n))
 
 
 def test_foreign_records_give_batches(pattern):

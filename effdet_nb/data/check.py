@@ -17,7 +17,8 @@ import numpy as np
 from fastcore.basics import patch
 from ..core.console import progress_bar, log_message
 from .coco import load_coco
-from .pipeline import DataConfig, Records, load_class_table, decode_image
+from .pipeline import DataConfig, load_class_table, decode_image
+from .record_index import Records
 from .tfrecord import load_sidecar, decode_example, shards_by_sidecar
 
 # %% ../../nbs/data/16_check.ipynb #89e4d47e

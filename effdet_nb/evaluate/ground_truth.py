@@ -19,7 +19,7 @@ from ..detector.detections import Detections
 from ..data.classes import ClassTable
 from ..data.coco import CocoDataset, load_coco
 from ..data.tfrecord import decode_example
-from ..data.pipeline import Records, annotation_order
+from ..data.record_index import Records, annotation_order
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #92b66a35
 def yxyx_to_xywh64(

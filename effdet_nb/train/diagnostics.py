@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 import keras, numpy as np, tensorflow as tf
 from ..core.files import atomic_write
-from ..data.pipeline import DataConfig, make_sample_loader, pipeline_error_message, read_training_example, record_of_sample
+from ..data.pipeline import DataConfig, make_sample_loader, pipeline_error_message
+from ..data.record_index import record_of_sample
 from ..detector.efficientdet import arch_anchors
 from ..evaluate.ground_truth import channels_to_category_ids
 from .experiment import TrainingPlan
@@ -62,8 +63,8 @@ def _image_ids_of_step(trainer, data, step):
     first = (step*max(1, trainer.num_replicas//num_workers())*num_workers() + worker_rank())*size
     ids = []
     for sample in range(first, first+size):
-        record = record_of_sample(sample, len(loader.records), loader.seed)
-        ids.append(read_training_example(loader.records, record, loader.classes, loader.max_instances)['source_id'])
+        record = record_of_sample(sample, len(loader.records), loader.config.seed)
+        ids.append(loader.read_example(record)['source_id'])
     return ids
 
 # %% ../../nbs/train/09_diagnostics.ipynb #0eabe530

@@ -17,7 +17,8 @@ from ..detector.nms import NmsOptions
 from ..data.classes import ClassTable
 from ..data.coco import load_coco
 from ..data.tfrecord import load_sidecar
-from ..data.pipeline import DataConfig, count_examples
+from ..data.pipeline import DataConfig
+from ..data.record_index import count_examples
 from ..evaluate.ground_truth import EvalDataset
 from ..evaluate.evaluate import Metrics, evaluate
 from ..weights.model_file import ModelFile
