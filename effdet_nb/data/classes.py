@@ -55,6 +55,15 @@ def class_name(
     "The name of the category that a channel stands for."
     return self.names[self._places[int(channel)]] if int(channel) in self._places else f'id {self.category_id(channel)}'
 
+# %% ../../nbs/data/01_classes.ipynb #d78fc1e4
+@patch
+def has_category(
+    self:ClassTable,
+    channel:int,  # 0 to num_classes-1
+)->bool:
+    "Whether a channel stands for a category; TAO's last channel does not."
+    return int(channel) in self._places
+
 # %% ../../nbs/data/01_classes.ipynb #be43c261
 @patch(cls_method=True)
 def from_categories(

@@ -7,7 +7,7 @@ __all__ = ['predict_on_batch', 'KerasDetector']
 
 # %% ../../nbs/detector/13_predictor.ipynb #cd5f0fa9
 import keras, numpy as np
-from fastcore.basics import patch
+from dataclasses import replace
 from pathlib import Path
 from .images import to_channels
 from .efficientdet import Arch, arch_anchors
@@ -48,6 +48,12 @@ class KerasDetector:
     )->list:          # one `Detections` per image, boxes in network pixels
         "Turns raw outputs into detections."
         return postprocess_batch(outputs['cls_logits'], outputs['box_deltas'], self.anchors, self.nms_options)
+
+    def set_nms_options(self,
+        **changes, # fields of `NmsOptions`
+    ):
+        "Changes how the detector suppresses."
+        self.nms_options = replace(self.nms_options, **changes)
 
     def __call__(self,
         images,             # [N, H, W, 3] uint8 of the detector's `image_hw`; or the path of one image, of any size

@@ -139,7 +139,15 @@ class ExportedDetector:
         if not meta: raise ValueError(f'{name}: says nothing of itself, so it was not exported by effdet_nb; classes and anchors are unknown. Export the .tlt again')
         self.meta, self.image_hw = meta, tuple(meta['arch']['image_hw'])
         self.classes, self.anchors = ClassTable.from_dict(meta['classes']), anchors_from_metadata(meta)
+        self.suppresses_itself = is_fixed
         self.nms_options = resolve_nms_options(meta['nms'], nms_changes, is_fixed)
+
+    def set_nms_options(self,
+        **changes, # fields of `NmsOptions`; a graph with its own suppression allows only score_threshold and max_detections
+    ):
+        "Changes how the detector suppresses, as far as the file leaves a choice."
+        if self.suppresses_itself: _check_fixed_options(resolve_nms_options(self.meta['nms'], {}), changes)
+        self.nms_options = replace(self.nms_options, **changes)
 
     def forward(self, images):
         "What the file answers to pictures uint8 `[N,H,W,3]`, as `{name: array}`."
