@@ -1,6 +1,11 @@
-"Guards of the inference chapter: where files go, what a label line holds, faulty pictures, the real detector."
-import subprocess, sys, tempfile
+"Inference: where files go, what a label line holds, unreadable images, and one answer of all detectors."
+import json
+import subprocess
+import sys
+import tempfile
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,107 +13,126 @@ import pytest
 from hypothesis import given, strategies as st
 from PIL import Image
 
-from effdet_nb.data.classes import ClassTable
-from effdet_nb.app.infer import InferenceSummary, find_images, infer, predict_files, read_label_map, filter_detections, output_paths
-from effdet_nb.detector.detections import kitti_line
-from effdet_nb.detector.detections import Detections
+from effdet_nb.app.infer import (InferenceSummary, find_images, infer, load_for_inference, predict_files,
+                                 read_label_map)
 from effdet_nb.core.console import read_status
+from effdet_nb.data.classes import ClassTable
+from effdet_nb.detector.boxes import area, iou
+from effdet_nb.detector.detections import Detections, kitti_line
+from effdet_nb.detector.images import read_letterboxed
+from effdet_nb.detector.nms import NmsOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+TWO_CLASSES = ClassTable.from_categories([dict(id=1, name='a'), dict(id=2, name='b')])
 
 
-class Whole:
-    "A detector that finds one thing as large as the picture's canvas, and counts how often it was asked."
+class FullImageDetector:
+    "A detector that finds one object as large as its input, and records the sizes of its batches."
     image_hw, classes, meta = (64,64), ClassTable.from_categories([dict(id=7, name='traffic light')]), {}
-    def __init__(self, score=.9): self.score, self.batches = score, []
+    nms_options = NmsOptions()
+
+    def __init__(self): self.batches = []
+
     def __call__(self, images):
         assert images.dtype==np.uint8 and images.shape[1:]==(64,64,3)
         self.batches.append(len(images))
-        return [Detections([[0,0,64,64]], [self.score], [0]) for _ in images]
+        return [Detections([[0,0,64,64]], [.9], [0]) for _ in images]
+
+
+IMAGE_NAMES = ['a.jpg', 'b.JPEG', 'c.png', 'd.bmp', 'e.webp', 'f.tif', 'g.tiff', 'h.gif', 'we ird [1].jpg', 'é.png',
+               'inner/a.png', '.hidden.png']
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    "Eleven pictures of all formats, a folder inside, a hidden file, and what is no picture."
+def image_folder(tmp_path):
+    "Ten images of all formats, one in a subfolder, a hidden image, and a text file."
     folder = tmp_path/'in'
     (folder/'inner').mkdir(parents=True)
-    for i,name in enumerate(['a.jpg', 'b.JPEG', 'c.png', 'd.bmp', 'e.webp', 'f.tif', 'g.tiff', 'h.gif', 'we ird [1].jpg', 'é.png', 'inner/a.png', '.hidden.png']):
-        Image.new('RGB', (40+i,30), (10*i,0,0)).save(folder/name)
+    for i,name in enumerate(IMAGE_NAMES): Image.new('RGB', (40+i,30), (10*i,0,0)).save(folder/name)
     (folder/'x.txt').write_text('text')
     return folder
 
 
-def test_every_format_gives_a_picture_of_the_same_name_and_size_and_a_label(pictures, tmp_path):
-    detector = Whole()
-    summary = infer(detector, pictures, tmp_path/'out'/'deep', tmp_path/'labels', batch_size=4)
+def test_every_format_gives_an_image_of_the_same_name_and_size_and_a_label_file(image_folder, tmp_path):
+    detector = FullImageDetector()
+    summary = infer(detector, image_folder, tmp_path/'out'/'deep', tmp_path/'labels', batch_size=4)
     assert summary.counts==dict(images=10, boxes=10, unreadable=0) and summary.boxes_per_class=={'traffic light': 10}
     assert detector.batches==[4,4,2]                                       # the last partial batch too
-    names = {p.name for p in find_images(pictures)}
+    names = {p.name for p in find_images(image_folder)}
     assert {p.name for p in (tmp_path/'out'/'deep').iterdir()}==names
     for name in names:
-        with Image.open(pictures/name) as before, Image.open(tmp_path/'out'/'deep'/name) as after: assert (before.size, before.format)==(after.size, after.format)
+        with Image.open(image_folder/name) as before, Image.open(tmp_path/'out'/'deep'/name) as after:
+            assert (before.size, before.format)==(after.size, after.format)
         columns = (tmp_path/'labels'/name).with_suffix('.txt').read_text().split()
-        assert len(columns)==16 and columns[0]=='traffic_light' and columns[4:6]==['0.000','0.000'] and columns[7]=='30.000'
+        assert len(columns)==16 and columns[0]=='traffic_light'
+        assert columns[4:6]==['0.000','0.000'] and columns[7]=='30.000'
 
 
-def test_folders_inside_are_repeated(pictures, tmp_path):
-    infer(Whole(), pictures, tmp_path/'out', tmp_path/'labels', recursive=True)
+def test_subfolders_are_repeated_in_the_output(image_folder, tmp_path):
+    infer(FullImageDetector(), image_folder, tmp_path/'out', tmp_path/'labels', recursive=True)
     assert (tmp_path/'out'/'inner'/'a.png').is_file() and (tmp_path/'labels'/'inner'/'a.txt').is_file()
 
 
-def test_one_picture_may_have_a_file_name(pictures, tmp_path):
-    infer(Whole(), pictures/'a.jpg', tmp_path/'x.png', tmp_path/'y.txt')
+def test_the_output_of_one_image_may_be_a_file_name(image_folder, tmp_path):
+    infer(FullImageDetector(), image_folder/'a.jpg', tmp_path/'x.png', tmp_path/'y.txt')
     assert Image.open(tmp_path/'x.png').format=='PNG' and (tmp_path/'y.txt').is_file()
-    infer(Whole(), pictures/'a.jpg', tmp_path/'folder', tmp_path/'labels')
+    infer(FullImageDetector(), image_folder/'a.jpg', tmp_path/'folder', tmp_path/'labels')
     assert (tmp_path/'folder'/'a.jpg').is_file() and (tmp_path/'labels'/'a.txt').is_file()
 
 
-def test_labels_of_pictures_that_differ_only_in_the_ending_do_not_collide(tmp_path):
+def test_labels_of_images_that_differ_only_in_the_ending_do_not_collide(tmp_path):
     (tmp_path/'in').mkdir()
     for name in ('a.jpg', 'a.png', 'b.jpg'): Image.new('RGB', (9,9)).save(tmp_path/'in'/name)
-    infer(Whole(), tmp_path/'in', out_label_path=tmp_path/'labels')
+    infer(FullImageDetector(), tmp_path/'in', out_label_path=tmp_path/'labels')
     assert sorted(p.name for p in (tmp_path/'labels').iterdir())==['a.jpg.txt', 'a.png.txt', 'b.txt']
 
 
-def test_originals_are_never_replaced(pictures, tmp_path):
-    before = {p: p.read_bytes() for p in pictures.rglob('*') if p.is_file()}
-    (tmp_path/'link').symlink_to(pictures)
-    for source,out in ((pictures, pictures), (pictures, tmp_path/'link'), (pictures/'a.jpg', pictures), (pictures/'a.jpg', pictures/'a.jpg'), (pictures, tmp_path/'in'/'..'/'in')):
-        with pytest.raises(ValueError, match='would be replaced'): infer(Whole(), source, out)
-    assert before=={p: p.read_bytes() for p in pictures.rglob('*') if p.is_file()}
+def test_originals_are_never_replaced(image_folder, tmp_path):
+    before = {p: p.read_bytes() for p in image_folder.rglob('*') if p.is_file()}
+    (tmp_path/'link').symlink_to(image_folder)
+    one_image = image_folder/'a.jpg'
+    same_places = ((image_folder, image_folder), (image_folder, tmp_path/'link'), (one_image, image_folder),
+                   (one_image, one_image), (image_folder, tmp_path/'in'/'..'/'in'))
+    for source,out in same_places:
+        with pytest.raises(ValueError, match='would be replaced'): infer(FullImageDetector(), source, out)
+    assert before=={p: p.read_bytes() for p in image_folder.rglob('*') if p.is_file()}
 
 
-def test_an_unreadable_picture_loses_nothing_else(pictures, tmp_path, capsys):
-    (pictures/'a2.jpg').write_bytes((pictures/'a.jpg').read_bytes()[:200])
-    (pictures/'a3.png').write_bytes(b'')
-    summary = infer(Whole(), pictures, results_dir=tmp_path/'r')
+def test_an_unreadable_image_does_not_stop_the_others(image_folder, tmp_path, capsys):
+    (image_folder/'a2.jpg').write_bytes((image_folder/'a.jpg').read_bytes()[:200])
+    (image_folder/'a3.png').write_bytes(b'')
+    summary = infer(FullImageDetector(), image_folder, results_dir=tmp_path/'r')
     assert summary.counts==dict(images=10, boxes=10, unreadable=2)
     assert sorted(p.name for p,_ in summary.unreadable)==['a2.jpg', 'a3.png']
     assert capsys.readouterr().err.count('warning: ')==2
-    made = {p.name for p in (tmp_path/'r').rglob('*') if p.is_file()}
-    assert not {'a2.jpg','a3.png','a2.txt','a3.txt'} & made and not any('.part' in n for n in made)
+    written = {p.name for p in (tmp_path/'r').rglob('*') if p.is_file()}
+    assert not {'a2.jpg','a3.png','a2.txt','a3.txt'} & written and not any('.part' in name for name in written)
     assert read_status(tmp_path/'r')[-1]['kpi']==summary.counts
 
 
-def test_errors_come_before_the_model_is_opened_and_leave_nothing(pictures, tmp_path):
+def test_errors_are_raised_before_the_model_is_opened_and_leave_no_files(image_folder, tmp_path):
     gone = tmp_path/'no.tlt'
-    with pytest.raises(FileNotFoundError, match='no such label map'): infer(gone, pictures, tmp_path/'o', label_map=tmp_path/'nope')
-    with pytest.raises(ValueError, match='is a file'): infer(gone, pictures, pictures/'x.txt'/'o')
+    with pytest.raises(FileNotFoundError, match='no such label map'):
+        infer(gone, image_folder, tmp_path/'o', label_map=tmp_path/'nope')
+    with pytest.raises(ValueError, match='is a file'): infer(gone, image_folder, image_folder/'x.txt'/'o')
     (tmp_path/'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='no pictures'): infer(gone, tmp_path/'empty', tmp_path/'o')
+    with pytest.raises(FileNotFoundError, match='no images'): infer(gone, tmp_path/'empty', tmp_path/'o')
     assert not (tmp_path/'o').exists()
 
 
-def test_a_full_disk_is_an_error_and_not_an_unreadable_picture(pictures, tmp_path, monkeypatch):
-    def full(*a, **k): raise OSError(28, 'No space left on device')
+def test_a_full_disk_is_an_error_and_not_an_unreadable_image(image_folder, tmp_path, monkeypatch):
+    def full(*_, **__): raise OSError(28, 'No space left on device')
     monkeypatch.setattr('effdet_nb.core.files.os.fsync', full)
-    with pytest.raises(OSError, match='No space left'): infer(Whole(), pictures, tmp_path/'o')
+    with pytest.raises(OSError, match='No space left'): infer(FullImageDetector(), image_folder, tmp_path/'o')
     assert not list((tmp_path/'o').rglob('*'))
 
 
-def test_failure_is_told_in_the_status_file(pictures, tmp_path):
+def test_a_failure_is_written_to_the_status_file(image_folder, tmp_path):
     def broken(images): raise ValueError('the network has diverged')
-    broken.image_hw, broken.classes = Whole.image_hw, Whole.classes
-    with pytest.raises(ValueError): infer(broken, pictures, results_dir=tmp_path/'r')
-    assert read_status(tmp_path/'r')[-1]['status']=='FAILURE' and 'diverged' in read_status(tmp_path/'r')[-1]['message']
+    broken.image_hw, broken.classes = FullImageDetector.image_hw, FullImageDetector.classes
+    with pytest.raises(ValueError): infer(broken, image_folder, results_dir=tmp_path/'r')
+    last = read_status(tmp_path/'r')[-1]
+    assert last['status']=='FAILURE' and 'diverged' in last['message']
 
 
 @given(st.text(), st.tuples(*[st.floats(-1e5, 1e5, width=32)]*4), st.floats(0, 1, width=32))
@@ -119,10 +143,13 @@ def test_a_label_line_has_sixteen_columns_whatever_the_name(name, box, score):
     assert np.allclose(np.array(columns[4:8], float), [x1,y1,x2,y2], atol=1e-3) and abs(float(columns[15])-score)<1e-6
 
 
-word = st.text(st.characters(categories=('L','N','P','S','Zs')), max_size=8)
+words = st.text(st.characters(categories=('L','N','P','S','Zs')), max_size=8)
+newlines = st.sampled_from(['\n', '\r\n'])
+encodings = st.sampled_from(['utf-8', 'utf-8-sig'])
 
-@given(st.lists(word, min_size=1), st.sampled_from(['\n', '\r\n']), st.booleans(), st.sampled_from(['utf-8', 'utf-8-sig']))
-def test_label_maps_of_any_editor(names, newline, last, encoding):
+
+@given(st.lists(words, min_size=1), newlines, st.booleans(), encodings)
+def test_label_maps_written_by_any_editor_are_read(names, newline, last, encoding):
     wanted = {i: n.strip() for i,n in enumerate(names, 1) if n.strip()}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/'map.txt'
@@ -132,62 +159,152 @@ def test_label_maps_of_any_editor(names, newline, last, encoding):
             with pytest.raises(ValueError, match='no names'): read_label_map(path)
 
 
-boxes = st.lists(st.tuples(st.integers(0,50), st.integers(0,50), st.integers(1,20), st.integers(1,20), st.floats(0.01,1), st.integers(0,2)), max_size=12)
-
-@given(boxes, st.floats(0,1), st.booleans())
-def test_what_is_kept_is_sure_enough_and_alone_in_its_place(found, threshold, per_class):
-    from effdet_nb.detector.boxes import iou
-    classes = ClassTable.from_categories([dict(id=1, name='a'), dict(id=2, name='b')])
-    d = Detections([[y,x,y+h,x+w] for y,x,h,w,_,_ in found], [o[4] for o in found], [o[5] for o in found])
-    kept = filter_detections(d, classes, threshold, per_class)
-    assert (kept.scores>=np.float32(threshold)).all() and (np.diff(kept.scores)<=0).all() and (kept.classes<2).all()
-    rivals = iou(kept.boxes, kept.boxes) * (1-np.eye(len(kept)))
-    if per_class: rivals = rivals * (kept.classes[:,None]==kept.classes)
-    assert not (rivals>.5+1e-6).any()
-    if (best := d[(d.classes<2) & (d.scores>=threshold)]): assert kept.scores[0]==best.scores.max()
+corner, side, score = st.integers(0, 50), st.integers(0, 20), st.floats(.01, 1)
+detection_rows = st.lists(st.tuples(corner, corner, side, side, score, st.integers(0, 2)), max_size=12)
 
 
-def test_the_module_brings_no_framework():
-    code = 'import sys, effdet_nb.app.infer; print([m for m in ("tensorflow","keras","onnxruntime","matplotlib") if m in sys.modules])'
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
-    assert out.stdout.strip()=='[]', out.stderr
+@given(detection_rows, st.floats(0, 1))
+def test_selected_detections_have_a_score_a_category_and_an_area(rows, threshold):
+    rows = sorted(rows, key=lambda row: -row[4])
+    found = Detections([[y, x, y+h, x+w] for y,x,h,w,_,_ in rows], [row[4] for row in rows], [row[5] for row in rows],
+                       class_table=TWO_CLASSES)
+    kept = found.select(threshold)
+    assert (kept.scores>=np.float32(threshold)).all() and (kept.classes<2).all() and (area(kept.boxes)>0).all()
+    is_good = (found.scores>=threshold) & (found.classes<2) & (area(found.boxes)>0)
+    assert len(kept)==is_good.sum()
 
 
-def test_summary_tells_a_blind_model_from_a_high_threshold():
-    assert 'the best score was 0.310' in repr(InferenceSummary(3, best_score=.31)) and 'lower threshold' not in repr(InferenceSummary(3, Counter(a=1), best_score=.6))
+def test_importing_the_module_imports_no_framework():
+    code = '''import sys, effdet_nb.app.infer
+print([m for m in ("tensorflow", "keras", "onnxruntime", "matplotlib") if m in sys.modules])'''
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.strip()=='[]', run.stderr
 
 
-def test_a_keras_detector_finds_its_own_boxes_in_files_of_any_size(tmp_path):
-    from effdet_nb.detector.nms import NmsOptions
-    from effdet_nb.detector.predictor import KerasDetector
+def test_the_summary_tells_a_weak_model_from_a_high_threshold():
+    assert 'the best score was 0.310' in repr(InferenceSummary(3, best_score=.31))
+    assert 'lower threshold' not in repr(InferenceSummary(3, Counter(a=1), best_score=.6))
+
+
+def raise_class_scores(model):
+    "Changes the prediction layer of the classes, so that an untrained model gives scores of all sizes."
+    class_layer = [layer for layer in model.layers if layer.name.startswith('class-') and layer.weights][-1]
+    for v in class_layer.weights: v.assign(np.full(v.shape, -2) if v.name=='bias' else np.array(v)*40)
+
+
+@pytest.fixture(scope='module')
+def model_files(tmp_path_factory):
+    "One tiny model as .tlt and as exported files with and without suppression, and images of several sizes."
     from effdet_nb.detector.efficientdet import Arch, build
-    arch = Arch(image_hw=(128,128), num_classes=3)
-    detector = KerasDetector(build(arch), arch, ClassTable.from_categories([dict(id=1, name='a'), dict(id=2, name='b')]), nms_options=NmsOptions(score_threshold=.005))
+    from effdet_nb.export.onnx_graph import convert_to_onnx
+    from effdet_nb.export.onnx_nms import add_nms
+    from effdet_nb.weights.model_file import save_detector
+    import keras
+    import onnx
+    keras.utils.set_random_seed(0)
+    folder = tmp_path_factory.mktemp('models')
+    arch = Arch('efficientdet-tiny', image_hw=(128,128), num_classes=3)
+    model = build(arch)
+    raise_class_scores(model)
+    save_detector(folder/'a.tlt', model, arch, TWO_CLASSES)
+    raw = convert_to_onnx(folder/'a.tlt')[0]
+    for kind in ('onnx', 'none'): onnx.save(add_nms(raw, kind), folder/f'{kind}.onnx')
+    (folder/'in').mkdir()
     rng = np.random.default_rng(0)
-    (tmp_path/'in').mkdir()
-    for i,size in enumerate([(300,200), (90,120), (128,128)]): Image.fromarray(rng.integers(0, 255, (*size,3), np.uint8)).save(tmp_path/'in'/f'{i}.png')
-    alone = [o for p in find_images(tmp_path/'in') for o in predict_files(detector, [p], threshold=.005)]
-    together = list(predict_files(detector, find_images(tmp_path/'in'), batch_size=2, threshold=.005))
-    for a,b in zip(alone, together): np.testing.assert_allclose(a.boxes, b.boxes, atol=.05)
-    assert sum(len(o.category_ids) for o in together)>0
-    summary = infer(detector, tmp_path/'in', results_dir=tmp_path/'r', score_threshold=.005)
-    assert summary.counts['boxes']==sum(len(o.category_ids) for o in together)
+    for i,size in enumerate([(300,200), (90,120), (128,128)]):
+        Image.fromarray(rng.integers(0, 255, (*size,3), np.uint8)).save(folder/'in'/f'{i}.png')
+    return folder
 
 
-def test_patterns_choose_pictures_and_keep_their_folders(pictures, tmp_path):
-    summary = infer(Whole(), str(pictures/'*.p[mn]g'), results_dir=tmp_path/'r')
+def assert_same(a, b):
+    "Whether two detections agree box by box, up to rounding."
+    assert len(a)==len(b)
+    np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)
+    for box,label,score in zip(a.boxes, a.classes, a.scores):
+        is_equal = (b.classes==label) & (abs(b.scores-score)<1e-4) & (abs(b.boxes-box).max(1)<.1)
+        assert is_equal.any()
+
+
+THRESHOLD = .1
+
+
+def test_every_way_to_open_and_run_a_model_gives_the_same_boxes(model_files, tmp_path):
+    from effdet_nb.evaluate.ground_truth import GroundTruth, predict_samples
+    from effdet_nb.export.runtimes import load_detector
+    from effdet_nb.weights.model_file import load_keras_detector
+    paths = find_images(model_files/'in')
+    reference = load_keras_detector(model_files/'a.tlt')
+    expected = [reference(path, THRESHOLD) for path in paths]
+    assert sum(map(len, expected))>10
+    for name in ('a.tlt', 'onnx.onnx', 'none.onnx'):
+        detector = load_detector(model_files/name)
+        assert detector.nms_options==NmsOptions()
+        summary = infer(model_files/name, model_files/'in', results_dir=tmp_path/name, score_threshold=THRESHOLD)
+        samples = [(path, GroundTruth(i, [], [])) for i,path in enumerate(paths)]
+        evaluated = [found for _,found in predict_samples(detector, samples)]
+        for path,want,predicted,found in zip(paths, expected, summary.predictions, evaluated):
+            assert_same(detector(path, THRESHOLD), want)
+            assert_same(predicted.detections, want)
+            assert_same(replace(found, class_table=detector.classes).select(THRESHOLD), want)
+
+
+@pytest.mark.parametrize('name', ['a.tlt', 'onnx.onnx', 'none.onnx'])
+def test_thresholds_and_limits_are_obeyed_by_every_file(model_files, name):
+    image = read_letterboxed(find_images(model_files/'in')[0], (128,128)).image
+    detector = load_for_inference(model_files/name)
+    every = detector(image[None])[0]
+    threshold = float(every.scores[8])
+    for limit in (5, 50):
+        detector.set_nms_options(score_threshold=threshold, max_detections=limit)
+        expected = every[every.scores>threshold][:limit]
+        assert_same(detector(image[None])[0], expected)
+        assert 0<len(expected)<=min(limit, 8)
+
+
+def test_class_agnostic_suppression_is_a_named_option(model_files, tmp_path):
+    path = find_images(model_files/'in')[0]
+    image = read_letterboxed(path, (128,128)).image
+    for name in ('a.tlt', 'none.onnx'):
+        boxes = load_for_inference(model_files/name, class_agnostic=True)(image[None])[0].boxes
+        assert len(boxes) and (iou(boxes, boxes)-np.eye(len(boxes))<=.5+1e-5).all()
+    options = dict(results_dir=tmp_path/'r', score_threshold=THRESHOLD, max_detections=1000)
+    class_wise = infer(model_files/'none.onnx', path, **options)
+    agnostic = infer(model_files/'none.onnx', path, class_agnostic=True, **options)
+    assert 0<agnostic.counts['boxes']<class_wise.counts['boxes']
+    for model in (model_files/'onnx.onnx', FullImageDetector()):
+        with pytest.raises(ValueError, match='class_agnostic|per_class=False'):
+            infer(model, path, results_dir=tmp_path/'refused', class_agnostic=True)
+
+
+def test_more_boxes_than_a_file_keeps_are_a_warning(model_files, capsys):
+    detector = load_for_inference(model_files/'onnx.onnx', max_detections=101)
+    assert detector.nms_options.max_detections==100 and 'warning: max_detections=101' in capsys.readouterr().err
+    assert load_for_inference(model_files/'a.tlt', max_detections=101).nms_options.max_detections==101
+
+
+def test_detections_do_not_depend_on_the_batch(model_files):
+    detector = load_for_inference(model_files/'a.tlt')
+    paths = find_images(model_files/'in')
+    in_batches = predict_files(detector, paths, batch_size=2, score_threshold=THRESHOLD)
+    for path,prediction in zip(paths, in_batches):
+        alone = next(predict_files(detector, [path], score_threshold=THRESHOLD))
+        assert_same(alone.detections, prediction.detections)
+
+
+def test_a_pattern_chooses_images_and_keeps_their_folders(image_folder, tmp_path):
+    summary = infer(FullImageDetector(), str(image_folder/'*.p[mn]g'), results_dir=tmp_path/'r')
     assert summary.num_images==2 and {p.name for p in (tmp_path/'r'/'labels').iterdir()}=={'c.txt', 'é.txt'}
-    infer(Whole(), f'{pictures}/**/a.*', out_label_path=tmp_path/'l')
+    infer(FullImageDetector(), f'{image_folder}/**/a.*', out_label_path=tmp_path/'l')
     assert {p.relative_to(tmp_path/'l').as_posix() for p in (tmp_path/'l').rglob('*.txt')}=={'a.txt', 'inner/a.txt'}
-    assert [p.name for p in find_images(pictures/'we ird [1].jpg')]==['we ird [1].jpg']              # a name, though it looks like a pattern
-    with pytest.raises(FileNotFoundError, match='between quotes'): find_images(pictures/'*.txt')
+    one_file = find_images(image_folder/'we ird [1].jpg')              # a name, though it looks like a pattern
+    assert [p.name for p in one_file]==['we ird [1].jpg']
+    with pytest.raises(FileNotFoundError, match='between quotes'): find_images(image_folder/'*.txt')
 
 
-def test_the_results_folder_holds_one_coco_file(pictures, tmp_path):
-    import json
+def test_the_results_folder_holds_one_coco_file(image_folder, tmp_path):
     from pycocotools.coco import COCO
-    (pictures/'bad.png').write_bytes(b'?')
-    infer(Whole(), pictures, results_dir=tmp_path/'r', label_map=None)
+    (image_folder/'bad.png').write_bytes(b'?')
+    infer(FullImageDetector(), image_folder, results_dir=tmp_path/'r', label_map=None)
     data = json.loads((tmp_path/'r'/'detections.json').read_text())
     assert len(data['images'])==len(data['annotations'])==10 and data['categories']==[dict(id=7, name='traffic light')]
     by_id = {i['id']: i for i in data['images']}
@@ -198,34 +315,40 @@ def test_the_results_folder_holds_one_coco_file(pictures, tmp_path):
     assert len(coco.loadRes(data['annotations']).anns)==10
 
 
-class Alone(Whole):
-    "The same, to be asked from several threads for one picture at a time; slower for some pictures than for others."
+class ParallelDetector(FullImageDetector):
+    "The same, to be called from several threads with single images; slower for some images than for others."
     is_parallel = True
+
     def __call__(self, images):
-        import time
         time.sleep(.02*(int(images[0,0,0,0])//10%3))
         return super().__call__(images)
 
 
-def test_side_by_side_is_in_order_and_the_same(pictures, tmp_path):
-    (pictures/'b2.png').write_bytes(b'?')
-    detector = Alone()
-    one, many = (infer(d, pictures, results_dir=tmp_path/n, workers=3) for d,n in ((Whole(),'one'), (detector,'many')))
+def test_parallel_inference_keeps_the_order_and_gives_the_same_files(image_folder, tmp_path):
+    (image_folder/'b2.png').write_bytes(b'?')
+    detector = ParallelDetector()
+    one = infer(FullImageDetector(), image_folder, results_dir=tmp_path/'one', workers=3)
+    many = infer(detector, image_folder, results_dir=tmp_path/'many', workers=3)
     assert one.counts==many.counts==dict(images=10, boxes=10, unreadable=1) and detector.batches==[1]*10
     assert [f.path for f in one.predictions]==[f.path for f in many.predictions]
-    for p in (tmp_path/'one').rglob('*.txt'): assert p.read_text()==(tmp_path/'many'/p.relative_to(tmp_path/'one')).read_text()
-    for s in (one, many): assert list(s.stage_seconds)==['read','network','choose','write'] and 'ms per picture: read' in repr(s)
-    with pytest.raises(ValueError, match='not readable'): list(predict_files(detector, find_images(pictures)))
+    for p in (tmp_path/'one').rglob('*.txt'):
+        assert p.read_text()==(tmp_path/'many'/p.relative_to(tmp_path/'one')).read_text()
+    for summary in (one, many):
+        assert list(summary.stage_seconds)==['read','network','choose','write']
+        assert 'ms per image: read' in repr(summary)
+    with pytest.raises(ValueError, match='not readable'): list(predict_files(detector, find_images(image_folder)))
 
 
-def test_onnx_files_work_side_by_side(tmp_path, pictures):
+def test_onnx_files_of_any_batch_give_the_same_labels(tmp_path, image_folder):
     import onnx
     from effdet_nb.export.onnx_nms import add_onnx_nms
     from effdet_nb.export.runtimes import OnnxDetector
     from onnx_toy import toy_onnx_model
     onnx.save(add_onnx_nms(toy_onnx_model()), tmp_path/'a.onnx')
     onnx.save(add_onnx_nms(toy_onnx_model(batch=4)), tmp_path/'b.onnx')
-    assert [OnnxDetector(tmp_path/n, threads=t).is_parallel for n,t in (('a.onnx',1), ('a.onnx',None), ('b.onnx',1))]==[True, False, False]
-    a,b = (infer(tmp_path/n, pictures, out_label_path=tmp_path/n[0], score_threshold=.3) for n in ('a.onnx','b.onnx'))
-    assert a.boxes==b.boxes and a.images==10
+    for name,threads,is_parallel in (('a.onnx', 1, True), ('a.onnx', None, False), ('b.onnx', 1, False)):
+        assert OnnxDetector(tmp_path/name, threads=threads).is_parallel==is_parallel
+    a = infer(tmp_path/'a.onnx', image_folder, out_label_path=tmp_path/'a', score_threshold=.3)
+    b = infer(tmp_path/'b.onnx', image_folder, out_label_path=tmp_path/'b', score_threshold=.3)
+    assert a.boxes_per_class==b.boxes_per_class and a.num_images==10
     for p in (tmp_path/'a').iterdir(): assert p.read_text()==(tmp_path/'b'/p.name).read_text()

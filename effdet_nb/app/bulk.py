@@ -9,7 +9,6 @@ __all__ = ['predict_and_save', 'summarize_predictions', 'infer_bulk']
 import json
 from functools import lru_cache
 from pathlib import Path
-import numpy as np
 from ..core.console import Status
 from ..core.files import check_output_path, write_json
 from ..detector.detections import Detections
@@ -97,10 +96,10 @@ def infer_bulk(
         status.log_progress(f'Looked at {summary.num_images} images.', kpi=summary.counts)
         return summary
 
-# %% ../../nbs/app/02_bulk.ipynb #069e73d1
+# %% ../../nbs/app/02_bulk.ipynb #094fa532
 def _require_beam():
     "Raises an error with instructions if Beam is missing."
-    try: import apache_beam # noqa: F401
+    try: import apache_beam
     except ImportError:
         raise ImportError('bulk inference: Apache Beam is not installed here. '
                           'Install it (pip install "effdet_nb[beam]"), or leave the runner out') from None
@@ -119,4 +118,4 @@ def _run_pipeline(jobs, rows, options, model_path, names, limits):
         found = (pipeline | beam.Create(jobs) | beam.Reshuffle()
                  | beam.Map(predict_and_save, model_path, names, **limits))
         lines = found | beam.Map(json.dumps)
-        lines | beam.io.WriteToText(str(rows), shard_name_template='', append_trailing_newlines=True) # noqa: B018
+        lines | beam.io.WriteToText(str(rows), shard_name_template='', append_trailing_newlines=True)

@@ -99,7 +99,7 @@ def effdet_evaluate(
     model_path:Option('The model: .tlt, .onnx, .etlt or .engine, or .json with detections; several are compared', '-m', '--model', '--compare', required=True, nargs='+', metavar='FILE')=None,
     key:_key_option()=None,
     results_dir:_results_option('Folder for metrics.json, detections.json, report.html and status.json; none are written if left out')=None,
-    nms:Option("How repetitions are suppressed; soft if left out and the file leaves the choice, or as the file does it", choices=['soft','hard'])=None,
+    nms:Option("How duplicates are suppressed: hard, or soft (soft-NMS) where the file leaves the choice; hard if left out", choices=['soft','hard'])=None,
     iou_threshold:Option('How tight a box must be, for the kinds of mistakes and the confusion matrix', type=float, metavar='X')=.5,
     score_threshold:Option('Lowest score in the confusion matrix; min_score_thresh of the spec if left out', type=float, metavar='SCORE')=None,
     pycocotools:Option('Count with pycocotools: the same numbers, slowly', flag=True)=False,
@@ -154,7 +154,8 @@ def effdet_inference(
     label_map:Option("Text file, one class name a line; the model's own names if left out", '-c', '--class_map', metavar='FILE')=None,
     results_dir:_results_option('Folder for images_annotated/, labels/, detections.json and status.json')=None,
     threshold:Option("Lowest score to keep; min_score_thresh of the spec if left out", '-t', type=float, metavar='SCORE')=None,
-    per_class:Option('Boxes of different classes do not silence each other', flag=True)=False,
+    per_class:Option('Suppress duplicates within each class; this is the default', flag=True)=False,
+    class_agnostic:Option("Suppress duplicates across classes, as TAO's inference does; not for files that suppress by themselves", flag=True)=False,
     recursive:Option('Look into the folders inside as well', flag=True)=False,
     batch_size:Option('Pictures at once; eval_batch_size of the spec if left out, 8 without a spec', type=int, metavar='N')=None,
     runner:Option('Run as a pipeline of Apache Beam, by this runner of it, such as DirectRunner; needs --results_dir', metavar='NAME')=None,
@@ -163,22 +164,23 @@ def effdet_inference(
     verbose:_verbose_option()=False,
 ):
     "Find objects in pictures: annotated pictures and KITTI labels."
+    if per_class and class_agnostic: raise ValueError('--per_class, --class_agnostic: these contradict each other. Give one of the two')
     from effdet_nb.app.infer import infer
     from effdet_nb.train.spec import Spec
     e = (Spec.load(experiment_spec_file, 'inference') if experiment_spec_file else Spec().replace(eval_config=dict(eval_batch_size=8))).eval_config
-    if runner: summary = _infer_with_beam(model_path, in_image_path, results_dir, label_map, e.min_score_thresh if threshold is None else threshold, per_class, e.max_detections_per_image, recursive, key, runner)
-    else: summary = infer(model_path, in_image_path, out_image_path, out_label_path, label_map, e.min_score_thresh if threshold is None else threshold, per_class,
+    if runner: summary = _infer_with_beam(model_path, in_image_path, results_dir, label_map, e.min_score_thresh if threshold is None else threshold, class_agnostic, e.max_detections_per_image, recursive, key, runner)
+    else: summary = infer(model_path, in_image_path, out_image_path, out_label_path, label_map, e.min_score_thresh if threshold is None else threshold, class_agnostic,
                     e.max_detections_per_image, e.eval_batch_size if batch_size is None else batch_size, recursive=recursive, key=key, results_dir=results_dir)
     if not summary.unreadable: return summary
     print(summary)
     raise ValueError(f'{len(summary.unreadable):,} of {summary.num_images+len(summary.unreadable):,} pictures could not be read; they are named above, and all others are done')
 
-def _infer_with_beam(model_path, in_image_path, results_dir, label_map, threshold, per_class, max_detections, recursive, key, runner):
+def _infer_with_beam(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic, max_detections, recursive, key, runner):
     "Inference as a Beam pipeline; the key goes where its local workers look for it."
     if not results_dir: raise ValueError('--runner: a pipeline writes into one folder. Give --results_dir')
     if key: os.environ['EFFDET_KEY'] = key
     from effdet_nb.app.bulk import infer_bulk
-    return infer_bulk(model_path, in_image_path, results_dir, label_map, threshold, per_class, max_detections, recursive, options=[f'--runner={runner}'])
+    return infer_bulk(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic, max_detections, recursive, options=[f'--runner={runner}'])
 
 # %% ../../nbs/app/10_cli.ipynb #d0f338b7
 @command
