@@ -1,4 +1,4 @@
-"""Pictures from disk to boxes: our exported D0 in ONNX Runtime beside effdet, and both graphs bare, on the CPU, turn by turn.
+"""Images from disk to boxes: our exported D0 in ONNX Runtime beside effdet, and both graphs bare, on the CPU, in turns.
 
     python bench/inference.py --images FOLDER [--size 512] [--classes 90] [--rounds 5] [--count 8]
 
@@ -15,108 +15,168 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+from interleave import median_ratio, time_call
+
+EXPORT_SCRIPT = '''
+import sys
+import onnx
+from effdet_nb.data.classes import ClassTable
+from effdet_nb.detector.efficientdet import Arch, build
+from effdet_nb.export.onnx_graph import convert_to_onnx
+from effdet_nb.export.onnx_nms import add_onnx_nms
+from effdet_nb.weights.model_file import save_detector
+folder, size, num_classes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+arch = Arch(image_hw=(size, size), num_classes=num_classes)
+categories = [dict(id=i, name=f'c{i}') for i in range(1, num_classes)]
+save_detector(f'{folder}/a.tlt', build(arch), arch, ClassTable.from_categories(categories, num_classes=num_classes))
+raw = convert_to_onnx(f'{folder}/a.tlt')[0]
+onnx.save(raw, f'{folder}/raw.onnx')
+onnx.save(add_onnx_nms(raw), f'{folder}/final.onnx')
+'''
+
 FIRST_RESULT_SCRIPT = '''
-import sys, time; start = time.perf_counter()
+import sys, time
+start = time.perf_counter()
 from effdet_nb.app.infer import infer
 infer(sys.argv[1], sys.argv[2], out_label_path=sys.argv[3])
-print(time.perf_counter()-start, [m for m in ('tensorflow', 'keras') if m in sys.modules])'''
+print(time.perf_counter()-start, [m for m in ('tensorflow', 'keras') if m in sys.modules])
+'''
 
 
-def export_models(folder, size, classes):
-    "Our D0 with fresh weights as .onnx, with its ending and without. In a process of its own: TensorFlow's threads shall not disturb."
-    code = f'''
-import onnx
-from effdet_nb.data.coco import ClassTable
-from effdet_nb.export.onnx_graph import raw_graph
-from effdet_nb.export.onnx_nms import end_with_operators
-from effdet_nb.detector.predictor import save_detector
-from effdet_nb.detector.efficientdet import Arch, build
-arch = Arch(image_hw=({size},{size}), num_classes={classes})
-save_detector({str(folder/"a.tlt")!r}, build(arch), arch, ClassTable.make([dict(id=i, name=f'c{{i}}') for i in range(1, {classes})], num_classes={classes}))
-raw = raw_graph({str(folder/"a.tlt")!r})[0]
-onnx.save(raw, {str(folder/"raw.onnx")!r}); onnx.save(end_with_operators(raw), {str(folder/"final.onnx")!r})'''
-    subprocess.run([sys.executable, '-c', code], check=True, env=os.environ | dict(TF_CPP_MIN_LOG_LEVEL='3'), stderr=subprocess.DEVNULL)
+def export_models(folder, size, num_classes):
+    "Exports D0 with fresh weights, with suppression and without. In another process: TensorFlow's threads disturb."
+    command = [sys.executable, '-c', EXPORT_SCRIPT, folder, str(size), str(num_classes)]
+    subprocess.run(command, check=True, env=os.environ | dict(TF_CPP_MIN_LOG_LEVEL='3'), stderr=subprocess.DEVNULL)
 
 
 class PeerProcess:
-    "Another Python that runs `way count` and says how long it took."
+    "Another Python that runs a variant some times and returns the seconds."
     def __init__(self, python, setup):
         script = Path(__file__).with_name('peer_effdet.py')
-        self.process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        self.say(json.dumps(setup))
-        while self.hear() not in ('ready', ''): pass
+        self.process = subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True)
+        self.send(json.dumps(setup))
+        while self.receive() not in ('ready', ''): pass
 
-    def say(self, line): print(line, file=self.process.stdin, flush=True)
-    def hear(self): return self.process.stdout.readline().strip()
+    def send(self, line): print(line, file=self.process.stdin, flush=True)
+    def receive(self): return self.process.stdout.readline().strip()
 
-    def __call__(self, way, count):
-        self.say(f'{way} {count}')
-        heard = self.hear()
-        if not heard or heard.startswith('failed'): sys.exit(f'{way}: {heard or "the other process ended"}')
-        return float(heard)
-
-
-def time_call(f):
-    start = time.perf_counter()
-    f()
-    return time.perf_counter()-start
+    def __call__(self, variant, count):
+        self.send(f'{variant} {count}')
+        reply = self.receive()
+        if not reply or reply.startswith('failed'): sys.exit(f'{variant}: {reply or "the other process ended"}')
+        return float(reply)
 
 
-def main():
+def bare_session(path, size, count):
+    "A function that runs a graph on constant pixels, `count` times."
+    import numpy as np
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    pixels = np.full((1, size, size, 3), 100, np.float32)
+
+    def run():
+        for _ in range(count): session.run(None, {'input': pixels})
+    return run
+
+
+def package_variants(folder, images, out, size, count):
+    "{name: function that returns seconds} of our variants."
+    from effdet_nb.app.infer import infer
+    from effdet_nb.export.runtimes import load_detector
+    detector = load_detector(folder/'final.onnx', threads=1)
+    limits = dict(threshold=0., max_detections=12)
+    calls = {
+        'ours, disk to labels': lambda: infer(detector, images, out_label_path=out/'labels', **limits),
+        'ours, also drawn and written': lambda: infer(detector, images, out/'drawn', out/'labels', **limits),
+        'ours bare, suppression inside': bare_session(folder/'final.onnx', size, count),
+        'ours bare, raw outputs': bare_session(folder/'raw.onnx', size, count)}
+    def timed(call): return lambda: time_call(call)
+    return {name: timed(call) for name, call in calls.items()}
+
+
+def peer_variants(peer, count):
+    "{name: function that returns seconds} of the peer's variants."
+    names = {'effdet, disk to boxes': 'effdet', 'effdet export bare': 'effdet_ort',
+             'effdet export bare, OpenVINO': 'effdet_openvino', 'ours bare, OpenVINO': 'ours_openvino'}
+    def timed(variant): return lambda: peer(variant, count)
+    return {name: timed(variant) for name, variant in names.items()}
+
+
+def measure(variants, rounds, count):
+    "Seconds per image of each variant, turn by turn, after one turn that does not count."
+    for variant in variants.values(): variant()
+    seconds = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, variant in variants.items(): seconds[name].append(variant()/count)
+    return seconds
+
+
+def print_table(seconds, baseline):
+    print(f'\n| variant | median ms | fastest ms | times as fast as `{baseline}` |\n|---|---|---|---|')
+    for name, mine in seconds.items():
+        ratio = median_ratio(mine, seconds[baseline])
+        print(f'| {name} | {1e3*statistics.median(mine):.1f} | {1e3*min(mine):.1f} | {ratio:.2f} |')
+
+
+def print_first_result(model, image, out):
+    "Prints how long a new process needs until its first result."
+    command = [sys.executable, '-c', FIRST_RESULT_SCRIPT, model, image, out]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(3)]
+    seconds, frameworks = zip(*(run.strip().split(' ', 1) for run in runs))
+    fastest = min(map(float, seconds))
+    print(f'start to first result: {fastest:.2f} s (fastest of 3), frameworks imported: {frameworks[0]}')
+
+
+def read_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--images', required=True)
     parser.add_argument('--peer', default=os.environ.get('PEER_PYTHON'))
     parser.add_argument('--files', help='keep our exported files in this folder, and take those that are there')
-    for name, value in dict(size=512, classes=90, rounds=5, count=8).items(): parser.add_argument(f'--{name}', type=int, default=value)
-    a = parser.parse_args()
-    import numpy as np
-    import onnxruntime
-    from effdet_nb.app.infer import find_images, infer
-    from effdet_nb.export.runtimes import OnnxDetector
-    temporary = tempfile.TemporaryDirectory()
-    folder = Path(a.files or temporary.name)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder/'final.onnx').is_file(): export_models(folder, a.size, a.classes)
-    pictures = [str(p) for p in find_images(a.images)[:a.count]]
-    few = Path(temporary.name)/'few'
-    few.mkdir()
-    for p in pictures: (few/Path(p).name).symlink_to(Path(p).resolve())
-    peer = PeerProcess(a.peer, dict(folder=temporary.name, pictures=pictures, size=a.size, classes=a.classes, ours=str(folder/'final.onnx'))) if a.peer else None
-    detector = OnnxDetector(folder/'final.onnx', threads=1, method='hard')
-    how, out = dict(threshold=0., max_detections=12), Path(temporary.name)
+    for name, value in dict(size=512, classes=90, rounds=5, count=8).items():
+        parser.add_argument(f'--{name}', type=int, default=value)
+    return parser.parse_args()
 
-    def bare(name):
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(folder/name), options, providers=['CPUExecutionProvider'])
-        pixels = np.zeros((1, a.size, a.size, 3), np.float32)+100
-        def run():
-            for _ in pictures: session.run(None, {'input': pixels})
-        return run
-    final, raw = bare('final.onnx'), bare('raw.onnx')
-    ways = {'ours, disk to labels': lambda: time_call(lambda: infer(detector, few, out_label_path=out/'labels', **how)),
-            'ours, also drawn and written': lambda: time_call(lambda: infer(detector, few, out/'painted', out/'labels', **how)),
-            'ours bare, suppression inside': lambda: time_call(final), 'ours bare, raw answers': lambda: time_call(raw)}
-    if peer: ways |= {'effdet, disk to boxes': lambda: peer('effdet', len(pictures)), 'effdet export bare': lambda: peer('effdet_ort', len(pictures)),
-                      'effdet export bare, OpenVINO': lambda: peer('effdet_openvino', len(pictures)), 'ours bare, OpenVINO': lambda: peer('ours_openvino', len(pictures))}
+
+def link_images(paths, folder):
+    "A folder with links to some images."
+    folder.mkdir()
+    for path in paths: (folder/path.name).symlink_to(path.resolve())
+    return folder
+
+
+def compare(args, work):
+    "Times all variants, with `work` for what may be deleted afterwards."
+    from effdet_nb.app.infer import find_images
+    folder = Path(args.files or work)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder/'final.onnx').is_file(): export_models(folder, args.size, args.classes)
+    paths = [Path(p) for p in find_images(args.images)[:args.count]]
+    variants = package_variants(folder, link_images(paths, work/'images'), work, args.size, len(paths))
+    if args.peer:
+        setup = dict(folder=str(work), images=list(map(str, paths)), size=args.size, num_classes=args.classes,
+                     ours=str(folder/'final.onnx'))
+        variants |= peer_variants(PeerProcess(args.peer, setup), len(paths))
     else: print('no effdet: name the Python of an environment that has it with --peer or PEER_PYTHON (see --help)')
-    for way in ways.values(): way()
-    seconds = {name: [] for name in ways}
-    for _ in range(a.rounds):
-        for name, way in ways.items(): seconds[name].append(way()/len(pictures))
-    base = 'effdet export bare' if peer else 'ours bare, raw answers'
-    print(f'D0 {a.size}x{a.size}, {a.classes} classes, fresh weights, {len(pictures)} pictures a turn, {a.rounds} turns, onnxruntime {onnxruntime.__version__}, {os.cpu_count()} cores')
-    print(f'\n| way | median ms | fastest ms | times as fast as `{base}` |\n|---|---|---|---|')
-    for name, mine in seconds.items():
-        print(f'| {name} | {1e3*statistics.median(mine):.1f} | {1e3*min(mine):.1f} | {statistics.median(b/m for b, m in zip(seconds[base], mine)):.2f} |')
-    ratio = lambda x, y: statistics.median(p/q for p, q in zip(seconds[x], seconds[y]))
-    if peer: print(f"\nours to labels / effdet to boxes: {ratio('effdet, disk to boxes', 'ours, disk to labels'):.2f} times as fast")
-    print(f"drawing and writing: {100*(ratio('ours, also drawn and written', 'ours, disk to labels')-1):.0f} % more time")
-    first = [subprocess.run([sys.executable, '-c', FIRST_RESULT_SCRIPT, folder/'final.onnx', pictures[0], out/'first'], capture_output=True, text=True, check=True).stdout.split(' ', 1) for _ in range(3)]
-    print(f'start to first result: {min(float(t) for t, _ in first):.2f} s (fastest of 3), frameworks imported: {first[0][1].strip()}')
+    seconds = measure(variants, args.rounds, len(paths))
+    print(f'D0 {args.size}x{args.size}, {args.classes} classes, fresh weights, {len(paths)} images a turn, '
+          f'{args.rounds} turns, {os.cpu_count()} cores')
+    print_table(seconds, 'effdet export bare' if args.peer else 'ours bare, raw outputs')
+    labels, drawn = seconds['ours, disk to labels'], seconds['ours, also drawn and written']
+    if args.peer:
+        ratio = median_ratio(labels, seconds['effdet, disk to boxes'])
+        print(f'\nours to labels is {ratio:.2f} times as fast as effdet to boxes')
+    print(f'drawing and writing: {100*(median_ratio(labels, drawn)-1):.0f} % more time')
+    print_first_result(folder/'final.onnx', paths[0], work/'first')
+
+
+def main():
+    args = read_arguments()
+    with tempfile.TemporaryDirectory() as work: compare(args, Path(work))
 
 
 if __name__ == '__main__': main()

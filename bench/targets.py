@@ -1,4 +1,4 @@
-"""Target assignment on the CPU: all pairs of 100 padded rows, all pairs of the true number of objects, and only the pairs that can matter; all exact.
+"""Target assignment on the CPU by three exact methods: all pairs, padded or not, and only the pairs that can matter.
 
     python bench/targets.py [--rounds 15]
 """
@@ -8,23 +8,27 @@ import os
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
-import effdet_nb   # first: it sets the switches that TensorFlow reads
+
+import effdet_nb   # noqa: F401  before TensorFlow, whose switches it sets
 import tensorflow as tf
+from interleave import print_timings, time_interleaved
 
 from effdet_nb.accel.grid_targets import anchor_grid, assign_on_grid
-from effdet_nb.detector.targets import assign
 from effdet_nb.detector.anchors import all_anchors
-from time_interleaved import time_interleaved, print_timings
+from effdet_nb.detector.targets import assign
 
 
-def random_boxes(rng, count):
+def random_boxes(rng, num_boxes):
     "Boxes of 10 to 200 pixels on a 512-pixel image, and their channels."
-    centre, half = rng.uniform(20, 490, (count, 2)), np.exp(rng.uniform(np.log(10), np.log(200), (count, 2)))/2
-    return np.concatenate([centre-half, centre+half], axis=1).astype('float32'), rng.integers(0, 80, count).astype('int32')
+    centre = rng.uniform(20, 490, (num_boxes, 2))
+    half = np.exp(rng.uniform(np.log(10), np.log(200), (num_boxes, 2)))/2
+    boxes = np.concatenate([centre-half, centre+half], axis=1)
+    return boxes.astype('float32'), rng.integers(0, 80, num_boxes).astype('int32')
 
 
-def pad_boxes(boxes, classes, rows=100):
-    missing = rows-len(boxes)
+def pad_boxes(boxes, classes, max_boxes=100):
+    "Boxes and channels with rows of -1 added up to `max_boxes`."
+    missing = max_boxes-len(boxes)
     return np.pad(boxes, [(0, missing), (0, 0)], constant_values=-1), np.pad(classes, (0, missing), constant_values=-1)
 
 
@@ -34,16 +38,22 @@ def main():
     rounds = parser.parse_args().rounds
     anchors, rng = all_anchors((512, 512)), np.random.default_rng(0)
     grid = anchor_grid(anchors)
-    kinds = tf.TensorSpec([None, 4]), tf.TensorSpec([None], tf.int32)
-    run = tf.function(lambda boxes, classes: assign(anchors, boxes, classes), input_signature=kinds)
+    signature = tf.TensorSpec([None, 4]), tf.TensorSpec([None], tf.int32)
+    assign_all = tf.function(lambda boxes, classes: assign(anchors, boxes, classes), input_signature=signature)
     print(f'{len(anchors):,} anchors, tensorflow {tf.__version__}, {os.cpu_count()} cores')
-    for count in 1, 7, 20, 100:
-        boxes, classes = random_boxes(rng, count)
-        short, long = [tf.constant(a) for a in (boxes, classes)], [tf.constant(a) for a in pad_boxes(boxes, classes)]
-        for a, b in zip(run(*short), run(*long)): assert (a.numpy() == b.numpy()).all(), 'padding must change nothing'
-        for a, b in zip(run(*short), assign_on_grid(grid, boxes, classes)): assert np.allclose(a, b, atol=2e-5), 'looking in fewer places must change nothing'
-        ways = {'padded to 100 rows': lambda: run(*long), 'true count': lambda: run(*short), 'where objects are (one core)': lambda: assign_on_grid(grid, boxes, classes)}
-        print_timings(f'{count} objects', time_interleaved(ways, rounds), 'padded to 100 rows')
+    for num_boxes in 1, 7, 20, 100:
+        boxes, classes = random_boxes(rng, num_boxes)
+        exact = [tf.constant(a) for a in (boxes, classes)]
+        padded = [tf.constant(a) for a in pad_boxes(boxes, classes)]
+        expected = assign_all(*exact)
+        for a, b in zip(expected, assign_all(*padded)):
+            assert (a.numpy() == b.numpy()).all(), 'padding must change nothing'
+        for a, b in zip(expected, assign_on_grid(grid, boxes, classes)):
+            assert np.allclose(a, b, atol=2e-5), 'looking at fewer pairs must change nothing'
+        variants = {'padded to 100 rows': lambda padded=padded: assign_all(*padded),
+                    'true count': lambda exact=exact: assign_all(*exact),
+                    'on the grid (one core)': lambda boxes=boxes, classes=classes: assign_on_grid(grid, boxes, classes)}
+        print_timings(f'{num_boxes} objects', time_interleaved(variants, rounds), 'padded to 100 rows')
 
 
 if __name__ == '__main__': main()
