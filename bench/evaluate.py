@@ -1,8 +1,8 @@
 """A whole evaluation beside the bare forward passes of the same network on the same images.
 
 Whole: JPEG files to `Metrics` - decode, resize, network, suppression, COCO's numbers. Bare: the network alone, on
-batches that are ready in memory. What the network needs is the floor; the ratio says what all the rest adds. Both run in one
-process, turn by turn, after one round each to build graphs.
+batches that are ready in memory. What the network needs is the floor; the ratio says what the rest adds. Both run in
+one process, turn by turn, after one round each to build graphs.
 
     python bench/evaluate.py --images FOLDER --annotations FILE.json                    # D0, 512 pixels, random weights
     python bench/evaluate.py --images FOLDER --annotations FILE.json --model model.tlt  # or a file: .tlt, .onnx

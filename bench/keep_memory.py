@@ -1,4 +1,4 @@
-"""Batch norm and swish, forward and backward, on 4 x 256 x 256 x 48 numbers: freed memory returned to the system or kept.
+"""Batch norm and swish, forward and backward, on 4 x 256 x 256 x 48 numbers, with and without keeping freed memory.
 
     python bench/keep_memory.py
 """

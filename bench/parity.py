@@ -107,7 +107,8 @@ def loss_inputs(expected, targets):
         rng, side = np.random.RandomState(100+level), 512//2**level
         logits = (rng.standard_normal((2, side, side, 810))*1.5-3).astype('f4')
         deltas = (rng.standard_normal((2, side, side, 36))*.3).astype('f4')
-        cls, box = ([targets[f'case{c}_{kind}_targets_{level}'] for c in expected['case_ids']] for kind in ('cls', 'box'))
+        cls = [targets[f'case{c}_cls_targets_{level}'] for c in expected['case_ids']]
+        box = [targets[f'case{c}_box_targets_{level}'] for c in expected['case_ids']]
         levels.append((logits.reshape(2, -1, 90), deltas.reshape(2, -1, 4),
                        np.stack(cls).reshape(2, -1).astype('int32'), np.stack(box).reshape(2, -1, 4)))
     return [np.concatenate(parts, 1) for parts in zip(*levels)]
