@@ -20,7 +20,7 @@ from effdet_nb.detector.efficientdet import Arch, build
 from effdet_nb.detector.loss import detection_loss
 from effdet_nb.detector.nms import NmsOptions, postprocess
 from effdet_nb.detector.targets import assign
-from effdet_nb.weights import name_map, pretrained
+from effdet_nb.weights.pretrained import SourceWeights, load_pretrained
 
 LEVELS = range(3, 8)
 
@@ -50,9 +50,7 @@ def reference_model(reference):
     weights = reference.load('d0_weights.npz')
     arrays = {re.sub('^efficientnet-b0', 'backbone', k.replace('|', '/')): weights[k] for k in weights.files}
     model = build(Arch())
-    source_class = getattr(pretrained, 'SourceWeights', None) or name_map.SourceWeights
-    load = getattr(pretrained, 'load_pretrained', None) or name_map.load_pretrained
-    load(model, source_class('d0', 'reference', 'google', arrays), Arch())
+    load_pretrained(model, SourceWeights('d0', 'reference', 'google', arrays), Arch())
     return model
 
 
