@@ -67,7 +67,7 @@ class LayerFactory:
             padding='same', depthwise_initializer=copy_initializer(init),
             pointwise_initializer=copy_initializer(init), bias_initializer=bias_init)
 
-# %% ../../nbs/detector/05_backbone.ipynb #14b30f96
+# %% ../../nbs/detector/05_backbone.ipynb #c76afe11
 @patch
 def norm_act(self:LayerFactory,
     x,             # [N,H,W,C]
@@ -77,7 +77,7 @@ def norm_act(self:LayerFactory,
     "Batch normalisation, then the activation."
     return self.act(self.norm(x, norm_name), act_name)
 
-# %% ../../nbs/detector/05_backbone.ipynb #df120d3c
+# %% ../../nbs/detector/05_backbone.ipynb #45118257
 @patch
 def conv_norm_act(self:LayerFactory,
     x,           # [N,H,W,C]
@@ -109,11 +109,9 @@ def channel_scales(self:LayerFactory,
 ):                   # [N,1,1,C] in (0,1)
     "The two small dense layers of squeeze-and-excitation, written as 1x1 convolutions."
     reduced = self.conv(means, num_reduced, prefix+'se_reduce', use_bias=True, activation='swish')
-    expand = self.layer(layers.Conv2D, prefix+'se_expand', filters=means.shape[-1], kernel_size=1, activation='sigmoid',
-        kernel_initializer=copy_initializer(CONV_INIT))
-    return expand(reduced)
+    return self.conv(reduced, means.shape[-1], prefix+'se_expand', use_bias=True, activation='sigmoid')
 
-# %% ../../nbs/detector/05_backbone.ipynb #5a28935d
+# %% ../../nbs/detector/05_backbone.ipynb #8783b168
 @patch
 def norm_act_excite(self:LayerFactory,
     x,               # [N,H,W,C]
@@ -137,7 +135,7 @@ class Block:
     drop_rate:float=0.  # probability that training leaves the block out, 0..1
     residual:bool=True  # whether the input is added where the shapes agree
 
-# %% ../../nbs/detector/05_backbone.ipynb #9a9d60a8
+# %% ../../nbs/detector/05_backbone.ipynb #457d2d12
 def add_residual(
     make:LayerFactory, # layer maker
     x,                 # [N,H,W,C] the block's input
@@ -204,7 +202,7 @@ def stem_filters(
     "Channels of the stem."
     return 32 if lite else round_filters(32, width)
 
-# %% ../../nbs/detector/05_backbone.ipynb #70254a6d
+# %% ../../nbs/detector/05_backbone.ipynb #6fca8194
 def stage_depths(
     depth:float,     # depth multiplier
     lite:bool=False, # whether the network is a lite one: its first and last stage do not grow
