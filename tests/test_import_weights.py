@@ -158,11 +158,11 @@ def test_a_tao_checkpoint_in_a_zip(model, tmp_path):
     import_weights(tmp_path/'model.epoch-9.tlt', tmp_path/'ours.tlt', image_hw=(128,128))
     imported, arch, _ = load_keras_model(tmp_path/'ours.tlt')
     same_weights(imported, wanted)
-    assert arch.std_rgb == (255*.224,)*3 and not arch.last_adds
+    assert arch.std_rgb == (255*.224,)*3 and not arch.residual_last_block
 
 
 def test_taos_p5_of_d1_is_taken_before_the_addition():
-    with_tap = build(Arch('d1', HW, 3, last_adds=False))
+    with_tap = build(Arch('d1', HW, 3, residual_last_block=False))
     assert 'block7b_add' not in {l.name for l in with_tap.layers} and 'block7a_project_bn' in {l.name for l in with_tap.layers}
     assert with_tap.get_layer('block7b_project_bn').output is with_tap.get_layer('p6').input
 

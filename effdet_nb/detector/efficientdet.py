@@ -36,7 +36,7 @@ class Variant:
     @property
     def lite(self)->bool: return self.family == 'lite'
     @property
-    def drop_connect(self)->float: return .2 if self.lite or self.depth > 1. else 0.
+    def drop_connect(self)->float: return .2 if self.lite or self.depth != 1. else 0.
 
 # %% ../../nbs/detector/08_efficientdet.ipynb #c8059280
 #              side, width, depth, fpn filters, fpn cells, head repeats
@@ -59,7 +59,7 @@ VARIANTS = {
     'efficientdet-tiny':   Variant( 128, .35, 0.3,  24, 1, 1, is_toy=True),
 }
 
-# %% ../../nbs/detector/08_efficientdet.ipynb #57ddcfd6
+# %% ../../nbs/detector/08_efficientdet.ipynb #23dbcd4c
 def published_variants()->list: # of names, D0 first
     "Names of all variants except the toys."
     return [name for name,variant in VARIANTS.items() if not variant.is_toy]
@@ -195,7 +195,7 @@ def component_of(
     if not found: return 'fpn'
     return found[1] or found[2] or f'{found[3]}_net'
 
-# %% ../../nbs/detector/08_efficientdet.ipynb #7bdc1e67
+# %% ../../nbs/detector/08_efficientdet.ipynb #9adb18e5
 PARTS = ('backbone', 'BiFPN', 'class_net', 'box_net')
 
 def part_of(
@@ -219,7 +219,7 @@ def weight_costs(
         cost[1] += prod(shape)*num_locations.get(path, 0)
     return costs
 
-# %% ../../nbs/detector/08_efficientdet.ipynb #d438a7bb
+# %% ../../nbs/detector/08_efficientdet.ipynb #7459a62c
 def layer_locations(
     layer, # a layer of a model
 )->int:    # summed over all its calls
@@ -276,7 +276,7 @@ def detector_outputs(
     return {'cls_logits': flatten_levels(make, logits, arch.num_classes, 'cls_logits'),
             'box_deltas': flatten_levels(make, deltas, 4, 'box_deltas')}
 
-# %% ../../nbs/detector/08_efficientdet.ipynb #5abe43ea
+# %% ../../nbs/detector/08_efficientdet.ipynb #a596786f
 def build(
     arch:Arch=Arch(),         # what to build
     synchronized:bool=False,  # batch statistics over all replicas of a distributed run

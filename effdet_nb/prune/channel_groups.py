@@ -12,7 +12,7 @@ __all__ = ['CHANNEL_AXES', 'PRODUCER_TYPES', 'PASS_THROUGH_TYPES', 'FILTER_WEIGH
 from dataclasses import dataclass, field, replace
 from math import prod
 import keras, numpy as np
-from ..detector.efficientdet import Arch, build, component_of
+from ..detector.efficientdet import Arch, build, part_of
 
 # %% ../../nbs/prune/01_channel_groups.ipynb #d3b36e1b
 class UnionFind:
@@ -184,7 +184,7 @@ def scope_of(
     name:str, # of a layer, or the path of a weight
 )->str:       # backbone, bifpn or heads
     "The scope of pruning that a layer belongs to."
-    return SCOPE_OF_COMPONENT[component_of(name)]
+    return SCOPE_OF_COMPONENT[part_of(name)]
 
 # %% ../../nbs/prune/01_channel_groups.ipynb #a3190017
 def plot_channel_groups(

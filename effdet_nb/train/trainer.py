@@ -13,6 +13,8 @@ from functools import partial
 from ..core.console import log_message
 from ..detector.efficientdet import Arch, arch_anchors, build, match_channels
 from ..detector.loss import detection_loss
+from ..accel.cpu_layers import FusedNormLayers, training_forward
+from ..accel.fast_focal import fast_focal_loss
 from ..accel.grid_targets import anchor_grid, assign_on_grid
 from ..data.pipeline import DataConfig, train_dataset
 from .experiment import TrainingPlan
@@ -115,7 +117,8 @@ class Trainer:
         self.step = 0                        # steps done
         policy, decay = amp_policy() if self.config.amp else 'float32', self.config.moving_average_decay
         with self.strategy.scope(), dtype_policy_scope(policy):
-            self.model = build(arch, synchronized=self.num_replicas > 1)
+            self.model = build(arch, synchronized=self.num_replicas > 1, layers=FusedNormLayers)
+            self.forward = training_forward(self.model, arch)
             freeze_backbone(self.model, plan.frozen_blocks, plan.freeze_bn)
             self.lr_schedule = make_lr_schedule(self.config, plan.steps_per_epoch)
             self.optimizer = with_loss_scaling(make_optimizer(self.config, self.lr_schedule, clip=False), self.model)
@@ -140,8 +143,9 @@ class Trainer:
     def compute_losses(self, batch, num_positives):
         "Returns the total loss of a part of a batch, and [loss, cls_loss, box_loss, reg_loss]."
         config, variables = self.config, self.model.trainable_variables
-        outputs = self.model(match_channels(batch['images'], self.arch.channels), training=True)
-        loss = detection_loss(outputs['cls_logits'], outputs['box_deltas'], batch['cls_targets'], batch['box_targets'], num_positives)
+        outputs = self.forward(match_channels(batch['images'], self.arch.channels))
+        loss = detection_loss(outputs['cls_logits'], outputs['box_deltas'], batch['cls_targets'], batch['box_targets'],
+            num_positives, focal_loss=fast_focal_loss)
         num_parts = self.num_replicas*config.gradient_accumulation_steps
         penalty = l1_l2_penalty(variables, config.l1_weight_decay, config.l2_weight_decay)/num_parts
         total = loss['total']+penalty

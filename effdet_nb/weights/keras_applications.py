@@ -8,7 +8,7 @@ __all__ = ['KERAS_NUM_BLOCKS', 'IMAGENET_STD', 'TAO_MEAN_STD', 'h5_datasets', 'i
 
 # %% ../../nbs/weights/06_keras_applications.ipynb #c77195e2
 import h5py, keras, numpy as np, os, re, tempfile
-from ..detector.efficientdet import Arch, component_of, get_variant
+from ..detector.efficientdet import Arch, get_variant, part_of
 from .name_map import blocks_by_name
 from .pretrained import SourceWeights, WeightsError
 
@@ -64,7 +64,7 @@ def weights_from_keras_model(
 )->SourceWeights:
     "Takes the backbone of a Keras model, with its pixel scale."
     arrays = {w.path: np.asarray(keras.ops.convert_to_numpy(w)) for w in model.weights}
-    backbone = {path: a for path,a in arrays.items() if component_of(path) == 'backbone'}
+    backbone = {path: a for path,a in arrays.items() if part_of(path) == 'backbone'}
     mean_std = keras_mean_std(_normalization(arrays, 'mean'), _normalization(arrays, 'variance'))
     return SourceWeights(name, f'Keras {model.name}', 'ours', backbone, *mean_std)
 

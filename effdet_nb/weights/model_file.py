@@ -205,8 +205,9 @@ def build_model(self:ModelFile,
     **build_options,   # for `build`
 ):                     # a Keras model
     "Builds the Keras model that the file describes, with its weights."
+    from effdet_nb.accel.cpu_layers import FusedNormLayers
     from effdet_nb.detector.efficientdet import build
-    model = build(self.arch, **build_options)
+    model = build(self.arch, layers=FusedNormLayers, **build_options)
     set_weights_by_path(model, self.averaged_weights if use_ema else self.weights, str(self.path))
     return model
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field, replace
 import numpy as np
 from ..data.classes import ClassTable
-from ..detector.efficientdet import Arch, COMPONENTS, component_of, get_variant, published_variants
+from ..detector.efficientdet import Arch, PARTS, part_of, get_variant, published_variants
 from .name_map import blocks_by_name, source_names
 
 # %% ../../nbs/weights/05_pretrained.ipynb #296b6bab
@@ -76,14 +76,14 @@ class LoadReport:
 
     def __repr__(self):
         lines = [self.source, f'{"":<10}{"loaded":>9}{"re-initialised":>18}']
-        for component in COMPONENTS:
+        for component in PARTS:
             lines.append(f'{component:<10}{_count(self.loaded, component):>9}{_count(self.missing, component):>18}')
         if self.unexpected:
             more = ' ...' if len(self.unexpected) > 3 else ''
             lines.append(f'unused: {len(self.unexpected)} ({", ".join(self.unexpected[:3])}{more})')
         return '\n'.join([*lines, *self.notes])
 
-def _count(paths, component): return sum(component_of(path) == component for path in paths)
+def _count(paths, component): return sum(part_of(path) == component for path in paths)
 
 # %% ../../nbs/weights/05_pretrained.ipynb #158c4f77
 def map_weights(
@@ -208,4 +208,4 @@ def match_preprocessing(
     "Adopts the preprocessing that weights were trained with."
     if weights.mean_rgb is not None and len(weights.mean_rgb) == arch.channels:
         arch = replace(arch, mean_rgb=tuple(weights.mean_rgb), std_rgb=tuple(weights.std_rgb))
-    return replace(arch, last_adds=weights.last_adds)
+    return replace(arch, residual_last_block=weights.last_adds)

@@ -206,7 +206,7 @@ def read_effdet_nb(
     stored = load_model_file(path, key if is_encrypted(path) else '', groups=('weights', 'ema'))
     arch = stored.arch
     return SourceWeights(str(path), f'{arch.name} of effdet_nb', 'ours', stored.averaged_weights,
-                         arch.mean_rgb, arch.std_rgb, arch.last_adds, arch, stored.classes)
+                         arch.mean_rgb, arch.std_rgb, arch.residual_last_block, arch, stored.classes)
 
 # %% ../../nbs/weights/07_read_weights.ipynb #8094c367
 def read_zip(
