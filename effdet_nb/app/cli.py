@@ -14,8 +14,13 @@ from fastcore.script import anno_parser
 from .command import Option, command
 
 # %% ../../nbs/app/10_cli.ipynb #fbb1d526
-def _spec_option(required): return Option('The experiment: a spec file', '-e', '--experiment_spec', required=required, metavar='FILE')
-def _key_option(): return Option('Key of the model files; without it, that in the environment variable EFFDET_KEY; without both, files are open', '-k', metavar='KEY')
+def _spec_option(required):
+    return Option('The experiment: a spec file', '-e', '--experiment_spec', required=required, metavar='FILE')
+
+def _key_option():
+    return Option('Key of the model files; if left out, the environment variable EFFDET_KEY; without both, files are '
+                  'not encrypted', '-k', metavar='KEY')
+
 def _gpu_option(): return Option('Which GPU to use, counted from 0', type=int, metavar='N')
 def _log_option(): return Option('Append all output to this file as well', metavar='FILE')
 def _verbose_option(): return Option('Show where in the program an error arose', '-v', flag=True)
@@ -24,49 +29,57 @@ def _results_option(help_text): return Option(help_text, '-r', metavar='FOLDER')
 # %% ../../nbs/app/10_cli.ipynb #690f5143
 @command
 def effdet_dataset_convert(
-    image_dir:Option('Folder with the pictures', '-i', required=True, metavar='FOLDER')=None,
+    image_dir:Option('Folder with the images', '-i', required=True, metavar='FOLDER')=None,
     annotations_file:Option('COCO annotations (.json)', '-a', required=True, metavar='FILE')=None,
     output_dir:Option('Folder for the records', '-o', required=True, metavar='FOLDER')=None,
     tag:Option('First part of the file names; the name of the annotation file if left out', '-t', metavar='TEXT')=None,
-    num_shards:Option('Files to write; 256 if left out, or one a picture if there are fewer pictures', '-s', type=int, metavar='N')=None,
+    num_shards:Option('Files to write; 256 if left out, or one per image if there are fewer images', '-s',
+                      type=int, metavar='N')=None,
     include_mask:Option('Add the outline of every object', '--include_masks', flag=True)=False,
-    clip:Option('Cut boxes that stick out of their picture instead of leaving them out', flag=True)=False,
+    clip:Option('Clip boxes that extend beyond their image instead of leaving them out', flag=True)=False,
     strict:Option('Write nothing if anything is wrong, and list all of it', flag=True)=False,
-    workers:Option('Processes; one a core if left out', type=int, metavar='N')=None,
-    runner:Option('Convert with Apache Beam: local, or FlinkRunner, SparkRunner, DataflowRunner; without Beam if left out', metavar='NAME')=None,
+    workers:Option('Processes; one per core if left out', type=int, metavar='N')=None,
+    runner:Option('Convert with Apache Beam: local, or FlinkRunner, SparkRunner, DataflowRunner; without Beam if left '
+                  'out', metavar='NAME')=None,
     runner_options:Option('Options of that runner, in quotes', metavar='TEXT')='',
     results_dir:_results_option('Folder for status.json; none is written if left out')=None,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
-    "Convert pictures and COCO annotations to TFRecord files."
+    "Convert images and COCO annotations to TFRecord files."
     from effdet_nb.data.convert import dataset_convert
-    return dataset_convert(image_dir, annotations_file, output_dir, tag, num_shards, include_mask, clip, workers, results_dir, strict, runner, runner_options.split())
+    return dataset_convert(
+        image_dir, annotations_file, output_dir, tag, num_shards, include_mask, clip, workers, results_dir, strict,
+        runner, runner_options.split())
 
 # %% ../../nbs/app/10_cli.ipynb #4ac2e961
 @command
 def effdet_check(
     experiment_spec_file:_spec_option(True)=None,
-    output_path:Option('HTML page to write, with plots and pictures; none is written if left out', '-o', '--page', metavar='FILE')=None,
-    pictures:Option('Decode every picture as well', flag=True)=False,
+    output_path:Option('HTML page to write, with charts and images; none is written if left out', '-o', '--page',
+                       metavar='FILE')=None,
+    pictures:Option('Decode every image as well', flag=True)=False,
     sums:Option('Compute the checksum of every shard as well', flag=True)=False,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
-    "Hold records against the spec: classes, counts, ids, sizes and anchors."
+    "Check records against the spec: classes, counts, ids, sizes and anchors."
     from effdet_nb.train.spec import Spec
     spec = Spec.load(experiment_spec_file)
     from effdet_nb.app.dataset_page import check_dataset
     check = check_dataset(spec, output_path, pictures, sums)
-    if not check.errors: return check
+    num_errors = len(check.errors)
+    if num_errors==0: return check
     print(check)
-    raise ValueError(f'{len(check.errors)} serious problem{"s"*(len(check.errors)>1)} with the data; all are listed above')
+    problems = 'problem' if num_errors==1 else 'problems'
+    raise ValueError(f'{num_errors} serious {problems} with the data; all are listed above')
 
 # %% ../../nbs/app/10_cli.ipynb #949be11a
 @command
 def effdet_train(
     experiment_spec_file:_spec_option(True)=None,
-    model_dir:Option('Folder for checkpoints; an unfinished run in it is continued', '-d', required=True, metavar='FOLDER')=None,
+    model_dir:Option('Folder for checkpoints; an unfinished run in it is continued', '-d', required=True,
+                     metavar='FOLDER')=None,
     key:_key_option()=None,
     gpus:Option('How many GPUs', type=int, metavar='N')=1,
     gpu_index:Option('Which GPUs, counted from 0; the first ones if left out', type=int, nargs='+', metavar='N')=None,
@@ -74,21 +87,28 @@ def effdet_train(
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
-    "Train a detector, or train a pruned one again."
+    "Train a detector, or retrain a pruned one."
     from effdet_nb.train.spec import Spec
-    if gpus<1 or gpu_index and gpus not in (1, len(gpu_index)): raise ValueError(f'--gpus {gpus}: at least 1, and as many as --gpu_index names. Leave one of them out')
+    _check_gpu_count(gpus, gpu_index)
     spec = Spec.load(experiment_spec_file, 'train')
     if use_amp: spec = spec.replace(training_config=dict(amp=True))
     from effdet_nb.train.callbacks import format_epoch
     from effdet_nb.train.fit import train
-    history = train(spec, model_dir, key, gpus=len(gpu_index or [0]*gpus))
+    history = train(spec, model_dir, key, gpus=len(gpu_index) if gpu_index else gpus)
     return f'{model_dir}: {format_epoch(history[-1], spec.training_config.num_epochs)}'
+
+def _check_gpu_count(gpus, gpu_index):
+    "Raises if the two options about GPUs contradict each other."
+    if gpus>=1 and (not gpu_index or gpus in (1, len(gpu_index))): return
+    raise ValueError(f'--gpus {gpus}: at least 1, and as many as --gpu_index names. Leave one of them out')
 
 # %% ../../nbs/app/10_cli.ipynb #1ee1e4e4
 @contextmanager
 def _status_if_folder(results_dir, task, key):
     "A `Status` that writes into the results folder, or None if there is no such folder."
-    if results_dir is None: yield None; return
+    if results_dir is None:
+        yield None
+        return
     from effdet_nb.core.console import Status
     with Status(results_dir, task, secrets=(key,) if key else ()) as status: yield status
 
@@ -96,22 +116,28 @@ def _status_if_folder(results_dir, task, key):
 @command
 def effdet_evaluate(
     experiment_spec_file:_spec_option(True)=None,
-    model_path:Option('The model: .tlt, .onnx, .etlt or .engine, or .json with detections; several are compared', '-m', '--model', '--compare', required=True, nargs='+', metavar='FILE')=None,
+    model_path:Option('The model: .tlt, .onnx, .etlt or .engine, or .json with detections; several are compared',
+                      '-m', '--model', '--compare', required=True, nargs='+', metavar='FILE')=None,
     key:_key_option()=None,
-    results_dir:_results_option('Folder for metrics.json, detections.json, report.html and status.json; none are written if left out')=None,
-    nms:Option("How duplicates are suppressed: hard, or soft (soft-NMS) where the file leaves the choice; hard if left out", choices=['soft','hard'])=None,
-    iou_threshold:Option('How tight a box must be, for the kinds of mistakes and the confusion matrix', type=float, metavar='X')=.5,
-    score_threshold:Option('Lowest score in the confusion matrix; min_score_thresh of the spec if left out', type=float, metavar='SCORE')=None,
+    results_dir:_results_option('Folder for metrics.json, detections.json, report.html and status.json; none are '
+                                'written if left out')=None,
+    nms:Option('How duplicates are suppressed; if left out, as the file specifies, or hard (within each class, at IoU '
+               '0.5) if it leaves the choice', choices=['soft','hard'])=None,
+    iou_threshold:Option('How tight a box must be, for the kinds of errors and the confusion matrix', type=float,
+                         metavar='X')=.5,
+    score_threshold:Option('Lowest score in the confusion matrix; min_score_thresh of the spec if left out',
+                           type=float, metavar='SCORE')=None,
     pycocotools:Option('Count with pycocotools: the same numbers, slowly', flag=True)=False,
     gpu_index:_gpu_option()=None,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
-    "Measure a model on the validation pictures, say how it is wrong, and compare it with others."
+    "Evaluate a model on the validation images, analyse its errors, and compare it with others."
     from effdet_nb.train.spec import Spec
     spec = Spec.load(experiment_spec_file, 'evaluate')
     from effdet_nb.app.evaluation_page import evaluate_files
-    return evaluate_files(spec, model_path, key, results_dir, nms, iou_threshold, score_threshold, pycocotools, show_progress=True)
+    return evaluate_files(
+        spec, model_path, key, results_dir, nms, iou_threshold, score_threshold, pycocotools, show_progress=True)
 
 # %% ../../nbs/app/10_cli.ipynb #fdc22d1a
 @command
@@ -119,68 +145,99 @@ def effdet_prune(
     model:Option('The model to prune (.tlt)', '-m', '--model_path', required=True, metavar='FILE')=None,
     output_dir:Option('Folder for model.tlt and status.json', '-o', required=True, metavar='FOLDER')=None,
     key:_key_option()=None,
-    normalizer:Option('What norms are divided by: the largest of the layer, or the length of all together', '-n', choices=['max','L2'])='max',
-    equalization_criterion:Option('How the layers of a group agree', '-eq', choices=['union','intersection','arithmetic_mean','geometric_mean'])='union',
+    normalizer:Option('What norms are divided by: the largest of the layer, or the length of all together', '-n',
+                      choices=['max','L2'])='max',
+    equalization_criterion:Option('How the layers of a group agree', '-eq',
+                                  choices=['union','intersection','arithmetic_mean','geometric_mean'])='union',
     pruning_granularity:Option('Filters are kept in multiples of this', '-pg', type=int, metavar='N')=8,
-    pruning_threshold:Option('Filters with a norm above this are kept; 0.1 if left out', '-pth', type=float, metavar='X')=None,
+    pruning_threshold:Option('Filters with a norm above this are kept; 0.1 if left out', '-pth', type=float,
+                             metavar='X')=None,
     min_num_filters:Option('Fewest filters a layer keeps', '-nf', type=int, metavar='N')=16,
-    excluded_layers:Option('Names or patterns of layers that are left alone', '-el', nargs='+', metavar='NAME')=None,
-    dry_run:Option('Say what would be left, and write nothing', flag=True)=False,
-    target_params:Option('Find the threshold that leaves so many parameters: a share up to 1, or their number', type=float, metavar='X')=None,
+    excluded_layers:Option('Names or patterns of layers that are not pruned', '-el', nargs='+', metavar='NAME')=None,
+    dry_run:Option('Report what would be left, and write nothing', flag=True)=False,
+    target_params:Option('Find the threshold that leaves so many parameters: a share up to 1, or their number',
+                         type=float, metavar='X')=None,
     target_macs:Option('The same for multiply-adds', type=float, metavar='X')=None,
     scope:Option('The part to prune', choices=['all','backbone','bifpn','heads'])='all',
-    plot:Option('Picture to draw: what each threshold would leave', metavar='PNG')=None,
-    no_speed:Option('Do not measure the time per picture before and after', flag=True)=False,
+    plot:Option('Image file to write: what each threshold would leave', metavar='PNG')=None,
+    no_speed:Option('Do not measure the time per image before and after', flag=True)=False,
     gpu_index:_gpu_option()=None,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
     "Remove the filters that matter least from a model."
-    if pruning_threshold is not None and (target_params or target_macs): raise ValueError('--pruning_threshold: a target finds the threshold by itself. Give one of the two')
+    if pruning_threshold is None: pruning_threshold = .1
+    elif target_params or target_macs:
+        raise ValueError('--pruning_threshold: a target finds the threshold by itself. Give one of the two')
     from effdet_nb.prune.prune import prune
-    done = prune(model, os.path.join(output_dir, 'model.tlt'), key, normalizer, equalization_criterion, pruning_granularity, .1 if pruning_threshold is None else pruning_threshold,
-                 min_num_filters, excluded_layers or (), dry_run, target_params, target_macs, scope, plot, speed=not (dry_run or no_speed))
-    return f'{done}\n\n{done.tradeoff_table()}' if dry_run else done
+    result = prune(
+        model, os.path.join(output_dir, 'model.tlt'), key, normalizer, equalization_criterion, pruning_granularity,
+        pruning_threshold, min_num_filters, excluded_layers or (), dry_run, target_params, target_macs, scope, plot,
+        speed=not (dry_run or no_speed))
+    return f'{result}\n\n{result.tradeoff_table()}' if dry_run else result
 
 # %% ../../nbs/app/10_cli.ipynb #d742bb80
 @command
 def effdet_inference(
     model_path:Option('The model: .tlt, .onnx, .etlt or .engine', '-m', '--model', required=True, metavar='FILE')=None,
-    in_image_path:Option("A picture, a folder of pictures, or a pattern in quotes such as 'day1/*.png'", '-i', '--image_dir', required=True, metavar='PATH')=None,
-    out_image_path:Option('Folder for the pictures with boxes', '-o', metavar='FOLDER')=None,
+    in_image_path:Option("An image, a folder of images, or a pattern in quotes such as 'day1/*.png'", '-i',
+                         '--image_dir', required=True, metavar='PATH')=None,
+    out_image_path:Option('Folder for the images with boxes', '-o', metavar='FOLDER')=None,
     key:_key_option()=None,
     experiment_spec_file:_spec_option(False)=None,
     out_label_path:Option('Folder for KITTI labels', '-l', metavar='FOLDER')=None,
-    label_map:Option("Text file, one class name a line; the model's own names if left out", '-c', '--class_map', metavar='FILE')=None,
+    label_map:Option("Text file, one class name a line; the model's own names if left out", '-c', '--class_map',
+                     metavar='FILE')=None,
     results_dir:_results_option('Folder for images_annotated/, labels/, detections.json and status.json')=None,
-    threshold:Option("Lowest score to keep; min_score_thresh of the spec if left out", '-t', type=float, metavar='SCORE')=None,
+    threshold:Option('Lowest score to keep; min_score_thresh of the spec if left out', '-t', type=float,
+                     metavar='SCORE')=None,
     per_class:Option('Suppress duplicates within each class; this is the default', flag=True)=False,
-    class_agnostic:Option("Suppress duplicates across classes, as TAO's inference does; not for files that suppress by themselves", flag=True)=False,
-    recursive:Option('Look into the folders inside as well', flag=True)=False,
-    batch_size:Option('Pictures at once; eval_batch_size of the spec if left out, 8 without a spec', type=int, metavar='N')=None,
-    runner:Option('Run as a pipeline of Apache Beam, by this runner of it, such as DirectRunner; needs --results_dir', metavar='NAME')=None,
+    class_agnostic:Option("Suppress duplicates across classes, as TAO's inference does; not for files that suppress by "
+                          'themselves', flag=True)=False,
+    recursive:Option('Search the folders inside as well', flag=True)=False,
+    batch_size:Option('Images per batch; eval_batch_size of the spec if left out, 8 without a spec', type=int,
+                      metavar='N')=None,
+    runner:Option('Run as a pipeline of Apache Beam, by this runner of it, such as DirectRunner; needs --results_dir',
+                  metavar='NAME')=None,
     gpu_index:_gpu_option()=None,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
-    "Find objects in pictures: annotated pictures and KITTI labels."
-    if per_class and class_agnostic: raise ValueError('--per_class, --class_agnostic: these contradict each other. Give one of the two')
+    "Find objects in images: annotated images and KITTI labels."
+    if per_class and class_agnostic:
+        raise ValueError('--per_class, --class_agnostic: these contradict each other. Give one of the two')
     from effdet_nb.app.infer import infer
-    from effdet_nb.train.spec import Spec
-    e = (Spec.load(experiment_spec_file, 'inference') if experiment_spec_file else Spec().replace(eval_config=dict(eval_batch_size=8))).eval_config
-    if runner: summary = _infer_with_beam(model_path, in_image_path, results_dir, label_map, e.min_score_thresh if threshold is None else threshold, class_agnostic, e.max_detections_per_image, recursive, key, runner)
-    else: summary = infer(model_path, in_image_path, out_image_path, out_label_path, label_map, e.min_score_thresh if threshold is None else threshold, class_agnostic,
-                    e.max_detections_per_image, e.eval_batch_size if batch_size is None else batch_size, recursive=recursive, key=key, results_dir=results_dir)
-    if not summary.unreadable: return summary
+    config = _inference_config(experiment_spec_file)
+    if threshold is None: threshold = config.min_score_thresh
+    max_detections = config.max_detections_per_image
+    if runner:
+        summary = _infer_with_beam(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic,
+                                   max_detections, recursive, key, runner)
+    else:
+        summary = infer(
+            model_path, in_image_path, out_image_path, out_label_path, label_map, threshold, class_agnostic,
+            max_detections, config.eval_batch_size if batch_size is None else batch_size, recursive=recursive, key=key,
+            results_dir=results_dir)
+    num_unreadable = len(summary.unreadable)
+    if num_unreadable==0: return summary
     print(summary)
-    raise ValueError(f'{len(summary.unreadable):,} of {summary.num_images+len(summary.unreadable):,} pictures could not be read; they are named above, and all others are done')
+    raise ValueError(f'{num_unreadable:,} of {summary.num_images+num_unreadable:,} images could not be read; '
+                     'they are named above, and all others are done')
 
-def _infer_with_beam(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic, max_detections, recursive, key, runner):
-    "Inference as a Beam pipeline; the key goes where its local workers look for it."
+def _inference_config(spec_file):
+    "`eval_config` of the spec, or its defaults."
+    from effdet_nb.train.spec import Spec
+    spec = Spec.load(spec_file, 'inference') if spec_file else Spec().replace(eval_config=dict(eval_batch_size=8))
+    return spec.eval_config
+
+def _infer_with_beam(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic, max_detections,
+                     recursive, key, runner):
+    "Inference as a Beam pipeline; local workers read the key from the environment."
     if not results_dir: raise ValueError('--runner: a pipeline writes into one folder. Give --results_dir')
     if key: os.environ['EFFDET_KEY'] = key
     from effdet_nb.app.bulk import infer_bulk
-    return infer_bulk(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic, max_detections, recursive, options=[f'--runner={runner}'])
+    return infer_bulk(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic, max_detections,
+                      recursive, options=[f'--runner={runner}'])
 
 # %% ../../nbs/app/10_cli.ipynb #d0f338b7
 @command
@@ -188,49 +245,68 @@ def effdet_export(
     model_path:Option('The model (.tlt)', '-m', '--model', required=True, metavar='FILE')=None,
     experiment_spec_file:_spec_option(False)=None,
     key:_key_option()=None,
-    output_path:Option('The file to write: .onnx, .etlt sealed with the key, .tflite, or FOLDER/saved_model.pb; beside the model if left out, .etlt if there is a key', '-o', metavar='FILE')=None,
-    nms:Option("How the graph ends; efficient_nms_trt (TensorRT's plugin) for .etlt and onnx (standard operators) for .onnx if left out", choices=['onnx','efficient_nms_trt','none'])=None,
+    output_path:Option('The file to write: .onnx, .etlt encrypted with the key, .tflite, or FOLDER/saved_model.pb; '
+                       'beside the model if left out, .etlt if there is a key', '-o', metavar='FILE')=None,
+    nms:Option("How the graph ends; efficient_nms_trt (TensorRT's plugin) for .etlt and onnx (standard operators) for "
+               '.onnx if left out', choices=['onnx','efficient_nms_trt','none'])=None,
     opset:Option("Version of ONNX's operators, 13 to 18", type=int, metavar='N')=17,
-    max_batch_size:Option('Fixes the number of pictures at once; any number if left out', type=int, metavar='N')=None,
+    max_batch_size:Option('Fixes the number of images per batch; any number if left out', type=int, metavar='N')=None,
     data_type:Option('Precision', choices=['fp32','fp16','int8'])='fp32',
-    cal_image_dir:Option('For int8: folder of pictures to calibrate with', metavar='FOLDER')=None,
-    cal_cache_file:Option('For int8: ranges; read if the file is there, written otherwise', metavar='FILE')=None,
-    batch_size:Option('For int8: pictures in a batch; max_batch_size if left out', type=int, metavar='N')=None,
+    cal_image_dir:Option('For int8: folder of images to calibrate with', metavar='FOLDER')=None,
+    cal_cache_file:Option('For int8: ranges; read if the file exists, written otherwise', metavar='FILE')=None,
+    batch_size:Option('For int8: images per batch; max_batch_size if left out', type=int, metavar='N')=None,
     batches:Option('For int8: batches to calibrate with, at most', type=int, metavar='N')=10,
     engine_file:Option('Build this TensorRT engine from the exported file as well', metavar='FILE')=None,
-    max_workspace_size:Option('Memory TensorRT may use for the engine while building, GB', type=float, metavar='GB')=2.,
-    deepstream:Option("Write DeepStream's settings, labels and reader of outputs into this folder as well", metavar='FOLDER')=None,
+    max_workspace_size:Option('Memory TensorRT may use for the engine while building, GB', type=float,
+                              metavar='GB')=2.,
+    deepstream:Option("Write DeepStream's settings, labels and output parser into this folder as well",
+                      metavar='FOLDER')=None,
     gpu_index:_gpu_option()=None,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
-    "Write a model as ONNX, open or sealed, or for TensorFlow, after comparing it with the original."
+    "Write a model as ONNX, encrypted or not, or for TensorFlow, after comparing it with the original."
     from effdet_nb.train.spec import Spec
     output_path = output_path or os.path.splitext(model_path)[0] + ('.etlt' if key else '.onnx')
-    nms = nms or {'.etlt': 'efficient_nms_trt', '.onnx': 'onnx'}.get(os.path.splitext(output_path)[1].lower(), 'none')
+    nms = nms or _default_nms(output_path)
     spec = Spec.load(experiment_spec_file, 'export') if experiment_spec_file else None
-    if data_type!='fp32' and _has_validation(spec):     # what would be missed at the end is missed now
-        from effdet_nb.train.experiment import eval_dataset_from_spec
-        eval_dataset_from_spec(spec)
+    if data_type!='fp32': _check_validation_files(spec)
     from effdet_nb.export.export import export, nms_options_from_spec
-    made = export(model_path, output_path, key, nms, opset, max_batch_size, data_type, cal_image_dir=cal_image_dir, cal_cache_file=cal_cache_file, batches=batches, batch_size=batch_size,
-                  **(nms_options_from_spec(dict(spec=spec.to_text()), nms) if spec else {}))
-    print(made, flush=True)
+    nms_options = nms_options_from_spec(dict(spec=spec.to_text()), nms) if spec else {}
+    result = export(
+        model_path, output_path, key, nms, opset, max_batch_size, data_type, cal_image_dir=cal_image_dir,
+        cal_cache_file=cal_cache_file, batches=batches, batch_size=batch_size, **nms_options)
+    print(result, flush=True)
     if data_type!='fp32': print(_quantization_report(spec, model_path, output_path, key), flush=True)
-    if deepstream:
-        from effdet_nb.export.deepstream import write_deepstream
-        for path in write_deepstream(made.meta, output_path, deepstream): print(path)
+    if deepstream: _write_deepstream(result.meta, output_path, deepstream)
     if engine_file is None: return
     from effdet_nb.export.tensorrt import gen_trt_engine
-    return gen_trt_engine(output_path, engine_file, key, max_batch_size=max_batch_size or 1, max_workspace_size=max_workspace_size, verbose=verbose)
+    return gen_trt_engine(output_path, engine_file, key, max_batch_size=max_batch_size or 1,
+                          max_workspace_size=max_workspace_size, verbose=verbose)
+
+def _default_nms(output_path):
+    "The end of the graph that fits the format of a file."
+    extension = os.path.splitext(output_path)[1].lower()
+    return {'.etlt': 'efficient_nms_trt', '.onnx': 'onnx'}.get(extension, 'none')
 
 def _has_validation(spec): return bool(spec and spec.dataset_config.validation_file_pattern)
 
+def _check_validation_files(spec):
+    "Raises before the export, not after it, if validation files are missing."
+    if not _has_validation(spec): return
+    from effdet_nb.train.experiment import eval_dataset_from_spec
+    eval_dataset_from_spec(spec)
+
 def _quantization_report(spec, model_path, output_path, key):
-    "What fewer bits cost in AP, or how to find out."
+    "The AP that fewer bits cost, or how to measure it."
     if not _has_validation(spec): return 'AP was not measured: give -e with a spec that names validation records'
     from effdet_nb.export.runtimes import quantization_ap_drop
     return quantization_ap_drop(spec, model_path, output_path, key)
+
+def _write_deepstream(meta, output_path, folder):
+    "Writes the DeepStream files and prints their paths."
+    from effdet_nb.export.deepstream import write_deepstream
+    for path in write_deepstream(meta, output_path, folder): print(path)
 
 # %% ../../nbs/app/10_cli.ipynb #2eb95ae1
 @command
@@ -239,14 +315,14 @@ def effdet_gen_trt_engine(
     engine_file:Option('The engine to write; beside the model if left out', metavar='FILE')=None,
     key:_key_option()=None,
     data_type:Option('Precision; that of the file if left out', choices=['fp32','fp16','int8'])=None,
-    min_batch_size:Option('Fewest pictures at once', type=int, metavar='N')=1,
-    opt_batch_size:Option('Pictures at once it shall be fastest with; max_batch_size if left out', type=int, metavar='N')=None,
-    max_batch_size:Option('Most pictures at once', type=int, metavar='N')=1,
+    min_batch_size:Option('Fewest images per batch', type=int, metavar='N')=1,
+    opt_batch_size:Option('Images per batch to optimise for; max_batch_size if left out', type=int, metavar='N')=None,
+    max_batch_size:Option('Most images per batch', type=int, metavar='N')=1,
     max_workspace_size:Option('Memory TensorRT may use while building, GB', type=float, metavar='GB')=2.,
-    batch_size:Option('For int8: pictures in a batch; that of the file, or 1, if left out', type=int, metavar='N')=None,
+    batch_size:Option('For int8: images per batch; that of the file, or 1, if left out', type=int, metavar='N')=None,
     strict_type_constraints:Option('Has no effect: the types of the graph are always kept', '-s', flag=True)=False,
-    cal_image_dir:Option('For int8: folder of pictures to calibrate with', metavar='FOLDER')=None,
-    cal_cache_file:Option('For int8: ranges; read if the file is there, written otherwise', metavar='FILE')=None,
+    cal_image_dir:Option('For int8: folder of images to calibrate with', metavar='FOLDER')=None,
+    cal_cache_file:Option('For int8: ranges; read if the file exists, written otherwise', metavar='FILE')=None,
     batches:Option('For int8: batches to calibrate with, at most', type=int, metavar='N')=10,
     results_dir:_results_option('Folder for status.json; none is written if left out')=None,
     gpu_index:_gpu_option()=None,
@@ -256,72 +332,94 @@ def effdet_gen_trt_engine(
     "Build a TensorRT engine for the GPU of this machine."
     from effdet_nb.export.tensorrt import gen_trt_engine
     with _status_if_folder(results_dir, 'gen_trt_engine', key):
-        return gen_trt_engine(model_path, engine_file, key, data_type, min_batch_size, opt_batch_size, max_batch_size, max_workspace_size,
-                              cal_image_dir, cal_cache_file, batches, verbose, batch_size=batch_size)
+        return gen_trt_engine(
+            model_path, engine_file, key, data_type, min_batch_size, opt_batch_size, max_batch_size,
+            max_workspace_size, cal_image_dir, cal_cache_file, batches, verbose, batch_size=batch_size)
 
 # %% ../../nbs/app/10_cli.ipynb #f2a31bce
 @command
 def effdet_quickstart(
-    folder:Option('For everything that is made; a run of the same settings in it is continued', '-o', '--output_dir', metavar='FOLDER')='effdet_quickstart',
+    folder:Option('For everything that is made; a run with the same settings in it is continued', '-o',
+                  '--output_dir', metavar='FOLDER')='effdet_quickstart',
     key:_key_option()=None,
-    size:Option('Side of the pictures and of the network, pixels', type=int, metavar='N')=None,
-    num_train:Option('Pictures to train on', type=int, metavar='N')=None,
-    num_val:Option('Pictures to measure on', type=int, metavar='N')=None,
+    size:Option('Side of the images and of the network input, pixels', type=int, metavar='N')=None,
+    num_train:Option('Training images', type=int, metavar='N')=None,
+    num_val:Option('Validation images', type=int, metavar='N')=None,
     num_epochs:Option('Length of the first training', type=int, metavar='N')=None,
     retrain_epochs:Option('Length of the training after pruning', type=int, metavar='N')=None,
-    batch_size:Option('Pictures per step', type=int, metavar='N')=None,
-    learning_rate:Option('Highest rate of the first training', type=float, metavar='X')=None,
-    retrain_rate:Option('Highest rate of the second', type=float, metavar='X')=None,
+    batch_size:Option('Images per step', type=int, metavar='N')=None,
+    learning_rate:Option('Peak rate of the first training', type=float, metavar='X')=None,
+    retrain_rate:Option('Peak rate of the training after pruning', type=float, metavar='X')=None,
     pruning_threshold:Option('Filters with a norm above this are kept', '-pth', type=float, metavar='X')=None,
-    seed:Option('Of pictures, weights and order', type=int, metavar='N')=None,
+    seed:Option('Of images, weights and sample order', type=int, metavar='N')=None,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
-    "See everything work: a drawn data set is converted, learned, pruned, learned again, exported and looked at."
-    settings = {k:v for k,v in locals().items() if v is not None and k not in ('folder','key','log_file','verbose')}
+    "Run the whole pipeline on drawn images: convert, train, prune, retrain, export and inference."
+    settings = dict(
+        size=size, num_train=num_train, num_val=num_val, num_epochs=num_epochs, retrain_epochs=retrain_epochs,
+        batch_size=batch_size, learning_rate=learning_rate, retrain_rate=retrain_rate,
+        pruning_threshold=pruning_threshold, seed=seed)
     from effdet_nb.app.quickstart import quickstart
-    return quickstart(folder, key, **settings)
+    return quickstart(folder, key, **{name: value for name,value in settings.items() if value is not None})
 
 # %% ../../nbs/app/10_cli.ipynb #7b006794
 @command
 def effdet_import(
-    model_path:Option('Weights: a TensorFlow checkpoint (prefix, folder, .tar.gz), a Keras .h5 or .keras, a .tlt of TAO 5 or of effdet_nb, or the word imagenet', '-m', '--model', required=True, metavar='PATH')=None,
+    model_path:Option('Weights: a TensorFlow checkpoint (prefix, folder, .tar.gz), a Keras .h5 or .keras, a .tlt of '
+                      'TAO 5 or of effdet_nb, or the word imagenet', '-m', '--model', required=True,
+                      metavar='PATH')=None,
     output_path:Option('The .tlt to write', '-o', required=True, metavar='FILE')=None,
     key:_key_option()=None,
     experiment_spec_file:_spec_option(False)=None,
-    model_name:Option('The variant, such as efficientdet-d7; seen from the weights if left out', metavar='NAME')=None,
-    num_classes:Option('Channels of the class head; seen from the weights if left out', type=int, metavar='N')=None,
-    image_size:Option('Input of the network, "height,width"; the size of the published model if left out', metavar='H,W')=None,
+    model_name:Option('The variant, such as efficientdet-d7; recognised from the weights if left out',
+                      metavar='NAME')=None,
+    num_classes:Option('Channels of the class head; recognised from the weights if left out', type=int,
+                       metavar='N')=None,
+    image_size:Option('Input of the network, "height,width"; the size of the published model if left out',
+                      metavar='H,W')=None,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
     "Make a model file of weights from elsewhere."
-    if experiment_spec_file and (model_name or num_classes or image_size): raise ValueError('--experiment_spec_file: describes the model already; leave --model_name, --num_classes and --image_size out')
+    if experiment_spec_file and (model_name or num_classes or image_size):
+        raise ValueError('--experiment_spec_file: describes the model already; leave --model_name, --num_classes and '
+                         '--image_size out')
     from effdet_nb.weights.import_weights import import_weights
-    if experiment_spec_file:
-        from effdet_nb.train.experiment import arch_from_spec
-        from effdet_nb.train.spec import Spec
-        spec = Spec.load(experiment_spec_file)
-        return import_weights(model_path, output_path, key, arch_from_spec(spec), skip=spec.training_config.skip_checkpoint_variables)
-    from effdet_nb.train.fields import parse_image_size
-    image_hw = parse_image_size(image_size) if image_size else None
-    return import_weights(model_path, output_path, key, model_name=model_name, num_classes=num_classes, image_hw=image_hw)
+    if not experiment_spec_file:
+        from effdet_nb.train.fields import parse_image_size
+        image_hw = parse_image_size(image_size) if image_size else None
+        return import_weights(
+            model_path, output_path, key, model_name=model_name, num_classes=num_classes, image_hw=image_hw)
+    from effdet_nb.train.experiment import arch_from_spec
+    from effdet_nb.train.spec import Spec
+    spec = Spec.load(experiment_spec_file)
+    skip = spec.training_config.skip_checkpoint_variables
+    return import_weights(model_path, output_path, key, arch_from_spec(spec), skip=skip)
 
 # %% ../../nbs/app/10_cli.ipynb #526d0d84
-TASKS = dict(dataset_convert=effdet_dataset_convert, check=effdet_check, train=effdet_train, evaluate=effdet_evaluate, prune=effdet_prune, inference=effdet_inference,
-             export=effdet_export, gen_trt_engine=effdet_gen_trt_engine, quickstart=effdet_quickstart)
+TASKS = {
+    'dataset_convert': effdet_dataset_convert, 'check': effdet_check, 'train': effdet_train,
+    'evaluate': effdet_evaluate, 'prune': effdet_prune, 'inference': effdet_inference, 'export': effdet_export,
+    'gen_trt_engine': effdet_gen_trt_engine, 'quickstart': effdet_quickstart, 'import': effdet_import}
 
 def efficientdet_tf1():
     "Runs the task named first on the command line, with the options that follow."
-    from effdet_nb import __version__
     args = sys.argv[1:]
-    if '--version' in args[:1]: return print(__version__)
-    p = argparse.ArgumentParser('efficientdet_tf1', description='Train, measure, shrink and ship EfficientDet detectors.', epilog='efficientdet_tf1 TASK --help tells about a task.',
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('task', type=lambda t: t.replace('-','_'), choices=TASKS, metavar='TASK', help=', '.join(TASKS))
-    task = p.parse_args(args[:1]).task
+    if args[:1]==['--version']:
+        from effdet_nb import __version__
+        print(__version__)
+        return
+    task = _task_parser().parse_args(args[:1]).task
     options = vars(anno_parser(TASKS[task], f'efficientdet_tf1 {task}').parse_args(args[1:]))
-    TASKS[task](**{k:v for k,v in options.items() if k not in ('pdb','xtra')})
+    for added_by_fastcore in ('pdb', 'xtra'): options.pop(added_by_fastcore, None)
+    TASKS[task](**options)
 
-# %% ../../nbs/app/10_cli.ipynb #b5cf72e7
-TASKS['import'] = effdet_import
+def _task_parser():
+    "The parser of the first argument."
+    parser = argparse.ArgumentParser(
+        'efficientdet_tf1', description='Train, evaluate, prune and deploy EfficientDet detectors.',
+        epilog='efficientdet_tf1 TASK --help describes a task.', formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('task', type=lambda name: name.replace('-','_'), choices=TASKS, metavar='TASK',
+                        help=', '.join(TASKS))
+    return parser
