@@ -9,6 +9,8 @@ VENV    ?= .venv
 FOLDER  ?= runs/quickstart
 WORKERS ?= 2
 MARK    ?= not slow and not gpu
+# How pytest-xdist divides the tests: a file stays with one worker, which makes its fixtures once.
+DIST    ?= --dist loadfile --no-loadscope-reorder
 ARGS    ?=
 BIN     := $(VENV)/bin
 # The stamp's name holds a checksum of the files that decide what is installed.
@@ -51,7 +53,7 @@ docs: $(DEV)  ## the site, offline, into _docs/
 	@echo 'docs: $(CURDIR)/_docs/index.html'
 
 pytest: $(DEV)  ## the tests in tests/; all of them with MARK=
-	@TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m '$(MARK)' --durations=20 $(ARGS)
+	@TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -n $(WORKERS) $(DIST) -m '$(MARK)' --durations=20 $(ARGS)
 
 bench: $(DEV)  ## speed and memory, beside other implementations
 	@for script in $(filter-out bench/interleave.py, $(wildcard bench/*.py)); do echo "# $$script"; TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python $$script; done

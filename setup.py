@@ -16,7 +16,8 @@ setuptools.setup(
     install_requires=shlex.split(cfg['requirements']), extras_require=extras,
     long_description=open('README.md', encoding='utf-8').read(), long_description_content_type='text/markdown',
     zip_safe=False,
-    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers', 'Programming Language :: Python :: 3',
-                 'Topic :: Scientific/Engineering :: Image Recognition'],
-    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers',
+                 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Image Recognition'],
+    entry_points={'console_scripts': cfg['console_scripts'].split(),
+                  'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )

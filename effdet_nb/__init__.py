@@ -1,3 +1,6 @@
 __version__ = "0.1.0"
 import os
-os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')   # about half the time on an x86 CPU without AVX-512 (measured on AVX2), where TensorFlow leaves it off. See "What a CPU can do" in nbs/model/29_detect.ipynb
+
+# TensorFlow reads this when it is imported. On x86 CPUs without AVX-512 it leaves oneDNN off, and a step or a pass then
+# takes about twice the time (measured on AVX2): see "The oneDNN kernels" in nbs/accel/04_cpu_session.ipynb.
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')

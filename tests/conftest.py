@@ -13,8 +13,7 @@ settings.register_profile('busy machine', deadline=None, suppress_health_check=[
 settings.load_profile('busy machine')
 
 SHARED_DIR = Path(__file__).resolve().parents[2] / 'shared'
-# The files that take longest come first: pytest-xdist splits the list in halves, and a worker that is done takes tests
-# from the end of the other one's half.
+# The files that take longest come first, or one worker would run the last of them while the other has nothing to do.
 SLOW_TEST_FILES = ('cli', 'quickstart', 'devices', 'train', 'resume', 'fields', 'export', 'prune', 'import_weights',
                    'backends', 'peer', 'site')
 DEADLINE = float(os.environ.get('EFFDET_TEST_DEADLINE', 'inf'))   # seconds since 1970; .ci/run sets it
