@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 from ..detector.efficientdet import arch_anchors
-from ..data.check import (
-    DataCheck, check_records, plot_aspect_ratios, plot_box_sizes, plot_class_counts, sample_images)
+from ..data.check import DataCheck, check_records
+from ..data.scan import plot_aspect_ratios, plot_box_sizes, plot_class_counts, sample_images
 from ..train.experiment import arch_from_spec, data_config_from_spec
 from .html import (
     boxes_figure, chart_figure, figure_row, html_table, metric_cards, thumbnail, write_html_page)
