@@ -20,14 +20,14 @@ FOLDERS = ('core', 'detector', 'accel', 'data', 'evaluate', 'weights', 'train', 
 # Never at the top of a module:
 OPTIONAL = {'matplotlib', 'pycocotools', 'tf2onnx', 'onnx', 'tensorboard', 'tensorrt', 'apache_beam', 'nbdev',
             'IPython'}
-# Nor at the top of a light module, a folder or one of its chapters. Commands that have to start at once import these, the
-# processes of a conversion, and programs that run or evaluate an exported file.
+# Nor at the top of a light module, or of one in a light folder. These are imported by commands that have to start at
+# once, by the processes of a conversion, and by programs that run or evaluate an exported file.
 HEAVY = {'tensorflow', 'keras', 'onnxruntime'}
 LIGHT = ('core', 'detector.boxes', 'detector.images', 'detector.toy_data', 'detector.anchors', 'detector.detections',
          'detector.nms', 'data.classes', 'data.coco', 'data.faults', 'data.masks', 'data.validate', 'data.tfrecord',
-         'data.record', 'data.record_index', 'data.shards', 'data.workers', 'data.convert', 'data.anchor_fit', 'evaluate',
-         'weights.encryption', 'weights.container', 'weights.model_file', 'train.fields', 'train.spec', 'export',
-         'app.infer', 'app.bulk', 'app.html', 'app.quickstart_settings', 'app.command', 'app.cli')
+         'data.record', 'data.record_index', 'data.shards', 'data.workers', 'data.convert', 'data.anchor_fit',
+         'evaluate', 'weights.encryption', 'weights.container', 'weights.model_file', 'train.fields', 'train.spec',
+         'export', 'app.infer', 'app.bulk', 'app.html', 'app.quickstart_settings', 'app.command', 'app.cli')
 # Keras, never TensorFlow, so that another Keras backend can run them:
 PURE = ('detector', 'train.optim')
 
