@@ -35,45 +35,58 @@ def records(tmp_path_factory): return write_records(tmp_path_factory.mktemp('sha
 def spec(records): return small_spec(records, num_epochs=2, lr_warmup_epoch=0, moving_average_decay=0.)
 
 
-@pytest.fixture(scope='module')
-def trainer(spec):
-    "A trainer whose compiled step several tests share; its weights do not matter to them."
-    return new_trainer(spec)
+def disable_dropout(trainer):
+    for layer in trainer.model.layers:
+        if isinstance(layer, keras.layers.Dropout): layer.rate = 0.
 
 
 @pytest.fixture(scope='module')
-def batch(spec, trainer): return next(training_batches(trainer, data_config_from_spec(spec)))
+def shared(spec):
+    "A trainer that neither clips nor drops blocks, its step compiled once for several tests, and its first values."
+    trainer = new_trainer(set_training(spec, clip_gradients_norm=0.))
+    disable_dropout(trainer)
+    variables = [*trainer.model.variables, *trainer.optimizer.variables]
+    return trainer, [(v, v.numpy()) for v in variables]
+
+
+@pytest.fixture
+def trainer(shared):
+    "The shared trainer as it was before its first step."
+    trainer, values = shared
+    for variable, value in values: variable.assign(value)
+    trainer.step = 0
+    return trainer
+
+
+@pytest.fixture(scope='module')
+def batch(spec, shared): return next(training_batches(shared[0], data_config_from_spec(spec)))
 
 
 def set_training(spec, **changes): return spec.replace(training_config=changes)
 
 
 def test_batch_size_and_epoch_size_give_the_steps(spec):
-    plan = training_plan_from_spec(set_training(spec, train_batch_size=5, num_examples_per_epoch=12, num_epochs=3, stop_at_epoch=2))
+    paused = set_training(spec, train_batch_size=5, num_examples_per_epoch=12, num_epochs=3, stop_at_epoch=2)
+    plan = training_plan_from_spec(paused)
     assert [plan.step_at(e) for e in range(4)] == [0, 2, 4, 7] and plan.last_epoch == 2
-    uncounted = dataclasses.replace(spec, training_config=dataclasses.replace(spec.training_config, num_examples_per_epoch=0))
+    without = dataclasses.replace(spec.training_config, num_examples_per_epoch=0)
+    uncounted = dataclasses.replace(spec, training_config=without)
     assert with_epoch_size(uncounted).training_config.num_examples_per_epoch == 12
     assert with_epoch_size(uncounted, 2).training_config.num_examples_per_epoch == 6
     with pytest.raises(ValueError, match='not of equal size'):
         training_plan_from_spec(set_training(spec, gradient_accumulation_steps=3))
 
 
-def test_several_steps_in_one_call_equal_single_steps(spec, trainer):
+def test_several_steps_in_one_call_equal_single_steps(spec, trainer, shared):
     assert run_stub(set_training(spec, iterations_per_loop=2)).trainer.calls == [2, 1, 2, 1]
     assert run_stub(spec).trainer.calls == [1]*6
-    variables = [*trainer.model.variables, *trainer.optimizer.variables]
-    start, data = [v.numpy() for v in variables], data_config_from_spec(spec)
+    data = data_config_from_spec(spec)
+    together = trainer.train_steps(training_batches(trainer, data), tf.constant(3)).numpy()
+    assert int(trainer.optimizer.iterations) == 3
+    for variable, value in shared[1]: variable.assign(value)
     batches = training_batches(trainer, data)
     single = np.stack([trainer.train_step(next(batches)).numpy() for _ in range(3)])
-    for v, value in zip(variables, start): v.assign(value)
-    together = trainer.train_steps(training_batches(trainer, data), tf.constant(3)).numpy()
     np.testing.assert_allclose(together, single, rtol=2e-3)
-    assert int(trainer.optimizer.iterations) == int(start[len(trainer.model.variables)]) + 3
-
-
-def disable_dropout(trainer):
-    for layer in trainer.model.layers:
-        if isinstance(layer, keras.layers.Dropout): layer.rate = 0.
 
 
 @pytest.mark.slow
@@ -84,7 +97,7 @@ def test_xla_takes_the_same_step(spec):
     batch = next(training_batches(trainers[0], data_config_from_spec(odd)))
     rows = [t.train_step(batch).numpy() for t in trainers]
     np.testing.assert_allclose(rows[1][:4], rows[0][:4], rtol=1e-4)
-    np.testing.assert_allclose(rows[1][4:], rows[0][4:], rtol=5e-3)       # sums in another order, once more for each layer backwards
+    np.testing.assert_allclose(rows[1][4:], rows[0][4:], rtol=5e-3)       # sums in another order, layer after layer
     for a, b in zip(*(t.model.weights for t in trainers), strict=True):
         np.testing.assert_allclose(np.array(b), np.array(a), atol=5e-5, err_msg=a.path)
 
@@ -118,7 +131,8 @@ def test_an_epoch_logs_lines_or_a_bar(spec, monkeypatch, capfd):
 
 
 def test_epochs_that_the_period_does_not_divide_are_saved_too(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(CheckpointCallback, 'save_as', lambda self, name, **meta: (self.model_dir/name).write_text('saved'))
+    def save_as(self, name, **meta): (self.model_dir/name).write_text('saved')
+    monkeypatch.setattr(CheckpointCallback, 'save_as', save_as)
     seven = set_training(spec.replace(eval_config=dict(eval_epoch_cycle=4)), num_epochs=7, checkpoint_period=3)
     loop = run_stub(seven, lambda trainer, history: [CheckpointCallback(trainer, history, tmp_path, None)])
     assert [p.name for p in list_checkpoints(tmp_path)] == [f'model.step-{3*e}.tlt' for e in (3, 4, 6, 7)]
@@ -126,7 +140,8 @@ def test_epochs_that_the_period_does_not_divide_are_saved_too(spec, tmp_path, mo
 
 
 def test_fields_of_eval_config_decide_which_epochs_are_evaluated(spec):
-    def evaluated(**changes): return run_stub(set_training(spec.replace(eval_config=changes), num_epochs=5)).evaluator.epochs
+    def evaluated(**changes):
+        return run_stub(set_training(spec.replace(eval_config=changes), num_epochs=5)).evaluator.epochs
     assert evaluated(eval_epoch_cycle=2) == [2, 4, 5]
     assert evaluated(eval_epoch_cycle=2, eval_after_training=False) == [2, 4]
     assert evaluated(eval_epoch_cycle=1, min_eval_interval=1000) == [1, 5]
@@ -175,7 +190,8 @@ def test_the_seed_decides_weights_and_order(spec):
     def start(seed):
         seeded = set_training(spec, tf_random_seed=seed)
         trainer = new_trainer(seeded)
-        return trainer.model.get_layer('stem_conv').kernel.numpy(), diagnostics.batch_of_step(trainer, data_config_from_spec(seeded), 0)[1]
+        _, ids = diagnostics.batch_of_step(trainer, data_config_from_spec(seeded), 0)
+        return trainer.model.get_layer('stem_conv').kernel.numpy(), ids
     a, b, c = start(1), start(1), start(2)
     np.testing.assert_array_equal(a[0], b[0])
     assert a[1] == b[1] != c[1] and np.abs(a[0]-c[0]).max() > 0
@@ -192,26 +208,25 @@ def test_l1_and_l2_are_different_penalties(trainer):
     assert float(l1_l2_penalty(variables, 0, .5)) == pytest.approx(.25*np.square(kernels).sum(), rel=1e-4)
 
 
-def step_length(spec, **changes):
-    "How far a step of learning rate 1 would move the weights, and the norm of its gradient."
-    trainer = new_trainer(set_training(spec, momentum=0., learning_rate=.01, **changes))
+def step_length(trainer, batch):
+    "How far a first step moves the weights in units of the learning rate, and the norm of its gradient."
     before = [v.numpy() for v in trainer.model.trainable_variables]
-    metrics = trainer.train_step(next(training_batches(trainer, data_config_from_spec(spec)))).numpy()
+    metrics = trainer.train_step(batch).numpy()
     moved = sum(np.square(v.numpy()-b).sum() for v, b in zip(trainer.model.trainable_variables, before))
-    return np.sqrt(moved)/.01, metrics[trainer.metric_names.index('gradient_norm')]
+    return np.sqrt(moved)/trainer.config.learning_rate, metrics[trainer.metric_names.index('gradient_norm')]
 
 
-def test_clipping_shortens_the_step_and_zero_does_not(spec):
-    length, norm = step_length(spec, clip_gradients_norm=.01)
-    assert norm > .02 and length == pytest.approx(.01, rel=1e-2)
-    length, norm = step_length(spec, clip_gradients_norm=0.)
+def test_clipping_shortens_the_step_and_zero_does_not(spec, trainer, batch):
+    length, norm = step_length(trainer, batch)
     assert length == pytest.approx(norm, rel=1e-2)
+    length, norm = step_length(new_trainer(set_training(spec, clip_gradients_norm=.01)), batch)
+    assert norm > .02 and length == pytest.approx(.01, rel=1e-2)
 
 
-def test_parts_of_a_batch_make_the_step_of_the_whole(spec, batch):
-    "Two parts with the same two images: batch norm sees the same statistics, so the step must be that of all four at once."
-    whole, parts = new_trainer(spec), new_trainer(set_training(spec, gradient_accumulation_steps=2))
-    for trainer in (whole, parts): disable_dropout(trainer)          # what is dropped at random is another matter
+def test_parts_of_a_batch_make_the_step_of_the_whole(spec, trainer, batch):
+    "Two parts with the same two images: batch norm sees the same statistics, so the step must be that of all four."
+    whole, parts = trainer, new_trainer(set_training(spec, clip_gradients_norm=0., gradient_accumulation_steps=2))
+    disable_dropout(parts)          # what is dropped at random is another matter
     twice = {k: tf.concat([v[:2], v[:2]], 0) for k, v in batch.items()}
     a, b = whole.train_step(twice).numpy(), parts.train_step(twice).numpy()
     np.testing.assert_allclose(b, a, rtol=2e-3)
@@ -221,9 +236,9 @@ def test_parts_of_a_batch_make_the_step_of_the_whole(spec, batch):
 
 def test_fields_of_the_data_reach_the_pipeline(spec):
     "The pipeline has tests of its own; here only that the fields arrive there."
-    larger = spec.replace(dataset_config=dict(image_size='160,128', max_instances_per_image=33, skip_crowd_during_training=False))
-    loader = make_sample_loader(data_config_from_spec(larger))
-    assert loader.config.image_hw == (160, 128) and loader.config.max_instances == 33 and loader.config.skip_crowd is False
+    changes = dict(image_size='160,128', max_instances_per_image=33, skip_crowd_during_training=False)
+    config = make_sample_loader(data_config_from_spec(spec.replace(dataset_config=changes))).config
+    assert (config.image_hw, config.max_instances, config.skip_crowd) == ((160, 128), 33, False)
     fake = iter(train_dataset(data_config_from_spec(spec.replace(dataset_config=dict(use_fake_data=True))), 4))
     np.testing.assert_array_equal(next(fake)['images'], next(fake)['images'])
 
@@ -242,7 +257,8 @@ def test_a_pruned_file_is_retrained(spec, tmp_path):
     arch = dataclasses.replace(arch_from_spec(spec), widths={'block2a_expand_conv': 8})
     model = efficientdet.build(arch)
     save_detector(tmp_path/'pruned.tlt', model, arch, classes_of(spec))
-    experiment, initial = experiment_of(set_training(spec, pruned_model_path=str(tmp_path/'pruned.tlt')), tmp_path/'run')
+    retrained = set_training(spec, pruned_model_path=str(tmp_path/'pruned.tlt'))
+    experiment, initial = experiment_of(retrained, tmp_path/'run')
     trainer = Trainer(experiment.arch, experiment.training)
     start = startup.initialize_weights(trainer, MetricHistory([]), initial)
     assert experiment.arch.widths == {'block2a_expand_conv': 8} and 'retraining' in start
@@ -264,7 +280,8 @@ def test_out_of_memory_names_the_batch_that_fits(spec, monkeypatch):
 
 
 def test_unusual_settings_come_with_a_remedy(spec):
-    def warnings_for(**changes): return diagnostics.hyperparameter_warnings(training_plan_from_spec(set_training(spec, **changes)))
+    def warnings_for(**changes):
+        return diagnostics.hyperparameter_warnings(training_plan_from_spec(set_training(spec, **changes)))
     assert 'learning_rate: 0.005' in warnings_for(learning_rate=.5)[0] and not warnings_for(learning_rate=.01)
     assert 'Set it to' in warnings_for(learning_rate=.01, moving_average_decay=.9999)[0]
 

@@ -26,13 +26,11 @@ def format_epoch(
     num_epochs:int, # epochs of the whole schedule
 )->str:
     "Describes an epoch in one line."
-    parts = [f'epoch {row["epoch"]}/{num_epochs}',
-             f'loss {row["loss"]:.4f} (class {row["cls_loss"]:.4f}, box {row["box_loss"]:.5f})',
-             f'lr {row["lr"]:.5f}']
-    if 'AP' in row: parts.append(f'AP {row["AP"]:.3f}, AP50 {row["AP50"]:.3f}')
-    if row.get('input_wait') is not None: parts.append(f'{row["input_wait"]:.0%} waiting for input')
-    parts += [f'{row["images_per_second"]:.1f} images/s', f'{format_duration(row["eta"])} left']
-    return '  '.join(parts)
+    parts = ['epoch {epoch}/{num_epochs}', 'loss {loss:.4f} (class {cls_loss:.4f}, box {box_loss:.5f})', 'lr {lr:.5f}']
+    if 'AP' in row: parts.append('AP {AP:.3f}, AP50 {AP50:.3f}')
+    if row.get('input_wait') is not None: parts.append('{input_wait:.0%} waiting for input')
+    parts += ['{images_per_second:.1f} images/s', '{time_left} left']
+    return '  '.join(parts).format(**row, num_epochs=num_epochs, time_left=format_duration(row['eta']))
 
 # %% ../../nbs/train/08_callbacks.ipynb #b91b54ee
 def plot_history(
@@ -42,17 +40,24 @@ def plot_history(
     "Plots losses and AP over the epochs."
     from matplotlib.figure import Figure
     fig = fig or Figure(figsize=(6,2.2), dpi=72, layout='tight')
-    losses, scores = fig.subplots(1, 2)
+    left, right = fig.subplots(1, 2)
+    _plot_losses(left, history)
+    _plot_scores(right, [row for row in history if 'AP' in row])
+    for ax in (left, right): ax.legend(fontsize=7)
+    return fig
+
+def _plot_losses(ax, history):
+    "Plots the loss and its parts, the box loss with its weight in the sum."
     epochs = [row['epoch'] for row in history]
     for name,factor,label in (('loss',1,'loss'), ('cls_loss',1,'class'), ('box_loss',50,'50 x box')):
-        losses.plot(epochs, [factor*row[name] for row in history], label=label)
-    losses.set(title='loss', xlabel='epoch')
-    evaluated = [row for row in history if 'AP' in row]
-    for name in ('AP', 'AP50'):
-        scores.plot([row['epoch'] for row in evaluated], [row[name] for row in evaluated], marker='.', label=name)
-    scores.set(title='validation', xlabel='epoch', ylim=(0,1))
-    for ax in (losses, scores): ax.legend(fontsize=7)
-    return fig
+        ax.plot(epochs, [factor*row[name] for row in history], label=label)
+    ax.set(title='loss', xlabel='epoch')
+
+def _plot_scores(ax, evaluated):
+    "Plots AP over the epochs that were evaluated."
+    epochs = [row['epoch'] for row in evaluated]
+    for name in ('AP', 'AP50'): ax.plot(epochs, [row[name] for row in evaluated], marker='.', label=name)
+    ax.set(title='validation', xlabel='epoch', ylim=(0,1))
 
 # %% ../../nbs/train/08_callbacks.ipynb #2e173f08
 def write_history(
@@ -114,7 +119,8 @@ class ProgressCallback(MetricsCallback):
                                      f'epoch {epoch+1}/{plan.num_epochs}', self.is_disabled)
 
     def on_metrics(self, rows, summary):
-        if self.bar: self.bar.set_postfix_str(f'loss {summary["loss"]:.4f}, {summary["images_per_second"]:.1f} images/s', refresh=False)
+        text = f'loss {summary["loss"]:.4f}, {summary["images_per_second"]:.1f} images/s'
+        if self.bar: self.bar.set_postfix_str(text, refresh=False)
         elif self._writes_lines(summary): log_message(format_step(summary, self.trainer.plan.total_steps))
 
     def _writes_lines(self, summary):
@@ -153,16 +159,19 @@ def draw_training_batch(
 )->np.ndarray:          # [H, W, 3] uint8
     "Draws images of a training batch: their boxes above, the anchors matched to them below."
     from matplotlib.figure import Figure
-    columns = [np.asarray(batch[k][:num_images]) for k in ('images','gt_boxes','gt_classes','cls_targets')]
-    num_images = len(columns[0])
-    fig = Figure(figsize=(2.2*num_images, 4.6), dpi=100, layout='tight')
-    axes = fig.subplots(2, num_images, squeeze=False).T
-    for (above,below),image,boxes,labels,targets in zip(axes, *columns):
-        boxes, labels = boxes[labels >= 0], labels[labels >= 0]
-        names = {k: classes.class_name(k) for k in set(labels.tolist())}
-        show_boxes(image, boxes, labels, names=names, ax=above)
-        show_positives(image, anchors, targets, boxes, f'{(targets >= 0).sum()} positive anchors', below)
+    examples = list(zip(*(np.asarray(batch[k][:num_images]) for k in ('images','gt_boxes','gt_classes','cls_targets'))))
+    fig = Figure(figsize=(2.2*len(examples), 4.6), dpi=100, layout='tight')
+    for axes,example in zip(fig.subplots(2, len(examples), squeeze=False).T, examples):
+        _draw_example(axes, example, anchors, classes)
     return figure_to_image(fig)
+
+def _draw_example(axes, example, anchors, classes):
+    "Draws the boxes of an image on one axes, its positive anchors on the other."
+    image, boxes, labels, targets = example
+    boxes, labels = boxes[labels >= 0], labels[labels >= 0]
+    names = {k: classes.class_name(k) for k in set(labels.tolist())}
+    show_boxes(image, boxes, labels, names=names, ax=axes[0])
+    show_positives(image, anchors, targets, boxes, f'{(targets >= 0).sum()} positive anchors', axes[1])
 
 # %% ../../nbs/train/08_callbacks.ipynb #5c2516ae
 def draw_validation_predictions(
@@ -192,7 +201,8 @@ class TensorBoardCallback(MetricsCallback):
         "Writes some numbers at a step."
         with self.writer.as_default(step=int(step)):
             for name,value in scalars.items():
-                if name not in ('step', 'epoch', 'eta') and value is not None: tf.summary.scalar(f'{prefix}/{name}', value)
+                if name in ('step', 'epoch', 'eta') or value is None: continue
+                tf.summary.scalar(f'{prefix}/{name}', value)
 
     def write_image(self, name, image, step):
         "Writes an image at a step."
@@ -202,7 +212,8 @@ class TensorBoardCallback(MetricsCallback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.write_scalars('epoch', logs, logs['step'])
-        if 'AP' in logs and self.draw_predictions: self.write_image('predictions', self.draw_predictions(), logs['step'])
+        if 'AP' in logs and self.draw_predictions:
+            self.write_image('predictions', self.draw_predictions(), logs['step'])
         self.writer.flush()
 
 # %% ../../nbs/train/08_callbacks.ipynb #60b99beb
@@ -271,7 +282,8 @@ def write_run_config(
 ):
     "Writes the effective spec and the environment into the folder of a run."
     with atomic_write(Path(model_dir)/'spec.txt', 'w') as f: f.write(spec_text)
-    with atomic_write(Path(model_dir)/'environment.json', 'w') as f: json.dump(describe_environment(strategy), f, indent=1)
+    environment = describe_environment(strategy)
+    with atomic_write(Path(model_dir)/'environment.json', 'w') as f: json.dump(environment, f, indent=1)
 
 # %% ../../nbs/train/08_callbacks.ipynb #59d9404b
 class StatusCallback(keras.callbacks.Callback):

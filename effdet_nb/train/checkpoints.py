@@ -85,8 +85,9 @@ def save_checkpoint(
     "Writes a checkpoint: a usable detector with all that is needed to continue."
     history.flush()
     state = {k: keras.ops.convert_to_numpy(v) for k,v in optimizer_state(trainer).items()}
-    meta = dict(kind='checkpoint', step=trainer.step, epoch=trainer.step/trainer.plan.steps_per_epoch, history=history.epochs,
-                sums=history.epoch_sums, pace=training_pace(trainer), spec=spec_text) | meta
+    epoch = trainer.step/trainer.plan.steps_per_epoch
+    meta = dict(kind='checkpoint', step=trainer.step, epoch=epoch, history=history.epochs, sums=history.epoch_sums,
+                pace=training_pace(trainer), spec=spec_text) | meta
     ema = trainer.ema.to_dict() if trainer.ema else None
     return save_detector(path, trainer.model, trainer.arch, classes, key, ema=ema, optimizer=state, **meta)
 

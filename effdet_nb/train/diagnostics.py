@@ -36,16 +36,16 @@ def _learning_rate_warnings(plan, num_replicas):
     rate, batch_size = plan.config.learning_rate, plan.batch_size*num_replicas
     usual = LR_PER_IMAGE*batch_size
     if usual/100 <= rate <= 10*usual: return
-    yield (f'training_config.learning_rate: {rate:g} for {batch_size} images a step; the recipe is {usual:.2g}, in proportion '
-           f'to the batch. Set learning_rate: {usual:.2g} unless you know better')
+    yield (f'training_config.learning_rate: {rate:g} for {batch_size} images a step; the recipe is {usual:.2g}, in '
+           f'proportion to the batch. Set learning_rate: {usual:.2g} unless you know better')
 
 def _ema_warnings(plan):
     "Compares the window of the moving average with the length of the run."
     decay, num_steps = plan.config.moving_average_decay, plan.total_steps
     window = 1/(1-decay)
     if not plan.ema_decay_is_set or window <= num_steps: return
-    yield (f'training_config.moving_average_decay: {decay:g} averages over {window:,.0f} steps, but the run has {num_steps:,}. '
-           f'Set it to {max(0, 1-10/num_steps):.3g}')
+    yield (f'training_config.moving_average_decay: {decay:g} averages over {window:,.0f} steps, but the run has '
+           f'{num_steps:,}. Set it to {max(0, 1-10/num_steps):.3g}')
 
 # %% ../../nbs/train/09_diagnostics.ipynb #80035ad9
 def batch_of_step(
@@ -63,7 +63,7 @@ def _image_ids_of_step(trainer, data, step):
     first = (step*max(1, trainer.num_replicas//num_workers())*num_workers() + worker_rank())*size
     ids = []
     for sample in range(first, first+size):
-        record = record_of_sample(sample, len(loader.records), loader.config.seed)
+        record = record_of_sample(sample, len(loader.records), data.seed)
         ids.append(loader.read_example(record)['source_id'])
     return ids
 
@@ -86,15 +86,21 @@ class NanGuard(MetricsCallback):
 
     def stop(self, rows, i):
         "Raises the error for row `i` of the metrics just read."
-        step, metrics = self.trainer.step-len(rows)+i, dict(zip(self.trainer.metric_names, rows[i].tolist()))
+        step = self.trainer.step-len(rows)+i
         batch, ids = batch_of_step(self.trainer, self.data, step)
-        gradients = ', '.join(f'{g} {metrics[f"gradient_{g}"]:.3g}' for g in self.trainer.gradient_group_names)
         raise ValueError(
-            f'step {step}: the loss is {metrics["loss"]:g} (class {metrics["cls_loss"]:g}, box {metrics["box_loss"]:g}) at learning '
-            f'rate {float(self.trainer.lr_schedule(step)):g}; images {", ".join(map(str, ids))}; gradients: {gradients}.'
-            f'{self._save_batch(batch, step)} The weights have run away: lower training_config.learning_rate '
-            f'({self.trainer.config.learning_rate:g}), lengthen lr_warmup_epoch, or set clip_gradients_norm; '
-            'the last checkpoint is intact')
+            f'step {step}: {self._describe_metrics(rows[i], step)}; images {", ".join(map(str, ids))}; '
+            f'gradients: {self._describe_gradients(rows[i])}.{self._save_batch(batch, step)} '
+            f'The weights have run away: lower training_config.learning_rate ({self.trainer.config.learning_rate:g}), '
+            'lengthen lr_warmup_epoch, or set clip_gradients_norm; the last checkpoint is intact')
+
+    def _describe_metrics(self, row, step):
+        rate = float(self.trainer.lr_schedule(step))
+        return f'the loss is {row[0]:g} (class {row[1]:g}, box {row[2]:g}) at learning rate {rate:g}'
+
+    def _describe_gradients(self, row):
+        metrics = dict(zip(self.trainer.metric_names, row.tolist()))
+        return ', '.join(f'{g} {metrics[f"gradient_{g}"]:.3g}' for g in self.trainer.gradient_group_names)
 
     def _save_batch(self, batch, step):
         "Saves a batch into the folder of the run; returns a sentence that names the file."
@@ -124,9 +130,9 @@ class NoPositivesGuard(MetricsCallback):
         "Issues the warning."
         self.has_warned = True
         height, width = self.image_hw
-        warnings.warn(f'no anchor matched any object in the last {self.num_steps} steps: there is nothing to learn from. Check that '
-                      f'the records hold boxes, that they are not tiny at image_size "{height},{width}", and '
-                      f'random_crop_min_scale {self.min_scale:g}')
+        warnings.warn(f'no anchor matched any object in the last {self.num_steps} steps: there is nothing to learn '
+                      f'from. Check that the records hold boxes, that they are not tiny at image_size '
+                      f'"{height},{width}", and random_crop_min_scale {self.min_scale:g}')
 
 # %% ../../nbs/train/09_diagnostics.ipynb #2ced127d
 def largest_passing(
@@ -173,8 +179,8 @@ def _batch_size_advice(batch_size, num_fitting):
 def _lost_worker_error(error):
     "Returns the error for a machine that cannot be reached; a machine alone has a fault in its pipeline."
     if num_workers() == 1: return ValueError(pipeline_error_message(error))
-    return RuntimeError(f'another of the {num_workers()} machines is gone or cannot be reached. Start the same command on all of '
-                        'them: the run goes on from its newest checkpoint')
+    return RuntimeError(f'another of the {num_workers()} machines is gone or cannot be reached. Start the same command '
+                        'on all of them: the run goes on from its newest checkpoint')
 
 # %% ../../nbs/train/09_diagnostics.ipynb #5db00093
 @contextmanager
@@ -202,25 +208,31 @@ def _median_size(boxes):
     height, width = np.median(boxes[:,2:]-boxes[:,:2], 0)
     return f'median {height:.0f} x {width:.0f}'
 
+def _score_range(scores):
+    "Describes the highest and the median score."
+    return f'highest {scores.max():.3f}, median {np.median(scores):.3f}' if len(scores) else 'there are none'
+
+def _concatenate(records, name):
+    "Concatenates an array of several records."
+    return np.concatenate([getattr(record, name) for record in records])
+
 # %% ../../nbs/train/09_diagnostics.ipynb #98d86347
 def diagnose_zero_ap(
     metrics, # a `Metrics` from `evaluate`
 )->str:      # five lines
     "Compares ids, scores and boxes of detections with the ground truth."
     truths, detections = zip(*metrics.results)
-    ids = np.concatenate([t.category_ids for t in truths])
-    detected_ids = channels_to_category_ids(np.concatenate([d.classes for d in detections]), metrics.classes)
-    scores = np.concatenate([d.scores for d in detections])
-    score_text = f'highest {scores.max():.3f}, median {np.median(scores):.3f}' if len(scores) else 'there are none'
-    true_size = _median_size(np.concatenate([t.boxes for t in truths]))
-    detected_size = _median_size(np.concatenate([d.boxes for d in detections]))
+    true_ids, true_boxes = _concatenate(truths, 'category_ids'), _concatenate(truths, 'boxes')
+    boxes, scores = _concatenate(detections, 'boxes'), _concatenate(detections, 'scores')
+    ids = channels_to_category_ids(_concatenate(detections, 'classes'), metrics.classes)
     return '\n'.join([
         'AP is 0, to three digits. What the evaluation saw:',
-        f'  category ids of the truth: {_most_common(ids)}; of the detections: {_most_common(detected_ids)}',
-        f'  scores of {len(scores)} detections: {score_text}',
-        f'  boxes of the truth (height x width, pixels): {true_size}; of the detections: {detected_size}',
-        '  Scores near 0.01: not enough training yet. Other ids: the class table of the records differs from the annotations. '
-        'Other sizes: check image_size and the boxes of the annotations'])
+        f'  category ids of the truth: {_most_common(true_ids)}; of the detections: {_most_common(ids)}',
+        f'  scores of {len(scores)} detections: {_score_range(scores)}',
+        f'  boxes of the truth (height x width, pixels): {_median_size(true_boxes)}; '
+        f'of the detections: {_median_size(boxes)}',
+        '  Scores near 0.01: not enough training yet. Other ids: the class table of the records differs from the '
+        'annotations. Other sizes: check image_size and the boxes of the annotations'])
 
 # %% ../../nbs/train/09_diagnostics.ipynb #49501c06
 class DeferredSignals:
@@ -229,7 +241,8 @@ class DeferredSignals:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM): self.previous_handlers[number] = signal.signal(number, self.handle_signal)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous_handlers[number] = signal.signal(number, self.handle_signal)
         return self
 
     def __exit__(self, *error):

@@ -84,16 +84,21 @@ def make_strategy(
     if num_workers() > 1: return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=cluster_resolver())
     available = [d.name for d in tf.config.list_logical_devices('GPU')]
     if gpus == 1 and not available: return tf.distribute.get_strategy()
-    wanted = range(gpus) if gpu_index is None else gpu_index if isinstance(gpu_index, (list, tuple)) else [gpu_index]
-    if len(wanted) != gpus or max(wanted) >= len(available): raise _missing_gpus_error(gpus, gpu_index, len(available))
-    names = [available[i] for i in wanted]
+    names = _gpu_names(gpus, gpu_index, available)
     return tf.distribute.MirroredStrategy(names) if gpus > 1 else tf.distribute.OneDeviceStrategy(names[0])
+
+def _gpu_names(gpus, gpu_index, available):
+    "Returns the names of the GPUs wanted; an error if one of them is not there."
+    wanted = range(gpus) if gpu_index is None else gpu_index if isinstance(gpu_index, (list, tuple)) else [gpu_index]
+    if len(wanted) != gpus or max(wanted) >= len(available):
+        raise _missing_gpus_error(gpus, gpu_index, len(available))
+    return [available[i] for i in wanted]
 
 def _missing_gpus_error(gpus, gpu_index, num_available):
     "Returns the error for GPUs that this machine does not have."
     option = '' if gpu_index is None else f' --gpu_index {gpu_index}'
-    return ValueError(f'--gpus {gpus}{option}: TensorFlow sees {num_available} GPU(s) on this machine. Use --gpus 1, or check '
-                      'the driver and CUDA libraries (pip install "tensorflow[and-cuda]")')
+    return ValueError(f'--gpus {gpus}{option}: TensorFlow sees {num_available} GPU(s) on this machine. Use --gpus 1, '
+                      'or check the driver and CUDA libraries (pip install "tensorflow[and-cuda]")')
 
 # %% ../../nbs/train/05_distributed.ipynb #ada96fcc
 def check_workers_in_step(
@@ -106,8 +111,9 @@ def check_workers_in_step(
     own_step = strategy.experimental_distribute_values_from_function(lambda context: tf.constant([float(step)]))
     steps = sorted({int(s) for s in np.asarray(strategy.gather(own_step, 0))})
     if len(steps) > 1:
-        raise ValueError(f'{model_dir}: the machines stand at steps {", ".join(map(str, steps))}. --model_dir must be one folder '
-                         'that all of them see; copy the newest checkpoint to where it is missing, or start anew in another')
+        raise ValueError(f'{model_dir}: the machines stand at steps {", ".join(map(str, steps))}. --model_dir must be '
+                         'one folder that all of them see; copy the newest checkpoint to where it is missing, or start '
+                         'anew in another')
 
 # %% ../../nbs/train/05_distributed.ipynb #f4f5b204
 def detections_to_table(

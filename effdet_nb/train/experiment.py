@@ -23,7 +23,8 @@ from ..evaluate.ground_truth import EvalDataset
 from ..evaluate.evaluate import Metrics, evaluate
 from ..weights.model_file import ModelFile
 from ..weights.pretrained import SourceWeights, match_preprocessing
-from .fields import SPEC_SECTIONS, EvalConfig, TrainingConfig, format_value, section_fields
+from .fields import SPEC_SECTIONS, EvalConfig, TrainingConfig
+from .fields import format_value, has_valid_default, section_fields
 from .spec import Spec
 
 # %% ../../nbs/train/03_experiment.ipynb #d9740a57
@@ -169,13 +170,8 @@ def with_defaults(
     defaults = {}
     for section in SPEC_SECTIONS:
         missing = {n: f for n,f in section_fields(section).items() if not spec.is_set(section, n)}
-        defaults[section] = {n: f.default for n,f in missing.items() if _has_valid_default(f)}
+        defaults[section] = {n: f.default for n,f in missing.items() if has_valid_default(f)}
     return spec.replace(**defaults)
-
-def _has_valid_default(field):
-    "Returns whether the default of a field may be written into a spec."
-    check = field.metadata['check']
-    return field.default != '' and not (check and check.violation(field.default))
 
 # %% ../../nbs/train/03_experiment.ipynb #c799f4aa
 @dataclass(frozen=True)

@@ -23,8 +23,11 @@ from .experiment import eval_dataset, evaluate_data
 from .distributed import DistributedPredictor, is_chief, make_strategy, num_workers
 from .trainer import Trainer, training_batches
 from .checkpoints import CheckpointCallback, MetricHistory
-from .callbacks import MetricsCallback, ProfilerCallback, ProgressCallback, StatusCallback, TensorBoardCallback, draw_training_batch, draw_validation_predictions, write_run_config
-from .diagnostics import DeferredSignals, NanGuard, NoPositivesGuard, batch_of_step, diagnose_zero_ap, fits_in_memory, readable_errors
+from .callbacks import MetricsCallback, ProfilerCallback, ProgressCallback, StatusCallback
+from .callbacks import TensorBoardCallback, write_run_config
+from .callbacks import draw_training_batch, draw_validation_predictions
+from .diagnostics import DeferredSignals, NanGuard, NoPositivesGuard
+from .diagnostics import batch_of_step, diagnose_zero_ap, fits_in_memory, readable_errors
 from .startup import prepare_training
 
 # %% ../../nbs/train/11_fit.ipynb #41a26b2f
@@ -129,34 +132,38 @@ class TrainingLoop:
         "Runs until the last epoch of the plan, or until a callback sets `model.stop_training`."
         start, first, last = time.perf_counter(), len(self.history.epochs), self.trainer.plan.last_epoch
         for epoch in range(first, last):
-            epoch_start = time.perf_counter()
-            self.callbacks.on_epoch_begin(epoch)
             row = self.run_epoch(epoch, batches)
-            if self.evaluator and self.evaluator.is_due(epoch): row |= self.evaluator.run()
-            now = time.perf_counter()
-            row |= dict(seconds=now-epoch_start, eta=(now-start)/(epoch+1-first)*(last-epoch-1))
-            self.end_epoch(epoch, row)
+            mean_seconds = (time.perf_counter()-start)/(epoch+1-first)
+            self.end_epoch(epoch, row | dict(eta=mean_seconds*(last-epoch-1)))
             if self.trainer.model.stop_training: break
         return self.history.epochs
 
     def run_epoch(self, epoch, batches)->dict:
-        "Runs the steps of an epoch, counted from 0; returns its row of the history."
-        end, self.timer = self.trainer.plan.step_at(epoch+1), StepTimer()
+        "Runs an epoch, counted from 0, and evaluates if it is due; returns the row of the history."
+        start, end = time.perf_counter(), self.trainer.plan.step_at(epoch+1)
+        self.timer = StepTimer()
+        self.callbacks.on_epoch_begin(epoch)
         while self.trainer.step < end: self.run_call(batches, end)
-        return self.epoch_row(epoch)
+        row = self.epoch_row(epoch)
+        if self.evaluator and self.evaluator.is_due(epoch): row |= self.evaluator.run()
+        return row | dict(seconds=time.perf_counter()-start)
 
     def run_call(self, batches, end):
         "Runs one call of the compiled step, of `iterations_per_loop` steps but not beyond step `end`."
-        first_step, config = self.trainer.step, self.trainer.config
-        num_steps = min(max(1, config.iterations_per_loop), end-first_step)
+        first_step = self.trainer.step
+        num_steps = min(max(1, self.trainer.config.iterations_per_loop), end-first_step)
         self.callbacks.on_train_batch_begin(first_step)
         with self.signals.critical_section():
             metrics = self.take_steps(batches, num_steps)
-            step, period = self.trainer.step, config.logging_frequency
-            if step//period > first_step//period or step == end: self.read_metrics()
+            if self.is_log_due(first_step, end): self.read_metrics()
         self.timer.tick(num_steps, metrics)
         loss = metrics[0] if num_steps == 1 else metrics[-1,0]
         self.callbacks.on_train_batch_end(self.trainer.step-1, {'loss': loss})
+
+    def is_log_due(self, first_step, end)->bool:
+        "Returns whether the steps since `first_step` reach a multiple of `logging_frequency` or the end of the epoch."
+        step, period = self.trainer.step, self.trainer.config.logging_frequency
+        return step//period > first_step//period or step == end
 
     def take_steps(self, batches, num_steps):
         "Takes one step or several in one call; keeps their metrics to be read later, and returns them."
@@ -199,11 +206,13 @@ def report_callbacks(
 )->list:                  # Keras callbacks; none on any machine but the first, none for a finished run
     "Returns the callbacks that report a run; draws the first batch."
     if not is_chief() or len(history.epochs) >= trainer.plan.last_epoch: return []
-    board, skip_steps = TensorBoardCallback(model_dir/'tensorboard', evaluator.draw_predictions), trainer.config.profile_skip_steps
+    log_dir, skip_steps = model_dir/'tensorboard', trainer.config.profile_skip_steps
+    board = TensorBoardCallback(log_dir, evaluator.draw_predictions)
     batch, _ = batch_of_step(trainer, evaluator.data, trainer.step)
-    board.write_image('first_batch', draw_training_batch(batch, arch_anchors(trainer.arch), evaluator.classes), trainer.step)
+    image = draw_training_batch(batch, arch_anchors(trainer.arch), evaluator.classes)
+    board.write_image('first_batch', image, trainer.step)
     callbacks = [StatusCallback(history, trainer.plan.num_epochs, model_dir, status), board]
-    return [*callbacks, ProfilerCallback(model_dir/'tensorboard', skip_steps)] if skip_steps else callbacks
+    return [*callbacks, ProfilerCallback(log_dir, skip_steps)] if skip_steps else callbacks
 
 # %% ../../nbs/train/11_fit.ipynb #32b94ba2
 def run_until_interrupted(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_plain_or_encrypted', 'read_initial_weights', 'weight_decay_hint', 'continue_run', 'begin_run',
-           'initialize_weights', 'set_up_process', 'log_start', 'prepare_training']
+           'initialize_weights', 'set_up_process', 'log_start', 'check_data', 'prepare_training']
 
 # %% ../../nbs/train/10_startup.ipynb #b6ce91cd
 import keras, tensorflow as tf, warnings
@@ -22,7 +22,8 @@ from .spec import Spec
 from .experiment import Experiment, InitialWeights, class_table, resolve_experiment
 from .distributed import check_workers_in_step, is_chief
 from .trainer import Trainer, enable_determinism
-from .checkpoints import MetricHistory, load_latest_checkpoint, reset_ema, restore_checkpoint, training_pace
+from .checkpoints import MetricHistory, load_latest_checkpoint, training_pace
+from .checkpoints import reset_ema, restore_checkpoint
 from .diagnostics import hyperparameter_warnings
 
 # %% ../../nbs/train/10_startup.ipynb #708e7bca
@@ -56,7 +57,8 @@ def weight_decay_hint(
     decays = {'l1_weight_decay': config.l1_weight_decay, 'l2_weight_decay': config.l2_weight_decay}
     active = [f'{name} {value:g}' for name,value in decays.items() if value]
     if not active: return ''
-    return f' (hint: {" and ".join(active)} keeps pulling at the few filters left; 0 usually lets a pruned model recover better)'
+    return (f' (hint: {" and ".join(active)} keeps pulling at the few filters left; '
+            '0 usually lets a pruned model recover better)')
 
 # %% ../../nbs/train/10_startup.ipynb #b693b628
 def continue_run(
@@ -70,8 +72,8 @@ def continue_run(
     widths = initial.checkpoint.arch.widths
     if widths != trainer.arch.widths:
         difference = 'was pruned to other widths' if widths else 'is not pruned'
-        raise ValueError(f'{path}: is of another run, whose network {difference}. Give this run a folder of its own with --model_dir, '
-                         'or set training_config.resume: False')
+        raise ValueError(f'{path}: is of another run, whose network {difference}. Give this run a folder of its own '
+                         'with --model_dir, or set training_config.resume: False')
     is_finished = len(meta['history']) >= trainer.plan.last_epoch
     line = f'{"finished already:" if is_finished else "continuing from"} {path} (step {meta["step"]})'
     changes = restore_checkpoint(initial.checkpoint, trainer, history, spec_text, path)
@@ -127,8 +129,18 @@ def log_start(
     "Logs where a run starts, its length, and what is unusual about its settings."
     replicas = f' on {trainer.num_replicas} replicas' if trainer.num_replicas > 1 else ''
     log_message(start)
-    log_message(f'{trainer.plan.steps_per_epoch:g} steps per epoch, {training_pace(trainer)["global_batch"]} images per step{replicas}')
+    global_batch = training_pace(trainer)['global_batch']
+    log_message(f'{trainer.plan.steps_per_epoch:g} steps per epoch, {global_batch} images per step{replicas}')
     for warning in hyperparameter_warnings(trainer.plan, trainer.num_replicas): warnings.warn(warning)
+
+# %% ../../nbs/train/10_startup.ipynb #5cdbe070
+def check_data(
+    experiment:Experiment, # the run
+):
+    "Checks a sample of the records against the settings of a run; serious problems are one error."
+    plan = experiment.training
+    check_before_training(experiment.data, arch_anchors(experiment.arch), plan.config.num_examples_per_epoch,
+                          plan.batch_size, experiment.evaluation.eval_samples)
 
 # %% ../../nbs/train/10_startup.ipynb #ce2a28e5
 def prepare_training(
@@ -141,9 +153,8 @@ def prepare_training(
     set_up_process(spec.training_config)
     initial = read_initial_weights(spec.training_config, spec.model_config.model_name, key, model_dir)
     experiment = resolve_experiment(spec, initial, strategy.num_replicas_in_sync)
-    plan, evaluation = experiment.training, experiment.evaluation
-    check_before_training(experiment.data, arch_anchors(experiment.arch), plan.config.num_examples_per_epoch, plan.batch_size, evaluation.eval_samples)
-    trainer = Trainer(experiment.arch, plan, strategy)
+    check_data(experiment)
+    trainer = Trainer(experiment.arch, experiment.training, strategy)
     history = MetricHistory(trainer.metric_names)
     start = initialize_weights(trainer, history, initial, experiment.spec_text)
     check_workers_in_step(trainer.step, strategy, model_dir)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEP_METRICS', 'enable_determinism', 'amp_policy', 'dtype_policy_scope', 'with_loss_scaling', 'freeze_backbone',
-           'gradient_group', 'squared_gradient_norms', 'scale_tensors', 'Trainer', 'worker_dataset', 'training_batches']
+           'build_trainable', 'build_optimizer', 'gradient_group', 'squared_gradient_norms', 'scale_tensors', 'Trainer',
+           'worker_dataset', 'training_batches']
 
 # %% ../../nbs/train/06_trainer.ipynb #bb01337c
 import keras, re, tensorflow as tf
@@ -17,6 +18,7 @@ from ..accel.cpu_layers import FusedNormLayers, training_forward
 from ..accel.fast_focal import fast_focal_loss
 from ..accel.grid_targets import anchor_grid, assign_on_grid
 from ..data.pipeline import DataConfig, train_dataset
+from .fields import TrainingConfig
 from .experiment import TrainingPlan
 from .optim import Ema, clip_by_global_norm, l1_l2_penalty, make_lr_schedule, make_optimizer
 from .distributed import num_workers
@@ -31,7 +33,8 @@ def enable_determinism():
 def amp_policy()->str: # name of a Keras dtype policy
     "Returns the mixed precision that suits this machine: float16 on a GPU, bfloat16 on a CPU."
     if tf.config.list_physical_devices('GPU'): return 'mixed_float16'
-    log_message('training_config.amp: no GPU here, so bfloat16, which saves memory but not time. Leave amp out to be faster')
+    log_message('training_config.amp: no GPU here, so bfloat16, which saves memory but not time. '
+                'Leave amp out to be faster')
     return 'mixed_bfloat16'
 
 # %% ../../nbs/train/06_trainer.ipynb #b2519fb9
@@ -76,6 +79,28 @@ def _backbone_stage(layer_name):
     match = re.match(r'stem_|block(\d)', layer_name)
     return match and int(match[1] or 0)
 
+# %% ../../nbs/train/06_trainer.ipynb #d66e82e5
+def build_trainable(
+    arch:Arch,                # the detector
+    plan:TrainingPlan,        # which layers stay frozen
+    synchronized:bool=False,  # whether batch statistics are shared among replicas
+)->keras.Model:
+    "Builds the model of a training, some of its layers frozen."
+    model = build(arch, synchronized=synchronized)
+    freeze_backbone(model, plan.frozen_blocks, plan.freeze_bn)
+    model.stop_training = False      # Keras callbacks set this to end a run
+    return model
+
+def build_optimizer(
+    config:TrainingConfig, # momentum
+    lr_schedule,           # from `make_lr_schedule`
+    model:keras.Model,     # the model to train
+)->keras.optimizers.Optimizer:
+    "Builds the optimizer of a training; gradients are clipped by the trainer, which knows all replicas."
+    optimizer = with_loss_scaling(make_optimizer(config, lr_schedule, clip=False), model)
+    optimizer.build(model.trainable_variables)
+    return optimizer
+
 # %% ../../nbs/train/06_trainer.ipynb #6b275d85
 def gradient_group(
     path:str, # path of a variable, such as `block3a_bn/gamma`
@@ -117,14 +142,10 @@ class Trainer:
         self.step = 0                        # steps done
         policy, decay = amp_policy() if self.config.amp else 'float32', self.config.moving_average_decay
         with self.strategy.scope(), dtype_policy_scope(policy):
-            self.model = build(arch, synchronized=self.num_replicas > 1, layers=FusedNormLayers)
-            self.forward = training_forward(self.model, arch)
-            freeze_backbone(self.model, plan.frozen_blocks, plan.freeze_bn)
+            self.model = build_trainable(arch, plan, synchronized=self.num_replicas > 1)
             self.lr_schedule = make_lr_schedule(self.config, plan.steps_per_epoch)
-            self.optimizer = with_loss_scaling(make_optimizer(self.config, self.lr_schedule, clip=False), self.model)
-            self.optimizer.build(self.model.trainable_variables)
+            self.optimizer = build_optimizer(self.config, self.lr_schedule, self.model)
             self.ema = Ema(self.model.weights, decay) if decay else None
-        self.model.stop_training = False     # Keras callbacks set this to end a run
         self.gradient_groups = [gradient_group(v.path) for v in self.model.trainable_variables]
         self.gradient_group_names = list(dict.fromkeys(self.gradient_groups))
         self.metric_names = [*STEP_METRICS, *(f'gradient_{name}' for name in self.gradient_group_names)]
@@ -133,19 +154,20 @@ class Trainer:
         self.train_steps = tf.function(self._steps, reduce_retracing=True)      # batches, n -> [n, metrics]
 
     def _compile_gradients(self):
-        "Compiles the forward and backward pass, with XLA if the spec says so; several replicas are compiled with the step."
-        if self.num_replicas == 1: return tf.function(self.compute_gradients, autograph=False, jit_compile=self.config.use_xla)
-        if self.config.use_xla:
-            log_message('training_config.use_xla: XLA cannot compile batch norms that share their statistics among replicas; '
-                        'training goes on without')
+        "Compiles the gradients, with XLA if the spec says so; for several replicas the step is compiled as a whole."
+        use_xla = self.config.use_xla
+        if self.num_replicas == 1: return tf.function(self.compute_gradients, autograph=False, jit_compile=use_xla)
+        if use_xla:
+            log_message('training_config.use_xla: XLA cannot compile batch norms that share their statistics among '
+                        'replicas; training goes on without')
         return self.compute_gradients
 
     def compute_losses(self, batch, num_positives):
         "Returns the total loss of a part of a batch, and [loss, cls_loss, box_loss, reg_loss]."
         config, variables = self.config, self.model.trainable_variables
-        outputs = self.forward(match_channels(batch['images'], self.arch.channels))
+        outputs = self.model(match_channels(batch['images'], self.arch.channels), training=True)
         loss = detection_loss(outputs['cls_logits'], outputs['box_deltas'], batch['cls_targets'], batch['box_targets'],
-            num_positives, focal_loss=fast_focal_loss)
+                              num_positives)
         num_parts = self.num_replicas*config.gradient_accumulation_steps
         penalty = l1_l2_penalty(variables, config.l1_weight_decay, config.l2_weight_decay)/num_parts
         total = loss['total']+penalty
@@ -173,16 +195,19 @@ class Trainer:
 
     def clip_gradients(self, gradients):
         "Returns the gradients clipped by their common norm, that norm, and the norm of each group."
-        scale = self.optimizer.scale_loss(1.) if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer) else None
+        is_scaled = isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer)
+        scale = self.optimizer.scale_loss(1.) if is_scaled else None
         if scale is not None: gradients = scale_tensors(gradients, 1/scale)
         squares = squared_gradient_norms(gradients, self.gradient_groups, self.gradient_group_names)
-        gradients, norm = clip_by_global_norm(gradients, self.config.clip_gradients_norm, tf.sqrt(tf.reduce_sum(squares)))
+        norm = tf.sqrt(tf.reduce_sum(squares))
+        gradients, _ = clip_by_global_norm(gradients, self.config.clip_gradients_norm, norm)
         if scale is not None: gradients = scale_tensors(gradients, scale)
         return gradients, norm, tf.sqrt(squares)
 
     def apply_gradients(self, gradients):
         "Updates the weights and their moving average."
-        if self.num_replicas > 1: gradients = scale_tensors(gradients, 1/self.num_replicas)   # `apply` sums over replicas again
+        if self.num_replicas > 1:           # `apply` sums over replicas once more
+            gradients = scale_tensors(gradients, 1/self.num_replicas)
         self.optimizer.apply(gradients, self.model.trainable_variables)
         if self.ema: self.ema.update(self.model.weights, self.optimizer.iterations)
 
