@@ -72,7 +72,8 @@ class StubTrainer:
 class StubEvaluator(Evaluator):
     "Decides as an `Evaluator` when to evaluate, and finds AP 0.5 each time."
     def __init__(self, trainer, history, experiment):
-        self.trainer, self.history, self.data, self.evaluation = trainer, history, experiment.data, experiment.evaluation
+        self.trainer, self.history = trainer, history
+        self.data, self.evaluation = experiment.data, experiment.evaluation
         self.metrics, self.last_time = None, -np.inf
         self.epochs = []             # epochs evaluated, counted from 1
 

@@ -273,8 +273,8 @@ def test_out_of_memory_names_the_batch_that_fits(spec, monkeypatch):
     def gradients(batch, *args):
         if batch['images'].shape[0] > 5: raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
     trainer = SimpleNamespace(arch=arch_from_spec(spec), compute_gradients=gradients)
-    advice = 'train_batch_size 12 .* 5 would fit: set train_batch_size: 5, or keep 12 with gradient_accumulation_steps: 3'
-    with pytest.raises(ValueError, match=advice):
+    advice = '12 .* 5 would fit: set train_batch_size: 5, or keep 12 with gradient_accumulation_steps: 3'
+    with pytest.raises(ValueError, match=f'train_batch_size {advice}'):
         with diagnostics.readable_errors(plan, (128, 128), lambda n: diagnostics.fits_in_memory(trainer, n)):
             raise tf.errors.ResourceExhaustedError(None, None, 'OOM')
 
