@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['STEP_METRICS', 'enable_determinism', 'amp_policy', 'dtype_policy_scope', 'with_loss_scaling', 'freeze_backbone',
-           'build_trainable', 'build_optimizer', 'gradient_group', 'squared_gradient_norms', 'scale_tensors', 'Trainer',
-           'worker_dataset', 'training_batches']
+           'build_trainable', 'build_optimizer', 'squared_gradient_norms', 'scale_tensors', 'Trainer', 'worker_dataset',
+           'training_batches']
 
 # %% ../../nbs/train/06_trainer.ipynb #bb01337c
 import keras, re, tensorflow as tf
 from contextlib import contextmanager
 from functools import partial
 from ..core.console import log_message
-from ..detector.efficientdet import Arch, arch_anchors, build, match_channels
+from ..detector.efficientdet import Arch, arch_anchors, build, component_of, match_channels
 from ..detector.loss import detection_loss
 from ..accel.cpu_layers import FusedNormLayers, training_forward
 from ..accel.fast_focal import fast_focal_loss
@@ -86,7 +86,7 @@ def build_trainable(
     synchronized:bool=False,  # whether batch statistics are shared among replicas
 )->keras.Model:
     "Builds the model of a training, some of its layers frozen."
-    model = build(arch, synchronized=synchronized)
+    model = build(arch, synchronized=synchronized, layers=FusedNormLayers)
     freeze_backbone(model, plan.frozen_blocks, plan.freeze_bn)
     model.stop_training = False      # Keras callbacks set this to end a run
     return model
@@ -100,14 +100,6 @@ def build_optimizer(
     optimizer = with_loss_scaling(make_optimizer(config, lr_schedule, clip=False), model)
     optimizer.build(model.trainable_variables)
     return optimizer
-
-# %% ../../nbs/train/06_trainer.ipynb #6b275d85
-def gradient_group(
-    path:str, # path of a variable, such as `block3a_bn/gamma`
-)->str:       # stem, block1 to block7, fpn, class or box
-    "Returns the part of the network that a variable belongs to."
-    match = re.match(r'(stem)_|(block\d)|(class|box)-', path)
-    return next(filter(None, match.groups())) if match else 'fpn'
 
 # %% ../../nbs/train/06_trainer.ipynb #2e082e38
 def squared_gradient_norms(
@@ -146,7 +138,8 @@ class Trainer:
             self.lr_schedule = make_lr_schedule(self.config, plan.steps_per_epoch)
             self.optimizer = build_optimizer(self.config, self.lr_schedule, self.model)
             self.ema = Ema(self.model.weights, decay) if decay else None
-        self.gradient_groups = [gradient_group(v.path) for v in self.model.trainable_variables]
+        self.forward = training_forward(self.model, arch)      # images -> raw outputs, fast on a CPU
+        self.gradient_groups = [component_of(v.path).removesuffix('_net') for v in self.model.trainable_variables]
         self.gradient_group_names = list(dict.fromkeys(self.gradient_groups))
         self.metric_names = [*STEP_METRICS, *(f'gradient_{name}' for name in self.gradient_group_names)]
         self.compiled_gradients = self._compile_gradients()
@@ -165,9 +158,9 @@ class Trainer:
     def compute_losses(self, batch, num_positives):
         "Returns the total loss of a part of a batch, and [loss, cls_loss, box_loss, reg_loss]."
         config, variables = self.config, self.model.trainable_variables
-        outputs = self.model(match_channels(batch['images'], self.arch.channels), training=True)
+        outputs = self.forward(match_channels(batch['images'], self.arch.channels))
         loss = detection_loss(outputs['cls_logits'], outputs['box_deltas'], batch['cls_targets'], batch['box_targets'],
-                              num_positives)
+                              num_positives, focal_loss=fast_focal_loss)
         num_parts = self.num_replicas*config.gradient_accumulation_steps
         penalty = l1_l2_penalty(variables, config.l1_weight_decay, config.l2_weight_decay)/num_parts
         total = loss['total']+penalty
