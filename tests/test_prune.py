@@ -181,7 +181,8 @@ WHOLE_NETWORKS = [Arch(image_hw=(128, 128), num_classes=3),
                   *(Arch(name, (160, 224), num_classes=2) for name in ['efficientdet-d1', *LITE])]
 
 @pytest.mark.parametrize('arch', [
-    Arch(ARCH.name, (131, 197), num_classes=2), *(pytest.param(arch, marks=pytest.mark.slow) for arch in WHOLE_NETWORKS)])
+    Arch(ARCH.name, (131, 197), num_classes=2),
+    *(pytest.param(arch, marks=pytest.mark.slow) for arch in WHOLE_NETWORKS)])
 def test_removing_channels_of_zeros_changes_nothing(arch):
     dtype = 'float64' if arch.name in LITE else 'float32'     # in float32, rounding alone reaches 1.05e-5 in lite0
     with dtype_policy_scope(dtype): check_removing_zeros(arch)
@@ -206,7 +207,7 @@ def check_removing_zeros(arch):
     assert num_params(graph, {name: len(v) for name, v in kept.items()}) == small.count_params() < model.count_params()
     set_weights_by_path(model, change_readers_of_removed(weights, graph, kept))
     np.testing.assert_array_equal(run(model, image), outputs)     # what reads zeros does not matter, to the last bit
-    for name in ('p6', 'block4a_expand_conv'):                    # other channels than the right ones: the check can fail
+    for name in ('p6', 'block4a_expand_conv'):                    # with other channels the outputs differ
         others = kept | {name: (kept[name]+1) % graph.sizes[name]}
         set_weights_by_path(small, prune_weights(weights, graph, others))
         assert abs(run(small, image)-outputs).max() > 1e-3
