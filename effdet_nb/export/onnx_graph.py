@@ -6,8 +6,8 @@
 __all__ = ['DUMMY_BATCH', 'METADATA_KEY', 'IMAGE_PREPARATION', 'GRAPH_PASSES', 'trace_to_onnx', 'graph_initializers',
            'add_initializer', 'replace_nodes', 'copy_proto', 'infer_tensor_shapes', 'resize_nodes', 'resize_to_gather',
            'remove_noop_reshapes', 'folded_conv', 'fold_batch_norms', 'count_readers', 'fold_normalization',
-           'follow_chain', 'matmul_nodes', 'head_conv_to_matmul', 'set_batch_dim', 'run_onnx', 'set_metadata',
-           'get_metadata', 'build_metadata', 'anchors_from_metadata', 'get_batch_dim', 'model_to_onnx',
+           'folded_scale', 'follow_chain', 'matmul_nodes', 'head_conv_to_matmul', 'set_batch_dim', 'run_onnx',
+           'set_metadata', 'get_metadata', 'build_metadata', 'anchors_from_metadata', 'get_batch_dim', 'model_to_onnx',
            'convert_to_onnx']
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #aa0236f1
@@ -158,16 +158,15 @@ def fold_batch_norms(
 ):         # the same proto
     "Folds each batch norm into the convolution before it, where no other node reads that."
     graph, constants, folded = proto.graph, graph_initializers(proto.graph), set()
-    node_of = {node.output[0]: node for node in graph.node}
+    convs = {node.output[0]: node for node in graph.node if node.op_type=='Conv'}
     num_readers = count_readers(graph)
     for node in graph.node:
-        if node.op_type!='BatchNormalization': continue
-        conv, output = node_of.get(node.input[0]), node.output[0]
-        if conv is None or conv.op_type!='Conv' or num_readers[node.input[0]]>1: continue
-        weights, bias = folded_conv(conv, node, constants)
-        conv.input[1:] = [add_initializer(graph, f'{output}/w', weights), add_initializer(graph, f'{output}/b', bias)]
-        conv.output[0] = output
-        folded.add(output)
+        x, y = node.input[0], node.output[0]
+        if node.op_type!='BatchNormalization' or x not in convs or num_readers[x]>1: continue
+        weights, bias = folded_conv(convs[x], node, constants)
+        convs[x].input[1:] = [add_initializer(graph, f'{y}/w', weights), add_initializer(graph, f'{y}/b', bias)]
+        convs[x].output[0] = y
+        folded.add(y)
     remaining = [n for n in graph.node if n.op_type!='BatchNormalization' or n.output[0] not in folded]
     return replace_nodes(proto, remaining)
 
@@ -188,18 +187,23 @@ def fold_normalization(
     chain = follow_chain(graph, 'input', ('Sub','Mul','Transpose','Conv'))
     if chain is None: return proto
     sub,mul,transpose,conv = chain
-    kernel = constants[conv.input[1]]
-    def per_channel(value): return np.broadcast_to(np.ravel(value), kernel.shape[1]).reshape(1,-1,1,1)
-    mean, scale = per_channel(constants[sub.input[1]]), per_channel(constants[mul.input[1]])
-    mean_name = add_initializer(graph, 'pixels/mean', mean.astype(np.float32))
-    kernel_name = add_initializer(graph, 'pixels/weights', (kernel*scale).astype(np.float32))
+    mean, kernel = folded_scale(*(constants[node.input[1]] for node in (sub, mul, conv)))
     transpose.input[0] = 'input'
-    sub.input[:] = [transpose.output[0], mean_name]
-    conv.input[:2] = [sub.output[0], kernel_name]
+    sub.input[:] = [transpose.output[0], add_initializer(graph, 'pixels/mean', mean)]
+    conv.input[:2] = [sub.output[0], add_initializer(graph, 'pixels/weights', kernel)]
     rest = [node for node in graph.node if node not in chain]
     return replace_nodes(proto, [transpose, sub, conv, *rest])
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #fce5848b
+def folded_scale(
+    mean:np.ndarray,   # [C] or a scalar, subtracted from the pixels
+    scale:np.ndarray,  # [C] or a scalar, then multiplied
+    kernel:np.ndarray, # [out,C,kh,kw] of the first convolution
+)->tuple:              # the mean [1,C,1,1] to subtract, and the kernel with the scale, float32
+    "Computes the kernel that includes the scale of the normalisation."
+    def per_channel(value): return np.broadcast_to(np.ravel(value), kernel.shape[1]).reshape(1,-1,1,1)
+    return per_channel(mean).astype(np.float32), (kernel*per_channel(scale)).astype(np.float32)
+
 def follow_chain(
     graph,         # onnx.GraphProto
     name:str,      # of the first tensor
@@ -233,16 +237,15 @@ def head_conv_to_matmul(
 ):         # the same proto
     "Replaces the last convolution of each head, where its result is transposed, by a matrix product."
     graph, constants = proto.graph, graph_initializers(proto.graph)
-    node_of = {node.output[0]: node for node in graph.node}
+    convs = {node.output[0]: node for node in graph.node if node.op_type=='Conv'}
     replacements, matrices = {}, {}
-    for transpose in graph.node:
-        conv = node_of.get(transpose.input[0])
-        if transpose.op_type!='Transpose' or conv is None or conv.op_type!='Conv': continue
-        kernel = constants[conv.input[1]]
-        if kernel.shape[2:]!=(1,1): continue
+    for node in graph.node:
+        conv = convs.get(node.input[0]) if node.op_type=='Transpose' else None
+        if conv is None or constants[conv.input[1]].shape[2:]!=(1,1): continue
         replacements[conv.output[0]] = []
-        replacements[transpose.output[0]] = matmul_nodes(conv, transpose.output[0])
-        matrices[f'{conv.input[1]}/by_cell'] = kernel[:,:,0,0].T     # once, although five levels share it
+        replacements[node.output[0]] = matmul_nodes(conv, node.output[0])
+        kernel_name = conv.input[1]                    # the same for all five levels
+        matrices[f'{kernel_name}/by_cell'] = constants[kernel_name][:,:,0,0].T
     for name,matrix in matrices.items(): add_initializer(graph, name, matrix)
     nodes = []
     for node in graph.node: nodes += replacements.get(node.output[0], [node])
@@ -316,8 +319,8 @@ def build_metadata(
 )->dict:                 # for a graph without suppression
     "Makes the metadata of an exported network."
     from_model = {name: meta.get(name) for name in ('arch','classes','step','epoch')}
-    return dict(format=1, version=__version__, **from_model, input=IMAGE_PREPARATION, batch_size=batch_size, opset=opset,
-                data_type='fp32', nms=dict(kind='none'))
+    return dict(format=1, version=__version__, **from_model, input=IMAGE_PREPARATION, batch_size=batch_size,
+                opset=opset, data_type='fp32', nms=dict(kind='none'))
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #4ab7b2f0
 def anchors_from_metadata(
