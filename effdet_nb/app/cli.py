@@ -271,8 +271,9 @@ def effdet_export(
     nms = nms or _default_nms(output_path)
     spec = Spec.load(experiment_spec_file, 'export') if experiment_spec_file else None
     if data_type!='fp32': _check_validation_files(spec)
-    from effdet_nb.export.export import export, nms_options_from_spec
-    nms_options = nms_options_from_spec(dict(spec=spec.to_text()), nms) if spec else {}
+    from effdet_nb.export.export import export
+    from effdet_nb.train.experiment import export_nms_settings
+    nms_options = export_nms_settings(spec, nms) if spec else {}
     result = export(
         model_path, output_path, key, nms, opset, max_batch_size, data_type, cal_image_dir=cal_image_dir,
         cal_cache_file=cal_cache_file, batches=batches, batch_size=batch_size, **nms_options)
