@@ -22,7 +22,8 @@ from interleave import median_ratio, time_call, time_interleaved
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.coco import load_coco
 from effdet_nb.evaluate.evaluate import coco_metrics, evaluate
-from effdet_nb.evaluate.ground_truth import letterbox_sample, predict_samples, samples_from_coco
+from effdet_nb.evaluate.ground_truth import samples_from_coco
+from effdet_nb.evaluate.predict import letterbox_sample, predict_samples
 
 
 def draw_toy_images(num_images):

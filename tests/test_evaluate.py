@@ -15,9 +15,11 @@ from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.coco import load_coco
 from effdet_nb.evaluate.ground_truth import GroundTruth, samples_from_coco, samples_from_records
 from effdet_nb.train.experiment import eval_dataset_from_spec
-from effdet_nb.evaluate.evaluate import COCO_STAT_NAMES, Metrics, coco_metrics, coco_results, evaluate, image_ap, ap_per_image, worst_images
+from effdet_nb.evaluate.evaluate import Metrics, coco_metrics, coco_results, evaluate
+from effdet_nb.evaluate.inspect_results import image_ap, ap_per_image, worst_images
+from effdet_nb.evaluate.coco_metric import COCO_STAT_NAMES
 from effdet_nb.detector.detections import Detections
-from test_ground_truth import Fixed, pictures  # noqa: F401
+from test_ground_truth import FullImageDetector, image_folder  # noqa: F401
 
 
 def reference(annotations_file, results, image_ids=None):
@@ -55,7 +57,7 @@ def test_real_files_give_the_numbers_of_pycocotools(shared_dir, name, file, num_
     classes, rng = ClassTable.from_categories(coco.categories, num_classes), np.random.default_rng(0)
     truths = [t for _, t in samples_from_coco(coco, folder)]
     metrics = coco_metrics([(t, guesses(t, classes, rng)) for t in truths], classes)
-    stats, precision, ids = reference(file, coco_results(metrics))
+    stats, precision, ids = reference(file, coco_results(metrics.results, metrics.classes))
     np.testing.assert_allclose([metrics[k] for k in COCO_STAT_NAMES], stats, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(metrics.precision, precision)
     assert 0 < metrics['AP'] < 1 and [r['id'] for r in metrics.per_class]==list(ids)
@@ -63,7 +65,7 @@ def test_real_files_give_the_numbers_of_pycocotools(shared_dir, name, file, num_
 
 
 def write_coco(path, rng, num_images, num_boxes):
-    "A random annotation file: crowds, empty pictures, areas unlike the boxes', one class without any box."
+    "A random annotation file: crowds, empty image_folder, areas unlike the boxes', one class without any box."
     images = [dict(id=int(i), file_name=f'{i}.png', height=300, width=300) for i in rng.permutation(10*num_images)[:num_images]]
     annotations = [dict(id=n, image_id=images[int(rng.integers(num_images))]['id'], category_id=int(rng.choice([2, 5])), iscrowd=int(rng.random()<.2),
                         bbox=(b:=[round(float(v), 2) for v in (*rng.uniform(0, 150, 2), *rng.uniform(0, 140, 2))]), area=b[2]*b[3]*float(rng.uniform(.2, 1)))
@@ -79,8 +81,8 @@ def test_random_files_give_the_numbers_of_pycocotools(tmp_path_factory, seed, nu
     coco = write_coco(path, rng, num_images, num_boxes)
     classes = ClassTable.from_categories(coco.categories, 10)
     metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in samples_from_coco(coco, '')], classes)
-    if not coco_results(metrics): return   # pycocotools cannot read an empty list of results; see the next test
-    np.testing.assert_allclose([metrics[k] for k in COCO_STAT_NAMES], reference(path, coco_results(metrics))[0], rtol=0, atol=1e-12)
+    if not coco_results(metrics.results, metrics.classes): return   # pycocotools cannot read an empty list of results; see the next test
+    np.testing.assert_allclose([metrics[k] for k in COCO_STAT_NAMES], reference(path, coco_results(metrics.results, metrics.classes))[0], rtol=0, atol=1e-12)
 
 
 def test_more_than_a_hundred_detections_equal_pycocotools(tmp_path):
@@ -89,7 +91,7 @@ def test_more_than_a_hundred_detections_equal_pycocotools(tmp_path):
     classes = ClassTable.from_categories(coco.categories, 10)
     metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in samples_from_coco(coco, '')], classes)
     assert max(len(d) for _, d in metrics.results) > 100
-    np.testing.assert_allclose([metrics[k] for k in COCO_STAT_NAMES], reference(tmp_path/'a.json', coco_results(metrics))[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose([metrics[k] for k in COCO_STAT_NAMES], reference(tmp_path/'a.json', coco_results(metrics.results, metrics.classes))[0], rtol=0, atol=1e-12)
 
 
 def test_a_subset_is_judged_by_its_own_truth(tmp_path):
@@ -97,7 +99,7 @@ def test_a_subset_is_judged_by_its_own_truth(tmp_path):
     coco = write_coco(tmp_path/'a.json', rng, 6, 30)
     classes, some = ClassTable.from_categories(coco.categories, 10), [i['id'] for i in coco.images[:3]]
     metrics = coco_metrics([(t, guesses(t, classes, rng)) for _, t in islice(samples_from_coco(coco, ''), 3)], classes)
-    np.testing.assert_allclose([metrics[k] for k in COCO_STAT_NAMES], reference(tmp_path/'a.json', coco_results(metrics), some)[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose([metrics[k] for k in COCO_STAT_NAMES], reference(tmp_path/'a.json', coco_results(metrics.results, metrics.classes), some)[0], rtol=0, atol=1e-12)
 
 
 def test_no_detections_and_no_truth_have_numbers():
@@ -118,46 +120,46 @@ def test_the_first_annotation_can_be_found():
 def test_an_idle_channel_neither_helps_nor_hurts():
     classes, t = ClassTable((1,), ('a',), 2), GroundTruth('x', [[0, 0, 40, 40]], [1])
     metrics = coco_metrics([(t, Detections([[0, 0, 40, 40]]*2, [.95, .9], [1, 0]))], classes)
-    assert metrics['AP'] == pytest.approx(1) and len(coco_results(metrics)) == 1 and image_ap(*metrics.results[0], classes) == .5
+    assert metrics['AP'] == pytest.approx(1) and len(coco_results(metrics.results, metrics.classes)) == 1 and image_ap(*metrics.results[0], classes) == .5
 
 
-def test_every_picture_counts_and_boxes_come_home(pictures):
-    detector = Fixed()
-    metrics = evaluate(detector, samples_from_coco(pictures/'a.json', pictures), batch_size=3)
-    assert detector.seen == [3, 3, 1] and metrics.num_images == 7 and metrics['AP'] == pytest.approx(1)
+def test_every_picture_counts_and_boxes_come_home(image_folder):
+    detector = FullImageDetector()
+    metrics = evaluate(detector, samples_from_coco(image_folder/'a.json', image_folder), batch_size=3)
+    assert detector.batch_sizes == [3, 3, 1] and metrics.num_images == 7 and metrics['AP'] == pytest.approx(1)
     for t, d in metrics.results: np.testing.assert_array_equal(d.boxes, t.boxes)   # the padding was cut off
 
 
-def test_eval_samples_takes_the_first_and_reads_no_more(pictures):
-    (pictures/'6.png').write_bytes(b'broken')
-    metrics = evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures), batch_size=4, eval_samples=6)
+def test_eval_samples_takes_the_first_and_reads_no_more(image_folder):
+    (image_folder/'6.png').write_bytes(b'broken')
+    metrics = evaluate(FullImageDetector(), samples_from_coco(image_folder/'a.json', image_folder), batch_size=4, eval_samples=6)
     assert [t.image_id for t, _ in metrics.results] == list(range(1000, 1006))
-    with pytest.raises(ValueError, match='6.png'): evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures))
-    with pytest.raises(ValueError, match='eval_samples 0: at least 1'): evaluate(Fixed(), [], eval_samples=0)
+    with pytest.raises(ValueError, match='6.png'): evaluate(FullImageDetector(), samples_from_coco(image_folder/'a.json', image_folder))
+    with pytest.raises(ValueError, match='eval_samples 0: at least 1'): evaluate(FullImageDetector(), [], eval_samples=0)
 
 
-def test_records_with_and_without_a_file_agree(pictures):
-    coco = load_coco(pictures/'a.json')
-    records = [dict(image=p.read_bytes(), source_id=str(t.image_id), boxes=t.boxes, labels=t.category_ids, is_crowd=t.is_crowd, area=t.area) for p, t in samples_from_coco(coco, pictures)]
-    alone, both = evaluate(Fixed(), samples_from_records(records)), evaluate(Fixed(), samples_from_records(records, pictures/'a.json'))
+def test_records_with_and_without_a_file_agree(image_folder):
+    coco = load_coco(image_folder/'a.json')
+    records = [dict(image=p.read_bytes(), source_id=str(t.image_id), boxes=t.boxes, labels=t.category_ids, is_crowd=t.is_crowd, area=t.area) for p, t in samples_from_coco(coco, image_folder)]
+    alone, both = evaluate(FullImageDetector(), samples_from_records(records)), evaluate(FullImageDetector(), samples_from_records(records, image_folder/'a.json'))
     assert dict(alone) == dict(both)
-    assert coco_results(both)[0]['image_id'] == 1000        # the file's own id, a number
+    assert coco_results(both.results, both.classes)[0]['image_id'] == 1000        # the file's own id, a number
     with pytest.raises(ValueError, match='image 5 of the records is not among the 7 images'): list(samples_from_records([dict(source_id='5')], coco))
 
 
-def test_an_empty_or_half_answer_is_refused(pictures):
-    class Short(Fixed):
-        def __call__(self, images): return super().__call__(images)[1:]
-    with pytest.raises(ValueError, match='3 answers for 4 pictures'): evaluate(Short(), samples_from_coco(pictures/'a.json', pictures), batch_size=4)
-    with pytest.raises(ValueError, match='batch_size 0'): evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures), batch_size=0)
-    with pytest.raises(ValueError, match='no pictures at all'): evaluate(Fixed(), [])
-    with pytest.raises(FileNotFoundError, match='none.png'): evaluate(Fixed(), [(pictures/'none.png', GroundTruth(1, [], []))])
+def test_an_empty_or_half_answer_is_refused(image_folder):
+    class Short(FullImageDetector):
+        def decode(self, images): return super().decode(images)[1:]
+    with pytest.raises(ValueError, match='3 results for 4 images'): evaluate(Short(), samples_from_coco(image_folder/'a.json', image_folder), batch_size=4)
+    with pytest.raises(ValueError, match='batch_size 0'): evaluate(FullImageDetector(), samples_from_coco(image_folder/'a.json', image_folder), batch_size=0)
+    with pytest.raises(ValueError, match='no images at all'): evaluate(FullImageDetector(), [])
+    with pytest.raises(FileNotFoundError, match='none.png'): evaluate(FullImageDetector(), [(image_folder/'none.png', GroundTruth(1, [], []))])
 
 
-def test_worst_pictures_come_first(pictures):
-    class Half(Fixed):
-        def __call__(self, images): return [d if i%2 else d[:0] for i, d in enumerate(super().__call__(images))]
-    metrics = evaluate(Half(), samples_from_coco(pictures/'a.json', pictures), batch_size=7)
+def test_worst_image_folder_come_first(image_folder):
+    class Half(FullImageDetector):
+        def decode(self, images): return [d if i%2 else d[:0] for i, d in enumerate(super().decode(images))]
+    metrics = evaluate(Half(), samples_from_coco(image_folder/'a.json', image_folder), batch_size=7)
     assert [i for ap, i in worst_images(metrics, 4) if ap==0] == [1000, 1002, 1004, 1006]
 
 
@@ -168,61 +170,63 @@ def test_tables_fit_a_terminal_and_survive_odd_names():
     assert json.loads(json.dumps(metrics.to_dict()))['metrics']['AP'] == -1
 
 
-def test_nothing_is_printed_by_default(pictures, capfd):
-    evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures))
+def test_nothing_is_printed_by_default(image_folder, capfd):
+    evaluate(FullImageDetector(), samples_from_coco(image_folder/'a.json', image_folder))
     assert capfd.readouterr() == ('', '')
 
 
-def test_a_spec_names_records_and_file(pictures):
+def test_a_spec_names_records_and_file(image_folder):
     from effdet_nb.data.convert import dataset_convert
     from effdet_nb.train.spec import Spec
-    dataset_convert(pictures, pictures/'a.json', pictures/'records', 'val', num_shards=3)
-    spec = Spec().replace(dataset_config=dict(validation_file_pattern=str(pictures/'records/val*')))
-    both = spec.replace(dataset_config=dict(validation_json_file=str(pictures/'a.json')))
-    direct = evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures))
+    dataset_convert(image_folder, image_folder/'a.json', image_folder/'records', 'val', num_shards=3)
+    spec = Spec().replace(dataset_config=dict(validation_file_pattern=str(image_folder/'records/val*')))
+    both = spec.replace(dataset_config=dict(validation_json_file=str(image_folder/'a.json')))
+    direct = evaluate(FullImageDetector(), samples_from_coco(image_folder/'a.json', image_folder))
     for s in (spec, both):
-        metrics = evaluate(Fixed(), eval_dataset_from_spec(s), batch_size=2)
+        metrics = evaluate(FullImageDetector(), eval_dataset_from_spec(s), batch_size=2)
         assert dict(metrics) == dict(direct) and {t.image_id for t, _ in metrics.results} == set(range(1000, 1007))
     with pytest.raises(FileNotFoundError, match='dataset_config.validation_file_pattern'):
-        list(eval_dataset_from_spec(spec.replace(dataset_config=dict(validation_file_pattern=str(pictures/'none*')))))
+        list(eval_dataset_from_spec(spec.replace(dataset_config=dict(validation_file_pattern=str(image_folder/'none*')))))
 
 
-def test_progress_leaves_stdout_alone(pictures, capfd):
-    evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures), show_progress=True)
+def test_progress_leaves_stdout_alone(image_folder, capfd):
+    evaluate(FullImageDetector(), samples_from_coco(image_folder/'a.json', image_folder), show_progress=True)
     assert capfd.readouterr().out == ''
 
 
-def test_pycocotools_counts_the_same_when_asked(pictures):
-    samples = list(samples_from_coco(pictures/'a.json', pictures))
-    ours, theirs = (evaluate(Fixed(), samples, pycocotools=p) for p in (False, True))
+def test_pycocotools_counts_the_same_when_asked(image_folder):
+    samples = list(samples_from_coco(image_folder/'a.json', image_folder))
+    ours, theirs = (evaluate(FullImageDetector(), samples, pycocotools=p) for p in (False, True))
     assert dict(ours) == dict(theirs) and ours.per_class == theirs.per_class
     np.testing.assert_array_equal(ours.precision, theirs.precision)
 
 
-def test_suppression_in_a_thread_changes_nothing_and_keeps_order(pictures):
-    class Apart(Fixed):
-        def raw(self, images): return super().__call__(images)
-        def answers(self, out): time.sleep(.01); return out
-        def __call__(self, images): raise AssertionError('the two steps are asked for')
-    samples = list(samples_from_coco(pictures/'a.json', pictures))
-    apart, whole = (evaluate(d, samples, batch_size=2) for d in (Apart(), Fixed()))
-    assert dict(apart) == dict(whole) and [t.image_id for t, _ in apart.results] == [t.image_id for t, _ in whole.results]
-    class Broken(Apart):
-        def answers(self, out): raise ValueError('no boxes today')
-    with pytest.raises(ValueError, match='no boxes today'): evaluate(Broken(), samples, batch_size=2)
+def test_decoding_in_a_thread_keeps_the_order_and_its_errors(image_folder):
+    class SlowDecoder(FullImageDetector):
+        def decode(self, images):
+            time.sleep(.01)
+            return super().decode(images)
+
+    class BrokenDecoder(FullImageDetector):
+        def decode(self, images): raise ValueError('no boxes today')
+    samples = list(samples_from_coco(image_folder/'a.json', image_folder))
+    slow, quick = (evaluate(detector, samples, batch_size=2) for detector in (SlowDecoder(), FullImageDetector()))
+    assert dict(slow) == dict(quick)
+    assert [t.image_id for t, _ in slow.results] == [t.image_id for t, _ in quick.results]
+    with pytest.raises(ValueError, match='no boxes today'): evaluate(BrokenDecoder(), samples, batch_size=2)
 
 
-def test_how_many_were_looked_at_is_said(pictures):
-    samples = list(samples_from_coco(pictures/'a.json', pictures))
-    said = lambda s, n: str(evaluate(Fixed(), s, eval_samples=n)).split(', ')[0]
+def test_how_many_were_looked_at_is_said(image_folder):
+    samples = list(samples_from_coco(image_folder/'a.json', image_folder))
+    said = lambda s, n: str(evaluate(FullImageDetector(), s, eval_samples=n)).split(', ')[0]
     assert said(samples, None) == '7 images'
     assert said(samples, 3) == 'the first 3 of 7 images (eval_samples 3)'
     assert said(iter(samples), 3) == 'the first 3 images (eval_samples 3)'
     assert said(samples, 5000) == '7 images (all there are; eval_samples asks for 5,000)'
 
 
-def test_a_dash_is_explained_and_only_then(pictures):
-    metrics = evaluate(Fixed(), samples_from_coco(pictures/'a.json', pictures))
+def test_a_dash_is_explained_and_only_then(image_folder):
+    metrics = evaluate(FullImageDetector(), samples_from_coco(image_folder/'a.json', image_folder))
     assert metrics['APl'] == -1 and 'there was no such box to find' in str(metrics) and 'there was no such box' in metrics._repr_markdown_()
     full = Metrics([.5]*12, [dict(id=1, name='a', num_boxes=1, num_detections=1, AP=.5, AP50=.5, AR=.5)], np.zeros((10, 101, 1)), [], ClassTable((1,), ('a',), 2))
     assert 'no such box' not in str(full)

@@ -153,10 +153,12 @@ def test_an_evaluation_obeys_batch_size_samples_and_timeout(spec):
     class SlowDetector:
         image_hw, classes, batch_sizes = (128, 128), classes_of(spec), []
 
-        def __call__(self, images):
+        def forward(self, images):
             self.batch_sizes.append(len(images))
             time.sleep(.3)
-            return [Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0))]*len(images)
+            return images
+
+        def decode(self, images): return [Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0))]*len(images)
     detector, pairs = SlowDetector(), spec.replace(eval_config=dict(eval_batch_size=2))
     assert evaluate_spec(detector, pairs).num_images == 4 and detector.batch_sizes == [2, 2]
     assert evaluate_spec(detector, pairs.replace(eval_config=dict(eval_samples=3))).num_images == 3

@@ -229,7 +229,8 @@ THRESHOLD = .1
 
 
 def test_every_way_to_open_and_run_a_model_gives_the_same_boxes(model_files, tmp_path):
-    from effdet_nb.evaluate.ground_truth import GroundTruth, predict_samples
+    from effdet_nb.evaluate.ground_truth import GroundTruth
+    from effdet_nb.evaluate.predict import predict_samples
     from effdet_nb.export.runtimes import load_detector
     from effdet_nb.weights.model_file import load_keras_detector
     paths = find_images(model_files/'in')

@@ -20,8 +20,11 @@ from ..data.classes import ClassTable
 from ..data.coco import load_coco
 from ..data.tfrecord import load_sidecar
 from ..evaluate.error_analysis import plot_calibration, plot_errors
-from ..evaluate.ground_truth import channels_to_category_ids, images_by_id
-from ..evaluate.evaluate import COCO_STAT_NAMES, coco_results, plot_precision_recall, worst_images
+from ..evaluate.ground_truth import images_by_id
+from ..evaluate.predict import channels_to_category_ids
+from ..evaluate.evaluate import coco_results
+from ..evaluate.inspect_results import plot_precision_recall, worst_images
+from ..evaluate.coco_metric import COCO_STAT_NAMES
 from ..train.spec import Spec
 from ..train.experiment import eval_dataset_from_spec
 from .html import (
@@ -301,7 +304,7 @@ def write_evaluation_report(
     for e in evaluations:
         what = f'detections of {e.name}' if is_comparison else 'detections'
         own_folder = folder/re.sub(r'[^\w.-]', '-', e.name) if is_comparison else folder
-        paths[what] = _write_json(own_folder/'detections.json', coco_results(e.metrics))
+        paths[what] = _write_json(own_folder/'detections.json', coco_results(e.metrics.results, e.metrics.classes))
     sections = comparison_sections(evaluations, samples) if is_comparison else single_model_sections(evaluations[0], samples)
     subtitle = ' and '.join(e.name for e in evaluations)
     paths['report'] = write_html_page(folder/'report.html', title, sections, subtitle, TABLE_SORT_JS)

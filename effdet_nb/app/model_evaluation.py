@@ -16,9 +16,9 @@ import numpy as np
 from ..core.console import progress_bar
 from ..core.files import atomic_write
 from ..data.classes import ClassTable
-from ..evaluate.ground_truth import letterbox_sample, load_coco_results, predict_samples
-from ..evaluate.evaluate import (
-    Metrics, ap_per_image, coco_metrics, coco_results, evaluate, markdown_table, text_table)
+from ..evaluate.predict import letterbox_sample, load_coco_results, predict_samples
+from ..evaluate.evaluate import Metrics, coco_metrics, coco_results, evaluate, markdown_table, text_table
+from ..evaluate.inspect_results import ap_per_image
 from ..export.runtimes import load_detector
 from .html import format_file_size
 
@@ -243,9 +243,8 @@ def _evaluate_detections_file(path, samples, classes, eval_samples, pycocotools)
     if classes is None:
         raise ValueError(f'{path}: detections alone do not name the classes; set dataset_config.validation_json_file')
     truths = (truth for _,truth in islice(samples, eval_samples))
-    metrics = coco_metrics(load_coco_results(path, truths, classes), classes, pycocotools)
-    metrics.eval_samples,metrics.num_available = eval_samples,len(samples)
-    return metrics
+    results = load_coco_results(path, truths, classes)
+    return coco_metrics(results, classes, pycocotools, eval_samples, len(samples))
 
 # %% ../../nbs/app/05_model_evaluation.ipynb #4886af0b
 def write_testdev_detections(
@@ -259,7 +258,7 @@ def write_testdev_detections(
     num_images = min(len(samples), eval_samples or len(samples))
     results = predict_samples(detector, islice(samples, eval_samples), batch_size)
     results = list(progress_bar(results, num_images, 'detect'))
-    rows = coco_results(Metrics([-1]*12, [], None, results, detector.classes))
+    rows = coco_results(results, detector.classes)
     with atomic_write(path, 'w') as f: json.dump(rows, f)
     return (f'{path}: {len(rows):,} detections in {len(results):,} images. '
             'dataset_config.testdev_dir is set, so nothing is scored; leave it out for AP')

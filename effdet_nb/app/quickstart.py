@@ -23,7 +23,7 @@ from ..detector.images import read_letterboxed
 from ..detector.toy_data import make_toy_dataset
 from ..data.convert import dataset_convert
 from ..evaluate.ground_truth import images_by_id, samples_from_coco
-from ..evaluate.evaluate import show_predictions, worst_images
+from ..evaluate.inspect_results import show_predictions, worst_images
 from ..weights.model_file import load_model_file
 from ..train.spec import Spec
 from ..train.experiment import evaluate_spec

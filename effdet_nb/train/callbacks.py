@@ -17,7 +17,7 @@ from ..core.console import format_duration, log_message
 from ..detector.boxes import show_boxes
 from ..detector.targets import show_positives
 from ..data.classes import ClassTable
-from ..evaluate.evaluate import show_predictions
+from ..evaluate.inspect_results import show_predictions
 from .distributed import is_chief
 
 # %% ../../nbs/train/08_callbacks.ipynb #4df443f0

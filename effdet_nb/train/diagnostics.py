@@ -15,7 +15,7 @@ from ..core.files import atomic_write
 from ..data.pipeline import DataConfig, make_sample_loader, pipeline_error_message
 from ..data.record_index import record_of_sample
 from ..detector.efficientdet import arch_anchors
-from ..evaluate.ground_truth import channels_to_category_ids
+from ..evaluate.predict import channels_to_category_ids
 from .experiment import TrainingPlan
 from .distributed import is_chief, num_workers, worker_rank
 from .trainer import Trainer, worker_dataset

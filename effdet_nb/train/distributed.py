@@ -144,9 +144,9 @@ class DistributedPredictor:
         self.detector, self.strategy = detector, strategy
         self.image_hw, self.classes = detector.image_hw, detector.classes
         self.num_replicas = strategy.num_replicas_in_sync
-        self.forward = tf.function(self._forward, autograph=False)
+        self.predict_replicas = tf.function(self._predict_replicas, autograph=False)
 
-    def _forward(self, images): return self.strategy.run(self._predict, args=(images,))
+    def _predict_replicas(self, images): return self.strategy.run(self._predict, args=(images,))
     def _predict(self, images): return self.detector.model(images, training=False)
 
     def split_batch(self, images):
@@ -157,10 +157,13 @@ class DistributedPredictor:
         def part(context): return tf.constant(padded[context.replica_id_in_sync_group*size:][:size])
         return self.strategy.experimental_distribute_values_from_function(part)
 
-    def __call__(self, images):
-        outputs = self.forward(self.split_batch(np.asarray(images)))
-        tables = self._gather_tables(self._local_tables(outputs))
-        return [detections_from_table(t) for t in tables[:len(images)]]
+    def forward(self, images):
+        "Runs all replicas on a batch: a table of detections for each image."
+        outputs = self.predict_replicas(self.split_batch(np.asarray(images)))
+        return self._gather_tables(self._local_tables(outputs))[:len(images)]
+
+    def decode(self, tables): return [detections_from_table(t) for t in tables]
+    def __call__(self, images): return self.decode(self.forward(images))
 
     def _local_tables(self, outputs):
         "Decodes the outputs of this machine's replicas: a table for each image of each replica."
