@@ -83,26 +83,27 @@ def infer_bulk(
     options=(),               # of Beam, as on its command line: '--runner=FlinkRunner' ...
 )->InferenceSummary:
     "Finds objects in images as a Beam pipeline."
-    _require_beam()
+    beam = _import_beam()
     results,model_path = Path(results_dir), str(model_path)
     names = read_label_map(label_map) if label_map else {}
     limits = dict(score_threshold=score_threshold, max_detections=max_detections, class_agnostic=class_agnostic)
     with Status(results, 'inference') as status:
         jobs = _make_jobs(find_images(in_image_path, recursive), in_image_path, results, draw)
         rows = check_output_path(results/'found.jsonl')
-        _run_pipeline(jobs, rows, options, model_path, names, limits)
+        _run_pipeline(beam, jobs, rows, options, model_path, names, limits)
         _,class_table = _load_once(model_path, tuple(names.items()), **limits)
         summary = summarize_predictions(rows, class_table, score_threshold, results)
         status.log_progress(f'Looked at {summary.num_images} images.', kpi=summary.counts)
         return summary
 
 # %% ../../nbs/app/02_bulk.ipynb #094fa532
-def _require_beam():
-    "Raises an error with instructions if Beam is missing."
+def _import_beam():
+    "The module `apache_beam`, or an error with instructions."
     try: import apache_beam
     except ImportError:
         raise ImportError('bulk inference: Apache Beam is not installed here. '
                           'Install it (pip install "effdet_nb[beam]"), or leave the runner out') from None
+    return apache_beam
 
 def _make_jobs(paths, source, results, draw):
     "For each image its path and where its annotated copy and its labels go, as text."
@@ -110,9 +111,8 @@ def _make_jobs(paths, source, results, draw):
     jobs = [(path, writer.image_paths[path], writer.label_paths[path]) for path in paths]
     return [tuple(path and str(path) for path in job) for job in jobs]
 
-def _run_pipeline(jobs, rows, options, model_path, names, limits):
+def _run_pipeline(beam, jobs, rows, options, model_path, names, limits):
     "Runs `predict_and_save` on all jobs and writes its rows to one file."
-    import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
     with beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
         found = (pipeline | beam.Create(jobs) | beam.Reshuffle()

@@ -75,7 +75,7 @@ def predict_files(
     paths,                       # image files
     batch_size:int=8,            # images per call of the detector; the last batch may be smaller
     workers:int=None,            # threads that read; as many as there are CPU cores if absent
-    on_error=None,               # called with (path, error) for an unreadable image, which is left out; raised if absent
+    on_error=None,               # called with (path, error) for an unreadable image; raised if absent
     score_threshold:float=.5,    # lowest score to keep, 0 to 1
     max_detections:int=100,      # keep at most so many per image
     class_table:ClassTable=None, # ids and names of the classes; the detector's own if absent
@@ -353,7 +353,7 @@ def infer(
     workers:int=None,         # threads that read, and as many that write; one per CPU core if absent
     recursive:bool=False,     # also search subfolders
     key:str='',               # of the model file
-    results_dir=None,         # folder for images_annotated/, labels/ (unless named above), detections.json and status.json
+    results_dir=None,         # folder for images_annotated/, labels/ (unless named above), detections.json, status.json
 )->InferenceSummary:
     "Finds objects in images and writes annotated images and KITTI labels."
     outputs = _output_folders(out_image_path, out_label_path, results_dir)

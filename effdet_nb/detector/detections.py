@@ -20,7 +20,7 @@ class Detections:
     scores:np.ndarray   # [N] float32, 0 to 1
     classes:np.ndarray  # [N] int32, channel of the network (category id k is usually channel k-1)
     image:object=None   # the image they belong to: a path, or [H, W, 3] uint8; None if unknown
-    class_table:object=field(default=None, repr=False) # the `ClassTable` with ids and names of channels; None if unknown
+    class_table:object=field(default=None, repr=False) # the `ClassTable` of the channels; None if unknown
 
     def __post_init__(self):
         self.boxes = np.asarray(self.boxes, np.float32).reshape(-1, 4)
@@ -43,7 +43,7 @@ class Detections:
         "Scales the detections together with their image."
         return replace(self, boxes=self.boxes*np.float32(factor), image=None)
 
-# %% ../../nbs/detector/09_detections.ipynb #588294fd
+# %% ../../nbs/detector/09_detections.ipynb #9e2fe0b8
 @patch
 def to_original(self:Detections,
     letterboxed:LetterboxedImage, # the image in which they were found
@@ -54,7 +54,7 @@ def to_original(self:Detections,
     boxes = boxes_to_original(self.boxes, letterboxed.scale, letterboxed.original_hw)
     return Detections(boxes, self.scores, self.classes, image, class_table)
 
-# %% ../../nbs/detector/09_detections.ipynb #7cfd499a
+# %% ../../nbs/detector/09_detections.ipynb #05c16d2e
 @patch
 def select(self:Detections,
     score_threshold:float=.5, # lowest score to keep, 0 to 1
