@@ -22,12 +22,14 @@ from effdet_nb.train.experiment import data_config_from_spec
 from effdet_nb.train.spec import Spec
 from effdet_nb.weights.model_file import load_model_file
 
-# Blocks are dropped at random in training, others on other devices: here none are. The detections of the last evaluation are kept.
+# Blocks are dropped at random in training, others on other devices: here none are.
+# The detections of the last evaluation are kept.
 SCRIPT = '''
 import dataclasses, sys, numpy as np, tensorflow as tf
 how, spec, folder = sys.argv[1:4]
 if how == 'mirrored':
-    tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()]*2)
+    cpu, two = tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()]*2
+    tf.config.set_logical_device_configuration(cpu, two)
 from effdet_nb.detector import efficientdet
 from effdet_nb.train import fit
 from effdet_nb.train.spec import Spec
@@ -41,7 +43,8 @@ fit.evaluate_data = evaluate_and_keep
 spec = Spec.load(spec)
 if how == 'one': spec = spec.replace(training_config=dict(train_batch_size=4, num_examples_per_epoch=8))
 if len(sys.argv) > 4: spec = spec.replace(training_config=dict(num_epochs=int(sys.argv[4])))
-history = fit.train(spec, folder, strategy=tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1']) if how == 'mirrored' else None)
+strategy = tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1']) if how == 'mirrored' else None
+history = fit.train(spec, folder, strategy=strategy)
 detections = [d for _, d in results[-1].results]
 arrays = {f'{k}{i}': getattr(d, k) for i, d in enumerate(detections) for k in ('boxes', 'scores', 'classes')}
 np.savez(f'{folder}-detections.npz', **arrays)
@@ -51,7 +54,7 @@ print('step', history[-1]['step'])
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    "Two steps an epoch for one device with images in fours, as for two with images in twos; one file of records for both."
+    "Two steps an epoch for one device with images in fours, as for two with images in twos; one file of records."
     folder = write_records(tmp_path_factory.mktemp('devices'), num_train=8, num_val=3, num_shards=1)
     spec = small_spec(
         folder, train_batch_size=2, num_examples_per_epoch=4, num_epochs=4, learning_rate=.002, lr_warmup_epoch=1,
@@ -62,7 +65,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-# oneDNN adds in another order for 2 images than for 4 (1.06e-5 was seen after eight steps); here the sharing is compared, not the kernels.
+# oneDNN adds in another order for 2 images than for 4 (1.06e-5 was seen after eight steps);
+# here the sharing is compared, not the kernels.
 PLAIN = dict(TF_CPP_MIN_LOG_LEVEL='3', TF_ENABLE_ONEDNN_OPTS='0')
 
 
@@ -81,8 +85,8 @@ def finish(process):
 
 
 def slurm_variables(job, rank):
-    return dict(SLURM_JOB_ID=str(job), SLURM_STEP_NUM_TASKS='2', SLURM_PROCID=str(rank), SLURM_STEP_NODELIST='localhost',
-                SLURM_STEP_TASKS_PER_NODE='2')
+    return dict(SLURM_JOB_ID=str(job), SLURM_STEP_NUM_TASKS='2', SLURM_PROCID=str(rank),
+                SLURM_STEP_NODELIST='localhost', SLURM_STEP_TASKS_PER_NODE='2')
 
 
 def tf_config(job, rank):
@@ -156,7 +160,7 @@ def test_two_machines_equal_one_and_only_the_first_writes(folder, one):
     for process in start_pair(folder, ['chief', 'other']): finish(process)
     check_equal(one, folder/'chief')
     assert not (folder/'other').exists() and read_status(folder/'chief')[-1]['status'] == 'SUCCESS'
-    a, b = (np.load(folder/f'{name}-detections.npz') for name in ('chief', 'other'))     # both know what both have detected
+    a, b = (np.load(folder/f'{name}-detections.npz') for name in ('chief', 'other'))   # each has the detections of both
     for k in a.files: np.testing.assert_array_equal(a[k], b[k])
 
 

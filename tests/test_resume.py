@@ -70,7 +70,7 @@ class Process:
 
     def begin(self, folder):
         "Wipes the network, then initialises it from a folder as `train` does; returns the metrics of the run."
-        for v in self.variables: v.assign(tf.ones_like(v)*tf.cast(77, v.dtype))         # what is not restored spoils the result
+        for v in self.variables: v.assign(tf.ones_like(v)*tf.cast(77, v.dtype))   # what is not restored does harm
         self.trainer.step, history = 99, MetricHistory(self.trainer.metric_names)
         if not list_checkpoints(folder):
             for v, value in zip(self.variables, self.fresh): v.assign(value)
@@ -163,7 +163,8 @@ def test_killed_at_any_step_it_ends_the_same(process, uninterrupted, tmp_path, m
         for step in sorted(rng.sample(range(1, 10), num_kills)): start_and_kill(process, folder, how, step, monkeypatch)
         assert without_times(process.start(folder)) == history, (i, how)
         for name in ('model.step-10.tlt', 'model.best.tlt'): check_same_bits(reference, folder, name)
-        assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in reference.iterdir())     # no .part left, the same two kept
+        files, expected = ({p.name for p in f.iterdir()} for f in (folder, reference))
+        assert files == expected     # no .part left, the same two kept
 
 
 def test_terminated_in_the_middle_of_an_epoch_it_saves_there(process, uninterrupted, tmp_path):
@@ -232,7 +233,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(process, tmp_path):
     before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        with pytest.raises(OSError, match='could not be written .* the checkpoints before it are whole'): checkpoints.save_step()
+        with pytest.raises(OSError, match='could not be written .* the checkpoints before it are whole'):
+            checkpoints.save_step()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -251,7 +253,8 @@ def test_some_fields_may_change_between_two_halves_of_a_run(process, spec, tmp_p
     assert 'continuing from' in line
     assert 'training_config.learning_rate 0.05 -> 0.01' in line and 'num_epochs 4 -> 9' in line
     refused = 'num_classes was 4 and is 5; model_config.anchor_scale was 4.0 and is 3.0.* start another --model_dir'
-    with pytest.raises(ValueError, match=refused): start(dataset_config=dict(num_classes=5), model_config=dict(anchor_scale=3.))
+    with pytest.raises(ValueError, match=refused):
+        start(dataset_config=dict(num_classes=5), model_config=dict(anchor_scale=3.))
     plan = trainer.plan
     try:
         trainer.plan = replace(plan, config=replace(plan.config, train_batch_size=5))

@@ -28,7 +28,8 @@ def records(tmp_path_factory): return write_records(tmp_path_factory.mktemp('sha
 @pytest.fixture(scope='module')
 def spec(records):
     "Three epochs of three steps; the last is evaluated."
-    spec = small_spec(records, num_epochs=3, lr_warmup_epoch=1, lr_warmup_init=.005, checkpoint_period=1, moving_average_decay=.9)
+    spec = small_spec(
+        records, num_epochs=3, lr_warmup_epoch=1, lr_warmup_init=.005, checkpoint_period=1, moving_average_decay=.9)
     return spec.replace(
         eval_config=dict(eval_batch_size=3, eval_epoch_cycle=3),
         augmentation_config=dict(rand_hflip=True, random_crop_min_scale=.7, random_crop_max_scale=1.3))
@@ -68,18 +69,21 @@ def test_files_of_a_run(spec, tmp_path):
     spec = set_training(spec, keep_checkpoint_max=2, iterations_per_loop=2)
     train(spec, tmp_path, key='secret')
     assert {p.name for p in tmp_path.glob('*.tlt')} == {'model.step-6.tlt', 'model.step-9.tlt', 'model.best.tlt'}
-    for name in ('history.csv', 'history.png', 'spec.txt', 'environment.json', 'status.json'): assert (tmp_path/name).stat().st_size
+    for name in ('history.csv', 'history.png', 'spec.txt', 'environment.json', 'status.json'):
+        assert (tmp_path/name).stat().st_size
     assert Spec.load(tmp_path/'spec.txt', 'train').training_config == spec.training_config
     tags = {value.tag for file in (tmp_path/'tensorboard').iterdir()
             for event in tf.compat.v1.train.summary_iterator(str(file)) for value in event.summary.value}
-    expected = {'first_batch', 'predictions', 'step/loss', 'step/gradient_stem', 'step/images_per_second', 'epoch/AP', 'epoch/lr'}
+    expected = {'first_batch', 'predictions', 'step/loss', 'step/gradient_stem', 'step/gradient_class',
+                'step/images_per_second', 'epoch/AP', 'epoch/lr'}
     assert expected <= tags
     lines = [json.loads(line) for line in (tmp_path/'status.json').read_text().splitlines()]
     assert lines[0]['status'] == 'STARTED' and lines[-1]['status'] == 'SUCCESS' and 0 <= lines[-1]['kpi']['AP'] <= 1
     assert {'time_per_epoch', 'eta', 'max_epoch'} <= set(lines[1])
     assert not any('secret' in p.read_text(errors='ignore') for p in tmp_path.iterdir() if p.is_file())
     detector = load_keras_detector(tmp_path/'model.best.tlt', 'secret')
-    assert detector.classes.class_name(0) == 'circle' and detector.meta['step'] == 9 and 'AP50' in detector.meta['scores']
+    assert detector.classes.class_name(0) == 'circle'
+    assert detector.meta['step'] == 9 and 'AP50' in detector.meta['scores']
 
 
 def test_ctrl_c_saves_the_steps_done(spec, tmp_path):
@@ -93,12 +97,14 @@ def test_ctrl_c_saves_the_steps_done(spec, tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_remedy(spec, tmp_path):
-    wild = set_training(spec, learning_rate=1e12, lr_warmup_epoch=0, clip_gradients_norm=0, num_epochs=20, logging_frequency=1)
+    wild = set_training(
+        spec, learning_rate=1e12, lr_warmup_epoch=0, clip_gradients_norm=0, num_epochs=20, logging_frequency=1)
     with pytest.raises(ValueError, match='lower training_config.learning_rate') as e: train(wild, tmp_path)
     message = str(e.value)
     step = int(message.split(':')[0].removeprefix('step '))
-    for part in ('at learning rate', 'images ', 'gradients: stem ', 'class ', f'bad_batch.step-{step}.npz', 'the last checkpoint is intact'):
-        assert part in message
+    parts = ('at learning rate', 'images ', 'gradients: stem ', 'class ', f'bad_batch.step-{step}.npz',
+             'the last checkpoint is intact')
+    for part in parts: assert part in message
     ids = message.split('images ')[1].split(';')[0].split(', ')
     with np.load(tmp_path/f'bad_batch.step-{step}.npz') as batch: assert len(batch['images']) == len(ids) == 4
     for p in tmp_path.glob('model.step-*.tlt'):
@@ -161,7 +167,8 @@ def test_mixed_precision_stays_finite(spec, policy, monkeypatch):
 
 TWO_REPLICAS = '''
 import sys, numpy as np, tensorflow as tf
-tf.config.set_logical_device_configuration(tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()]*2)
+cpu, two = tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()]*2
+tf.config.set_logical_device_configuration(cpu, two)
 import keras
 from effdet_nb.train.experiment import resolve_experiment
 from effdet_nb.train.trainer import Trainer, training_batches
@@ -192,5 +199,6 @@ def test_two_replicas_equal_one_with_the_same_images(spec, tmp_path):
         assert r.returncode == 0, r.stderr[-3000:]
     two, one = np.load(tmp_path/'2.npz'), np.load(tmp_path/'4.npz')
     np.testing.assert_allclose(two['metrics'][:4], one['metrics'][:4], rtol=1e-5)
-    np.testing.assert_allclose(two['metrics'][4], one['metrics'][4], rtol=.02)     # the gradient's norm gathers the rounding of all layers
+    # the gradient's norm gathers the rounding of all layers
+    np.testing.assert_allclose(two['metrics'][4], one['metrics'][4], rtol=.02)
     for k in set(one.files)-{'metrics'}: np.testing.assert_allclose(two[k], one[k], rtol=1e-3, atol=5e-4, err_msg=k)

@@ -212,8 +212,8 @@ class TrainingConfig:
     momentum:float = spec_field(24, 0.9, 'Momentum of SGD', '', fraction)
     logging_frequency:int = spec_field(25, 10, 'Steps between two lines of the log', 'steps', within(1,1000))
     gradient_accumulation_steps:int = spec_field(
-        101, 1, 'Parts in which a step computes its `train_batch_size` images, one after the other, to need less memory; '
-        'not in TAO', 'parts', at_least(1))
+        101, 1, 'Parts in which a step computes its `train_batch_size` images, one after the other, to need less '
+        'memory; not in TAO', 'parts', at_least(1))
     deterministic:bool = spec_field(
         102, False, 'Use only operations that give the same bits every time, which is slower; not in TAO')
 
@@ -261,7 +261,7 @@ max_level_constraint = Constraint(
     '7, or 8 for efficientdet-d7x: the wiring of the pyramid, and with it the weights, belong to these levels',
     lambda v: v in (7,8))
 
-# %% ../../nbs/train/01_fields.ipynb #205c3667
+# %% ../../nbs/train/01_fields.ipynb #83a9c9b0
 @dataclass(frozen=True)
 class ModelConfig:
     "Which EfficientDet, and its anchors."

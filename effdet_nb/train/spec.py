@@ -211,7 +211,8 @@ def _with_values(spec, values, positions):
     for (section,name),value in values.items(): changes[section][name] = value
     sections = {section: with_changes(getattr(spec, section), **new) for section,new in changes.items()}
     kept = {where: position for where,position in spec.source_positions.items() if where not in values}
-    return with_changes(spec, **sections, fields_set=spec.fields_set.union(values), source_positions={**kept, **positions})
+    fields_set = spec.fields_set.union(values)
+    return with_changes(spec, **sections, fields_set=fields_set, source_positions={**kept, **positions})
 
 # %% ../../nbs/train/02_spec.ipynb #2146682e
 @patch
@@ -237,7 +238,7 @@ TASK_SECTIONS = dict(
 
 # %% ../../nbs/train/02_spec.ipynb #d4ce8295
 def _is_weights_name(path):
-    "Returns whether a path that is not a file may still be weights: a word, a prefix or folder of TensorFlow checkpoints."
+    "Returns whether a path may be weights without being a file: a word, prefix or folder of TensorFlow checkpoints."
     if path == 'imagenet' or os.path.isfile(f'{path}.index'): return True
     return bool(glob.glob(os.path.join(glob.escape(path), '*.index')))
 
@@ -248,7 +249,8 @@ def _missing_file_problem(path):
     folder = os.path.dirname(path) or '.'
     if matches: why = 'that is a folder'
     else: why = 'nothing in its folder matches' if glob.glob(folder) else f'the folder {folder} does not exist'
-    return f'{format_value(path)} leads to no file: {why}. Correct the path; a relative one is read from the current folder'
+    return (f'{format_value(path)} leads to no file: {why}. '
+            'Correct the path; a relative one is read from the current folder')
 
 # %% ../../nbs/train/02_spec.ipynb #945da6b4
 def _field_problem(spec, task, section, field):
@@ -278,8 +280,8 @@ def _path_problem(field, path, task):
 def _find_problems(spec, task):
     "Yields ((section, field), sentence) for everything that keeps a task from using a spec."
     for section in SPEC_SECTIONS if task is None else TASK_SECTIONS[task]:
-        for name,field in section_fields(section).items():
-            problem = _field_problem(spec, task, section, field)
+        for name,f in section_fields(section).items():
+            problem = _field_problem(spec, task, section, f)
             if problem: yield (section, name), f'{section}.{name}: {problem}'
     yield from _level_problems(spec)
     if task in (None, 'train'): yield from _scale_problems(spec)
@@ -299,7 +301,7 @@ def _scale_problems(spec):
         yield None, (f'augmentation_config: random_crop_min_scale {low} is above random_crop_max_scale {high}. '
                      'Exchange them')
 
-# %% ../../nbs/train/02_spec.ipynb #b44c44c3
+# %% ../../nbs/train/02_spec.ipynb #0e72d24e
 @patch
 def problems(self:Spec,
     task:str=None, # a task, or None to check the values of all sections but no files
@@ -322,8 +324,8 @@ def check(self:Spec,
 # %% ../../nbs/train/02_spec.ipynb #c91c6c0d
 def _warn_twice(where, first, first_position, second, position):
     "Warns that a field has two values."
-    warnings.warn(f'{".".join(where)} is given twice: {format_value(first)} ({first_position}) and {format_value(second)} '
-                  f'({position}). The later one counts; remove the other', stacklevel=6)
+    warnings.warn(f'{".".join(where)} is given twice: {format_value(first)} ({first_position}) and '
+                  f'{format_value(second)} ({position}). The later one counts; remove the other', stacklevel=6)
 
 class _EntryReader:
     "Collects the values of scanned entries, their positions, and what is wrong with them."
