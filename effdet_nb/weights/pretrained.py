@@ -28,7 +28,7 @@ class SourceWeights:
     arrays:dict             # {name there: array}
     mean_rgb:tuple=None     # subtracted from its pixels, scale 0..255; None if the file does not say
     std_rgb:tuple=None      # its pixels were divided by, scale 0..255; None if the file does not say
-    last_adds:bool=True     # False: P5 is taken as TAO takes it
+    residual_last_block:bool=True     # False: P5 is taken as TAO takes it
     arch:Arch=None          # the whole description, if the file has one
     classes:ClassTable=None # the classes, if the file has them
 
@@ -208,4 +208,4 @@ def match_preprocessing(
     "Adopts the preprocessing that weights were trained with."
     if weights.mean_rgb is not None and len(weights.mean_rgb) == arch.channels:
         arch = replace(arch, mean_rgb=tuple(weights.mean_rgb), std_rgb=tuple(weights.std_rgb))
-    return replace(arch, residual_last_block=weights.last_adds)
+    return replace(arch, residual_last_block=weights.residual_last_block)

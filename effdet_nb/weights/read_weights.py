@@ -71,7 +71,7 @@ def _identify_checkpoint(name, variables, arrays):
         return SourceWeights(name, 'TensorFlow 2 checkpoint of google/automl', 'graph', arrays)
     if any(n.startswith(('backbone/', 'fpn_cells/', 'class_net/')) for n in arrays):
         return SourceWeights(name, 'TensorFlow 1 checkpoint of google/automl', 'google', arrays)
-    return SourceWeights(name, 'checkpoint of TAO', 'tao', arrays, *TAO_MEAN_STD, last_adds=False)
+    return SourceWeights(name, 'checkpoint of TAO', 'tao', arrays, *TAO_MEAN_STD, residual_last_block=False)
 
 # %% ../../nbs/weights/07_read_weights.ipynb #449902f3
 def read_checkpoint(
