@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from effdet_nb.data import shards, workers
+from effdet_nb.data import shards, validate, workers
 from effdet_nb.data.coco import CocoError
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.data.faults import Fault, worst_image_id
@@ -73,10 +73,12 @@ def test_every_kind_of_jpeg_keeps_its_bytes(tmp_path, options):
     assert [reason.detail for reason in image.warnings] == ([] if mode == 'RGB' else [mode])
 
 
-def test_a_jpeg_may_be_larger_than_pillows_limit(tmp_path, monkeypatch):
-    Image.new('RGB', (37, 23), 90).save(tmp_path/'a.jpg')
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
-    assert probe_image(tmp_path/'a.jpg').original_hw == (23, 37)
+@pytest.mark.parametrize('options', jpeg_options)
+def test_jpegs_are_probed_alike_with_and_without_pillow(tmp_path, monkeypatch, options):
+    Image.new(options.get('mode', 'RGB'), (37, 23), 90).save(tmp_path/'a.jpg', **{k: v for k, v in options.items() if k != 'mode'})
+    fast = probe_image(tmp_path/'a.jpg')
+    monkeypatch.setattr(validate, 'plain_jpeg_hw', lambda data: None)
+    assert probe_image(tmp_path/'a.jpg') == fast
 
 
 @given(st.data())
