@@ -1,4 +1,4 @@
-"Guards for effdet_nb.data.validate and convert: every fault named and counted, nothing lost, nothing half-written, nothing done twice."
+"Tests of validation and conversion: every fault is named and counted, nothing is lost, half-written or done twice."
 import hashlib
 import io
 import json
@@ -22,7 +22,8 @@ from effdet_nb.data.faults import Fault, worst_image_id
 from effdet_nb.data.masks import mask_png
 from effdet_nb.data.validate import image_fault, probe_image, validate_box
 from effdet_nb.detector.toy_data import make_toy_dataset
-from effdet_nb.data.tfrecord import FEATURE_TYPES, load_sidecar, parse_example, decode_example, read_records, find_record_files
+from effdet_nb.data.tfrecord import (FEATURE_TYPES, decode_example, find_record_files, load_sidecar, parse_example,
+                                    read_records)
 
 
 # --- boxes ---
@@ -57,10 +58,12 @@ def test_a_mask_is_what_was_drawn(h, w, data):
     y, x = data.draw(st.integers(0, h)), data.draw(st.integers(0, w))
     pixels = np.zeros((h, w), np.uint8, order='F')
     pixels[y:y + data.draw(st.integers(0, h)), x:x + data.draw(st.integers(0, w))] = 1
-    with Image.open(io.BytesIO(mask_png(M.encode(pixels)))) as im: assert im.mode == 'L' and np.array_equal(np.asarray(im), pixels)
+    with Image.open(io.BytesIO(mask_png(M.encode(pixels)))) as im:
+        assert im.mode == 'L' and np.array_equal(np.asarray(im), pixels)
 
 
-jpeg_options = [{}, dict(progressive=True), dict(optimize=True), dict(comment=b'mine'), dict(icc_profile=b'x'*300), dict(mode='L'),
+jpeg_options = [{}, dict(progressive=True), dict(optimize=True), dict(comment=b'mine'), dict(icc_profile=b'x'*300),
+                dict(mode='L'),
                 dict(mode='CMYK'), dict(subsampling=0), dict(restart_marker_rows=1)]
 
 
@@ -69,7 +72,8 @@ def test_every_kind_of_jpeg_keeps_its_bytes(tmp_path, options):
     mode = options.get('mode', 'RGB')
     Image.new(mode, (37, 23), 90).save(tmp_path/'a.jpg', **{k: v for k, v in options.items() if k != 'mode'})
     image = probe_image(tmp_path/'a.jpg')
-    assert image.data == (tmp_path/'a.jpg').read_bytes() and image.file_format == 'jpeg' and image.original_hw == (23, 37)
+    assert image.data == (tmp_path/'a.jpg').read_bytes() and image.file_format == 'jpeg'
+    assert image.original_hw == (23, 37)
     assert [reason.detail for reason in image.warnings] == ([] if mode == 'RGB' else [mode])
 
 
@@ -113,42 +117,54 @@ def edit(path, change):
 
 
 def examples(files): return [decode_example(r) for f in files for r in read_records(f)]
-def listing(folder): return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob('*')) if Path(folder).exists() else None
+def listing(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob('*')) if Path(folder).exists() else None
 
 
 def test_every_picture_and_box_arrives(drawn):
     images, annotations, out = drawn
     truth = json.loads(annotations.read_text())
     summary = dataset_convert(images, annotations, out, tag='t', num_shards=3)
-    assert listing(out) == ['t-00000-of-00003.tfrecord', 't-00001-of-00003.tfrecord', 't-00002-of-00003.tfrecord', 't_records.json', 't_report.json', 't_report.png', 't_warnings.json']
+    assert listing(out) == ['t-00000-of-00003.tfrecord', 't-00001-of-00003.tfrecord', 't-00002-of-00003.tfrecord',
+                            't_records.json', 't_report.json', 't_report.png', 't_warnings.json']
     for k, f in enumerate(summary.files):
-        assert [decode_example(r)['source_id'] for r in read_records(f)] == [str(i['id']) for i in truth['images'][k::3]]
+        assert [decode_example(r)['source_id'] for r in read_records(f)] == [str(i['id'])
+                                                                             for i in truth['images'][k::3]]
     for e in examples(summary.files):
         info = next(i for i in truth['images'] if str(i['id']) == e['source_id'])
         anns = [a for a in truth['annotations'] if a['image_id'] == info['id'] and a['bbox'][0] + a['bbox'][2] <= 128]
         assert e['image'] == (images/info['file_name']).read_bytes() and e['filename'] == info['file_name']
-        assert e['format'] == ('png' if info['file_name'].endswith('png') else 'jpeg') and (e['height'], e['width']) == (128, 128)
+        assert e['format'] == ('png' if info['file_name'].endswith('png') else 'jpeg')
+        assert (e['height'], e['width']) == (128, 128)
         x, y, w, h = np.array([a['bbox'] for a in anns]).reshape(-1, 4).T
         np.testing.assert_allclose(e['boxes'], np.stack([y, x, y + h, x + w], -1), atol=1e-4)
-        assert e['labels'].tolist() == [a['category_id'] for a in anns] and e['is_crowd'].tolist() == [bool(a['iscrowd']) for a in anns]
+        assert e['labels'].tolist() == [a['category_id'] for a in anns]
+        assert e['is_crowd'].tolist() == [bool(a['iscrowd']) for a in anns]
         np.testing.assert_allclose(e['area'], [a['area'] for a in anns])
     raw = parse_example(next(read_records(summary.files[0])))
-    assert set(raw) == set(FEATURE_TYPES) - {'image/object/mask'} and raw['image/key/sha256'] == [hashlib.sha256(raw['image/encoded'][0]).hexdigest().encode()]
+    assert set(raw) == set(FEATURE_TYPES) - {'image/object/mask'}
+    assert raw['image/key/sha256'] == [hashlib.sha256(raw['image/encoded'][0]).hexdigest().encode()]
 
 
 def test_workers_and_repeats_give_the_same_bytes(drawn, tmp_path):
     images, annotations, out = drawn
     digests = []
-    for i, workers in enumerate((1, 2, 3, 1)):
-        dataset_convert(images, annotations, tmp_path/str(i), num_shards=5, include_masks=True, workers=workers)
-        digests.append({n: hashlib.sha256((tmp_path/str(i)/n).read_bytes()).hexdigest() for n in listing(tmp_path/str(i))})
+    for i, num_workers in enumerate((1, 2, 3, 1)):
+        dataset_convert(images, annotations, tmp_path/str(i), num_shards=5, include_masks=True, workers=num_workers)
+        digests.append({n: hashlib.sha256((tmp_path/str(i)/n).read_bytes()).hexdigest()
+                        for n in listing(tmp_path/str(i))})
     assert digests[0] == digests[1] == digests[2] == digests[3] and len(digests[0]) == 9
 
 
 def test_a_script_without_main_guard_may_use_workers(drawn, tmp_path):
     images, annotations, out = drawn
     script = tmp_path/'script.py'
-    script.write_text(f'from effdet_nb.data.convert import dataset_convert\nprint("once")\nprint(dataset_convert({str(images)!r}, {str(annotations)!r}, {str(out)!r}, num_shards=4, workers=2).num_images)\n')
+    script.write_text(f'''
+from effdet_nb.data.convert import dataset_convert
+print("once")
+summary = dataset_convert({str(images)!r}, {str(annotations)!r}, {str(out)!r}, num_shards=4, workers=2)
+print(summary.num_images)
+''')
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.stdout.split() == ['once', '14'], done.stderr
 
@@ -160,7 +176,8 @@ def test_masks_come_back(drawn):
         assert len(e['masks']) == len(e['boxes'])
         for png, area in zip(e['masks'], e['area']):
             mask = np.asarray(Image.open(io.BytesIO(png)))
-            assert mask.shape == (128, 128) and set(np.unique(mask)) <= {0, 1} and abs(int(mask.sum()) - area) <= max(20, .08*area)
+            assert mask.shape == (128, 128) and set(np.unique(mask)) <= {0, 1}
+            assert abs(int(mask.sum()) - area) <= max(20, .08*area)
     assert not summary.masks_outside_box
 
 
@@ -179,7 +196,8 @@ def test_warnings_log_is_taos(drawn):
     summary = dataset_convert(images, annotations, out, include_masks=True, num_shards=2)
     log = json.loads((out/'train_warnings.json').read_text())
     assert log['200365'] == {'box': [1, 918], 'mask': [2]} and set(log) == {'200365', '4'} and log['4']['mask'] == []
-    assert summary.dropped_boxes['out of bounds'][0][0] in (200365, 4) and len(summary.dropped_boxes['out of bounds']) == 3
+    assert summary.dropped_boxes['out of bounds'][0][0] in (200365, 4)
+    assert len(summary.dropped_boxes['out of bounds']) == 3
     assert summary.masks_outside_box == [(200365, 2)]
     assert 'masks outside their box (kept)' in repr(summary)
 
@@ -188,7 +206,8 @@ def test_no_log_without_warnings_and_an_old_one_goes(drawn):
     images, annotations, out = drawn
     dataset_convert(images, annotations, out, num_shards=2)
     assert (out/'train_warnings.json').exists()
-    edit(annotations, lambda d: d.update(annotations=[a for a in d['annotations'] if a['bbox'][0] + a['bbox'][2] <= 128]))
+    edit(annotations,
+         lambda d: d.update(annotations=[a for a in d['annotations'] if a['bbox'][0] + a['bbox'][2] <= 128]))
     assert dataset_convert(images, annotations, out, num_shards=2).warnings_file is None
     assert not (out/'train_warnings.json').exists()
 
@@ -208,12 +227,15 @@ def test_other_formats_and_oddities_are_told(drawn):
         exif = Image.Exif()
         exif[0x112] = 6
         im.save(images/'e.jpg', exif=exif)
-    edit(annotations, lambda d: [d['images'][5 + i].update(file_name=n) for i, n in enumerate(('a.bmp', 'g.jpg', 's.jpg', 'e.jpg'))])
+    edit(annotations,
+         lambda d: [d['images'][5 + i].update(file_name=n) for i, n in enumerate(('a.bmp', 'g.jpg', 's.jpg', 'e.jpg'))])
     summary = dataset_convert(images, annotations, out, num_shards=1)
-    assert summary.notes == {'BMP turned into PNG': ['a.bmp'], 'L instead of RGB, converted when read': ['g.jpg'], 'JSON and file disagree about the size': ['s.jpg'],
+    assert summary.notes == {'BMP turned into PNG': ['a.bmp'], 'L instead of RGB, converted when read': ['g.jpg'],
+                             'JSON and file disagree about the size': ['s.jpg'],
                              'turned by an EXIF flag, which is ignored': ['e.jpg']}
     bmp = next(e for e in examples(summary.files) if e['filename'] == 'a.bmp')
-    assert bmp['format'] == 'png' and np.array_equal(np.asarray(Image.open(io.BytesIO(bmp['image']))), np.asarray(Image.open(images/'a.bmp')))
+    assert bmp['format'] == 'png'
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(bmp['image']))), np.asarray(Image.open(images/'a.bmp')))
 
 
 def truncate(path): path.write_bytes(path.read_bytes()[:-200])
@@ -262,16 +284,20 @@ faults = {
     'three numbers': (box(bbox=[5, 5, 9]), 'dropped_boxes', 'not four numbers', [(1, 1)]),
     'no bbox': (lacks('annotations', 'bbox'), 'dropped_boxes', 'incomplete', [(1, 1)]),
     'annotation twice': (copy('annotations'), 'dropped_boxes', 'annotation stands twice', [(1, 1)]),
-    'annotation id shared': (copy('annotations', bbox=[5, 5, 9, 9]), 'notes', 'annotation id of different objects', [1]),
+    'annotation id shared': (copy('annotations', bbox=[5, 5, 9, 9]), 'notes', 'annotation id of different objects',
+                             [1]),
     'unknown category': (box(category_id=7), 'dropped_boxes', 'unknown category', [(1, 1)]),
     'category is a list': (box(category_id=[1]), 'dropped_boxes', 'unknown category', [(1, 1)]),
     'unknown image': (box(image_id=99), 'dropped_boxes', 'unknown image', [(99, 1)]),
-    'image id twice': (copy('images', 1, file_name='000001.jpg'), 'dropped_images', 'image id used twice', [(2, '000001.jpg')]),
+    'image id twice': (copy('images', 1, file_name='000001.jpg'), 'dropped_images', 'image id used twice',
+                       [(2, '000001.jpg')]),
     'image without file name': (lacks('images', 'file_name', 1), 'dropped_images', 'incomplete', [(2, None)]),
     'file name is a number': (entry(1, file_name=3), 'dropped_images', 'file name is no text', [(2, 3)]),
     'missing picture': (lost('000002.jpg'), 'dropped_images', 'file missing', [(2, '000002.jpg')]),
-    'not a picture': (file('000002.jpg', lambda p: p.write_bytes(b'hello')), 'dropped_images', 'not a picture', [(2, '000002.jpg')]),
-    'empty picture': (file('000002.jpg', lambda p: p.write_bytes(b'')), 'dropped_images', 'not a picture', [(2, '000002.jpg')]),
+    'not a picture': (file('000002.jpg', lambda p: p.write_bytes(b'hello')), 'dropped_images', 'not a picture',
+                      [(2, '000002.jpg')]),
+    'empty picture': (file('000002.jpg', lambda p: p.write_bytes(b'')), 'dropped_images', 'not a picture',
+                      [(2, '000002.jpg')]),
     'broken jpeg': (file('000002.jpg', truncate), 'dropped_images', 'file damaged', [(2, '000002.jpg')]),
     'broken png': (file('000005.png', truncate), 'dropped_images', 'file damaged', [(5, '000005.png')]),
     'size disagrees': (file('000002.jpg', shrink), 'notes', 'JSON and file disagree about the size', ['000002.jpg']),
@@ -280,7 +306,8 @@ faults = {
     'EXIF': (file('000002.jpg', lie_down), 'notes', 'turned by an EXIF flag, which is ignored', ['000002.jpg']),
     'grey': (file('000002.jpg', as_mode('L')), 'notes', 'L instead of RGB, converted when read', ['000002.jpg']),
     'CMYK': (file('000002.jpg', as_mode('CMYK')), 'notes', 'CMYK instead of RGB, converted when read', ['000002.jpg']),
-    '16 bit': (file('000005.png', as_mode('I;16')), 'notes', 'I;16 instead of RGB, converted when read', ['000005.png']),
+    '16 bit': (file('000005.png', as_mode('I;16')), 'notes', 'I;16 instead of RGB, converted when read',
+               ['000005.png']),
     'BMP': (file('000002.jpg', as_mode('RGB', format='BMP')), 'notes', 'BMP turned into PNG', ['000002.jpg']),
     'WebP': (file('000002.jpg', as_mode('RGB', format='WEBP')), 'notes', 'WEBP turned into PNG', ['000002.jpg']),
     'no crowd flag': (lacks('annotations', 'iscrowd'), 'notes', 'iscrowd missing, taken as 0', [1]),
@@ -289,15 +316,19 @@ faults = {
     'no mask': (box(3, segmentation=[]), 'notes', 'no usable mask, an empty one written', [4]),
     'odd mask': (box(3, segmentation='x'), 'notes', 'no usable mask, an empty one written', [4]),
     'mask of numbers': (box(3, segmentation=[3, 4]), 'notes', 'no usable mask, an empty one written', [4]),
-    'mask of another size': (box(3, segmentation=dict(size=[9, 9], counts=[81])), 'notes', 'no usable mask, an empty one written', [4]),
-    'short polygon': (box(3, segmentation=[[5, 5, 9, 9]]), 'notes', 'polygons of fewer than three points, left out', [4]),
+    'mask of another size': (box(3, segmentation=dict(size=[9, 9], counts=[81])), 'notes',
+                             'no usable mask, an empty one written', [4]),
+    'short polygon': (box(3, segmentation=[[5, 5, 9, 9]]), 'notes', 'polygons of fewer than three points, left out',
+                      [4]),
 }
 
 
 @pytest.mark.parametrize('spoil,where,reason,items', faults.values(), ids=faults)
 def test_every_fault_costs_what_it_must_and_is_named(drawn, spoil, where, reason, items):
     images, annotations, out = drawn
-    edit(annotations, lambda d: d.update(annotations=[a for a in d['annotations'] if a['bbox'][0] + a['bbox'][2] <= 128]))    # without the drawn oddity
+    # without the drawn oddity
+    edit(annotations,
+         lambda d: d.update(annotations=[a for a in d['annotations'] if a['bbox'][0] + a['bbox'][2] <= 128]))
     edit(annotations, lambda d: spoil(images, d))
     summary = dataset_convert(images, annotations, out, num_shards=2, include_masks=True)
     assert getattr(summary, where) == {reason: items}
@@ -314,19 +345,24 @@ def test_every_fault_costs_what_it_must_and_is_named(drawn, spoil, where, reason
     serious = [o for o in report['reasons'] if o['serious']]
     if serious:
         before = {n: (out/n).read_bytes() for n in listing(out)}
-        with pytest.raises(ValueError, match='--strict allows none. Nothing was written') as e: dataset_convert(images, annotations, out, num_shards=3, include_masks=True, strict=True)
+        with pytest.raises(ValueError, match='--strict allows none. Nothing was written') as e:
+            dataset_convert(images, annotations, out, num_shards=3, include_masks=True, strict=True)
         assert reason in str(e.value) and {n: (out/n).read_bytes() for n in listing(out)} == before
-    else: assert dataset_convert(images, annotations, out, num_shards=2, strict=True, include_masks=True).num_images == 14
+    else:
+        assert dataset_convert(images, annotations, out, num_shards=2, strict=True, include_masks=True).num_images == 14
 
 
 hopeless = {
-    'all pictures missing': (lambda i, a: shutil.rmtree(i) or i.mkdir(), FileNotFoundError, 'all 14 pictures are missing, such as 000001.jpg'),
+    'all pictures missing': (lambda i, a: shutil.rmtree(i) or i.mkdir(), FileNotFoundError,
+                             'all 14 pictures are missing, such as 000001.jpg'),
     'malformed JSON': (lambda i, a: a.write_text('{"images": ['), CocoError, 'not valid JSON'),
     'no list': (lambda i, a: edit(a, lambda d: d.pop('categories')), CocoError, '"categories" is missing'),
     'no images': (lambda i, a: edit(a, lambda d: d.update(images=[], annotations=[])), ValueError, 'no images'),
     'no annotations file': (lambda i, a: a.unlink(), FileNotFoundError, 'train.json: no such file'),
-    'no box left': (lambda i, a: edit(a, lambda d: [o.update(bbox=[5, 5, 0, 0]) for o in d['annotations']]), ValueError, 'nothing usable is left, 14 images with 0 boxes'),
-    'no picture left': (lambda i, a: [p.write_bytes(b'x') for p in i.iterdir()], ValueError, 'nothing usable is left, 0 images'),
+    'no box left': (lambda i, a: edit(a, lambda d: [o.update(bbox=[5, 5, 0, 0]) for o in d['annotations']]), ValueError,
+                    'nothing usable is left, 14 images with 0 boxes'),
+    'no picture left': (lambda i, a: [p.write_bytes(b'x') for p in i.iterdir()], ValueError,
+                        'nothing usable is left, 0 images'),
 }
 
 
@@ -338,7 +374,8 @@ def test_the_hopeless_leave_everything_as_it_was(drawn, spoil, error, message, e
     if earlier: dataset_convert(images, annotations, out, num_shards=3, include_masks=True)
     before = {n: (out/n).read_bytes() for n in listing(out)} if earlier else None
     spoil(images, annotations)
-    with pytest.raises(error, match=message): dataset_convert(images, annotations, out, num_shards=2, include_masks=True)
+    with pytest.raises(error, match=message):
+        dataset_convert(images, annotations, out, num_shards=2, include_masks=True)
     if earlier: assert {n: (out/n).read_bytes() for n in listing(out)} == before
     else: assert not out.parents[0].exists()
 
@@ -347,10 +384,14 @@ def test_many_faults_at_once_are_all_known_also_by_workers(drawn):
     images, annotations, out = drawn
     for n in (1, 6, 9): (images/f'{n:06d}.jpg').write_bytes(b'x')
     (images/'000003.jpg').unlink()
-    edit(annotations, lambda d: [box(i, bbox=[0, 0, 999, 9])(images, d) for i, a in enumerate(d['annotations']) if a['image_id'] == 7])
+    edit(annotations,
+         lambda d: [box(i, bbox=[0, 0, 999, 9])(images, d) for i, a in enumerate(d['annotations'])
+                    if a['image_id'] == 7])
     summary = dataset_convert(images, annotations, out, num_shards=4, workers=2)
-    assert {k: len(v) for k, v in summary.dropped_images.items()} == {'not a picture': 3, 'file missing': 1} and summary.num_images == 10
-    assert {i for i, _ in summary.dropped_boxes['out of bounds']} == {4, 7} and {i for i, _ in summary.dropped_boxes['of a picture left out']} == {1, 3, 6, 9} - {2}
+    assert {k: len(v) for k, v in summary.dropped_images.items()} == {'not a picture': 3, 'file missing': 1}
+    assert summary.num_images == 10
+    assert {i for i, _ in summary.dropped_boxes['out of bounds']} == {4, 7}
+    assert {i for i, _ in summary.dropped_boxes['of a picture left out']} == {1, 3, 6, 9} - {2}
     with Image.open(out/'train_report.png') as im: assert im.size == (166, 166)             # image 7 or 4, and a margin
     assert 'not a picture' in repr(summary) and summary.counts['images_left_out'] == 4
 
@@ -362,8 +403,11 @@ def test_the_picture_of_the_worst_is_the_worst(drawn):
     assert worst_image_id(many.report) == 9
     drawn_png = np.asarray(Image.open(out/'train_report.png')).astype(int)
     red = (drawn_png[..., 0] > 180) & (drawn_png[..., 1] < 80)
-    assert red[:19].any() and red[:, :19].any()                                          # outlines in the margin, where the boxes are
-    edit(annotations, lambda d: d.update(annotations=[a for a in d['annotations'] if min(a['bbox']) >= 0 and a['bbox'][0] + a['bbox'][2] <= 128]))
+    # outlines in the margin, where the boxes are
+    assert red[:19].any() and red[:, :19].any()
+    edit(annotations,
+         lambda d: d.update(annotations=[a for a in d['annotations'] if min(a['bbox']) >= 0
+                                         and a['bbox'][0] + a['bbox'][2] <= 128]))
     dataset_convert(images, annotations, out, num_shards=1)
     assert not (out/'train_report.png').exists()
 
@@ -378,7 +422,9 @@ def test_clip_keeps_what_remains_and_is_not_held_against_you(drawn):
     assert json.loads((out/'train_warnings.json').read_text())['1'] == {'box': [1], 'mask': []}
 
 
-@pytest.mark.parametrize('kw,message', [(dict(num_shards=0), 'num_shards: 0'), (dict(tag='a/b'), 'tag'), (dict(tag=''), 'tag'), (dict(tag='a*'), 'tag'), (dict(workers=0), 'workers: 0')])
+@pytest.mark.parametrize('kw,message',
+                         [(dict(num_shards=0), 'num_shards: 0'), (dict(tag='a/b'), 'tag'), (dict(tag=''), 'tag'),
+                          (dict(tag='a*'), 'tag'), (dict(workers=0), 'workers: 0')])
 def test_bad_arguments(drawn, kw, message):
     with pytest.raises(ValueError, match=message): dataset_convert(*drawn, **kw)
     assert not drawn[2].exists()
@@ -390,7 +436,8 @@ def test_output_path_is_a_file(drawn):
     for path in (out, out/'deeper'):
         with pytest.raises(ValueError, match='is a file'): dataset_convert(images, annotations, path)
     assert out.read_text() == 'mine'
-    with pytest.raises(FileNotFoundError, match='no such folder'): dataset_convert(images/'no', annotations, out.parent/'o')
+    with pytest.raises(FileNotFoundError, match='no such folder'):
+        dataset_convert(images/'no', annotations, out.parent/'o')
 
 
 def test_number_of_shards(drawn, capsys):
@@ -407,9 +454,11 @@ def test_other_shard_counts_do_not_mix(drawn):
     images, annotations, out = drawn
     dataset_convert(images, annotations, out, num_shards=6)
     dataset_convert(images, annotations, out, num_shards=2)                 # ours: replaced
-    assert [n for n in listing(out) if n.endswith('tfrecord')] == ['train-00000-of-00002.tfrecord', 'train-00001-of-00002.tfrecord']
+    assert [n for n in listing(out) if n.endswith('tfrecord')] == ['train-00000-of-00002.tfrecord',
+                                                                   'train-00001-of-00002.tfrecord']
     (out/'train-00000-of-00009.tfrecord').write_bytes(b'')                  # somebody else's: kept, refused
-    with pytest.raises(ValueError, match='train-00000-of-00009.tfrecord are of another conversion'): dataset_convert(images, annotations, out, num_shards=3)
+    with pytest.raises(ValueError, match='train-00000-of-00009.tfrecord are of another conversion'):
+        dataset_convert(images, annotations, out, num_shards=3)
     assert (out/'train-00000-of-00009.tfrecord').exists() and load_sidecar(out/'train-*-of-00002*').num_images == 14
 
 
@@ -417,11 +466,15 @@ def test_sidecar(drawn):
     images, annotations, out = drawn
     summary = dataset_convert(images, annotations, out, num_shards=3)
     known = load_sidecar(out/'train*')
-    assert known.num_images == 14 and list(known.files) == [str(f) for f in summary.files] == find_record_files(out/'train*')
+    assert known.num_images == 14
+    assert list(known.files) == [str(f) for f in summary.files] == find_record_files(out/'train*')
     found = examples(summary.files)
-    assert known.max_boxes == max(len(e['boxes']) for e in found) and sum(known.boxes_by_category.values()) == sum(len(e['boxes']) for e in found)
-    assert [known.classes.class_name(c) for c in range(3)] == ['circle', 'square', 'triangle'] and known.classes.num_classes == 4
-    for s in json.loads((out/'train_records.json').read_text())['shards']: assert hashlib.sha256((out/s['file']).read_bytes()).hexdigest() == s['sha256']
+    assert known.max_boxes == max(len(e['boxes']) for e in found)
+    assert sum(known.boxes_by_category.values()) == sum(len(e['boxes']) for e in found)
+    assert [known.classes.class_name(c) for c in range(3)] == ['circle', 'square', 'triangle']
+    assert known.classes.num_classes == 4
+    for s in json.loads((out/'train_records.json').read_text())['shards']:
+        assert hashlib.sha256((out/s['file']).read_bytes()).hexdigest() == s['sha256']
     assert str(out.parent) not in (out/'train_records.json').read_text()
     truncate(summary.files[1])
     with pytest.raises(ValueError, match='train-00001-of-00003.tfrecord: .* bytes, but'): load_sidecar(out/'train*')
@@ -442,9 +495,11 @@ def test_status_tells_success_and_failure(drawn, tmp_path):
     images, annotations, out = drawn
     dataset_convert(images, annotations, out, num_shards=2, results_dir=tmp_path/'res')
     events = [json.loads(o) for o in (tmp_path/'res'/'status.json').read_text().splitlines()]
-    assert [e['status'] for e in events] == ['STARTED', 'RUNNING', 'SUCCESS'] and events[1]['kpi']['images'] == 14 and events[1]['kpi']['boxes_left_out'] == 1
+    assert [e['status'] for e in events] == ['STARTED', 'RUNNING', 'SUCCESS']
+    assert events[1]['kpi']['images'] == 14 and events[1]['kpi']['boxes_left_out'] == 1
     annotations.unlink()
-    with pytest.raises(FileNotFoundError): dataset_convert(images, annotations, out, num_shards=2, results_dir=tmp_path/'bad')
+    with pytest.raises(FileNotFoundError):
+        dataset_convert(images, annotations, out, num_shards=2, results_dir=tmp_path/'bad')
     assert json.loads((tmp_path/'bad'/'status.json').read_text().splitlines()[-1])['status'] == 'FAILURE'
 
 
@@ -453,7 +508,9 @@ def copies(annotations, n):
     data = json.loads(annotations.read_text())
     boxes = {i: [a for a in data['annotations'] if a['image_id'] == i] for i in range(1, 15)}
     images = [dict(data['images'][i % 14], id=i + 1) for i in range(n)]
-    annotations.write_text(json.dumps(dict(images=images, annotations=[dict(a, id=i*100 + k, image_id=i + 1) for i in range(n) for k, a in enumerate(boxes[i % 14 + 1])],
+    annotations.write_text(json.dumps(dict(images=images,
+                                           annotations=[dict(a, id=i*100 + k, image_id=i + 1) for i in range(n)
+                                                        for k, a in enumerate(boxes[i % 14 + 1])],
                                            categories=data['categories'])))
 
 
@@ -462,9 +519,13 @@ def copies(annotations, n):
 def test_a_killed_conversion_goes_on_and_ends_the_same(drawn, tmp_path, how, capsys):
     images, annotations, out = drawn
     copies(annotations, 1500)
-    code = f'from effdet_nb.data.convert import dataset_convert; dataset_convert({str(images)!r}, {str(annotations)!r}, {str(out)!r}, workers=2, num_shards=32)'
+    code = f'''
+from effdet_nb.data.convert import dataset_convert
+dataset_convert({str(images)!r}, {str(annotations)!r}, {str(out)!r}, workers=2, num_shards=32)
+'''
     run = subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True, start_new_session=True,
-                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a shell starts background jobs deaf to it, and so their children
+                           # a shell starts background jobs deaf to it, and so their children
+                           preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     deadline = time.time() + 60
     while len(list(out.glob('.train.part/train-0*.json'))) < 3 and time.time() < deadline: time.sleep(.01)
     os.killpg(run.pid, getattr(signal, how))
@@ -475,7 +536,8 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(drawn, tmp_path, how, cap
     assert 3 <= len(done) < 32
     summary = dataset_convert(images, annotations, out, num_shards=32, workers=2)
     assert f'going on, {len(done)} of 32 shards were complete' in capsys.readouterr().err
-    assert all((out/n.replace('.json', '.tfrecord')).stat().st_ino == inode for n, inode in done.items())    # not written again
+    # not written again
+    assert all((out/n.replace('.json', '.tfrecord')).stat().st_ino == inode for n, inode in done.items())
     straight = dataset_convert(images, annotations, tmp_path/'straight', num_shards=32, workers=1)
     for n in listing(out): assert (out/n).read_bytes() == (tmp_path/'straight'/n).read_bytes(), n
     assert listing(out) == listing(tmp_path/'straight') and repr(summary) == repr(straight)
@@ -483,11 +545,18 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(drawn, tmp_path, how, cap
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='signals differ')
 def test_workers_end_with_a_killed_parent():
-    code = 'import os, time; from effdet_nb.data.workers import worker_pool\nwith worker_pool(2) as pool: print([pool.submit(os.getpid).result() for _ in range(2)] and "ready", flush=True); time.sleep(60)'
+    code = '''
+import os, time
+from effdet_nb.data.workers import worker_pool
+with worker_pool(2) as pool:
+    print([pool.submit(os.getpid).result() for _ in range(2)] and "ready", flush=True)
+    time.sleep(60)
+'''
     run = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline() == 'ready\n'
     run.kill()
-    assert run.communicate(timeout=20)[0] == ''                                         # the pipe closes when the last of them has gone
+    # the pipe closes when the last of them has gone
+    assert run.communicate(timeout=20)[0] == ''
 
 
 def begin(drawn, num_shards, first):
@@ -513,7 +582,8 @@ def test_what_has_changed_since_is_done_again(drawn, tmp_path, change):
     if change == 'lost picture': (images/'000001.jpg').unlink()
     if change == 'note': (part/'train-00000-of-00004.json').write_text('{"shard":')
     if change == 'shard': truncate(part/'train-00000-of-00004.tfrecord')
-    if change == 'shard of zeros': (p := part/'train-00000-of-00004.tfrecord').write_bytes(bytes(p.stat().st_size))   # a power cut before the disk had it
+    # a power cut before the disk had it
+    if change == 'shard of zeros': (p := part/'train-00000-of-00004.tfrecord').write_bytes(bytes(p.stat().st_size))
     if change == 'json': edit(annotations, lambda d: d['annotations'].pop(0))
     if change == 'shards': count = 5
     summary = dataset_convert(images, annotations, out, num_shards=count)
@@ -550,8 +620,10 @@ def test_beam_writes_identical_records_with_two_workers(drawn, tmp_path):
 
 def test_without_beam_its_absence_is_told(drawn, monkeypatch):
     monkeypatch.setitem(sys.modules, 'apache_beam', None)
-    with pytest.raises(ImportError, match=r'Apache Beam is not installed .* pip install "effdet_nb\[beam\]"'): dataset_convert(*drawn, num_shards=2, runner='FlinkRunner')
-    assert workers._beam_options('FlinkRunner', ['--flink_master=h:1'], None) == ['--runner=FlinkRunner', '--flink_master=h:1']
+    with pytest.raises(ImportError, match=r'Apache Beam is not installed .* pip install "effdet_nb\[beam\]"'):
+        dataset_convert(*drawn, num_shards=2, runner='FlinkRunner')
+    assert workers._beam_options('FlinkRunner', ['--flink_master=h:1'], None) == ['--runner=FlinkRunner',
+                                                                                  '--flink_master=h:1']
 
 
 # --- real pictures ---
@@ -561,17 +633,22 @@ def test_bccd_loses_one_box_and_says_which(shared_dir, tmp_path, split, image, a
     data = shared_dir/'data'/'bccd'
     summary = dataset_convert(data/'images', data/f'{split}.json', tmp_path, num_shards=4)
     assert json.loads((tmp_path/f'{split}_warnings.json').read_text()) == {image: {'box': [annotation], 'mask': []}}
-    assert sum(summary.boxes_by_name.values()) == kept and {k: len(v) for k, v in summary.dropped_boxes.items()} == {'no size': 1}
+    assert sum(summary.boxes_by_name.values()) == kept
+    assert {k: len(v) for k, v in summary.dropped_boxes.items()} == {'no size': 1}
 
 
 @pytest.mark.parametrize('split,images,objects', [('train', 35, 425), ('val', 32, 359)])
 def test_coco_mini_with_masks(shared_dir, tmp_path, split, images, objects):
     data = shared_dir/'data'/'coco_mini'
     summary = dataset_convert(data/'images', data/f'{split}.json', tmp_path, include_masks=True, num_shards=4)
-    assert summary.num_images == images and sum(summary.boxes_by_name.values()) == objects and not summary.dropped_boxes and not summary.masks_outside_box
+    assert summary.num_images == images and sum(summary.boxes_by_name.values()) == objects
+    assert not summary.dropped_boxes and not summary.masks_outside_box
     found = examples(summary.files)
     assert sum(len(e['masks']) for e in found) == objects
-    areas = np.array([(np.asarray(Image.open(io.BytesIO(m))).sum(), a, c) for e in found for m, a, c in zip(e['masks'], e['area'], e['is_crowd'])])
+    areas = np.array([(np.asarray(Image.open(io.BytesIO(m))).sum(), a, c) for e in found
+                      for m, a, c in zip(e['masks'], e['area'], e['is_crowd'])])
     apart = abs(areas[:, 0] - areas[:, 1]) > np.maximum(50, .1*areas[:, 1])
-    assert apart.sum() <= 3 and areas[apart, 2].all()                      # three crowds with a published area that is larger than their mask
-    assert max(max(e['labels'], default=0) for e in found) <= 90 and load_sidecar(tmp_path/f'{split}-*').classes.num_classes == 81
+    # three crowds with a published area that is larger than their mask
+    assert apart.sum() <= 3 and areas[apart, 2].all()
+    assert max(max(e['labels'], default=0) for e in found) <= 90
+    assert load_sidecar(tmp_path/f'{split}-*').classes.num_classes == 81
