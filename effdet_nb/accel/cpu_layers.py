@@ -144,15 +144,14 @@ def fused_norm_kernel(
     norm,          # a `BatchNormalization`
     x,             # [N,H,W,C]
     training:bool, # True: with the statistics of the batch; False: with the running ones
-)->tuple:          # y [N,H,W,C], mean [C], variance [C] (biased)
+)->tuple:          # y [N,H,W,C], mean [C], variance [C] (unbiased)
     "Batch normalisation by TensorFlow's fused kernel."
     from tensorflow import raw_ops
     mean, variance = ([], []) if training else (norm.moving_mean, norm.moving_variance)
     y, mean, variance, *_ = raw_ops.FusedBatchNormV3(
         x=ops.convert_to_tensor(x), scale=norm.gamma, offset=norm.beta, mean=mean, variance=variance,
         epsilon=norm.epsilon, is_training=training)
-    n = ops.cast(ops.size(x)//ops.shape(x)[-1], 'float32')
-    return y, mean, variance*(n-1)/n
+    return y, mean, variance
 
 # %% ../../nbs/accel/01_cpu_layers.ipynb #d251eba7
 def update_statistics(
@@ -179,7 +178,9 @@ def train_batch_norm(
     x,    # [N,H,W,C]
 )->tuple: # y [N,H,W,C], its affine: (scale [C], shift [C])
     "Normalises a batch in training: `y = x*scale + shift`, and updates the running statistics."
-    y, mean, variance = fused_norm_kernel(norm, x, training=True)
+    y, mean, unbiased_variance = fused_norm_kernel(norm, x, training=True)
+    n = ops.cast(ops.size(x)//ops.shape(x)[-1], 'float32')
+    variance = unbiased_variance*(n-1)/n
     update_statistics(norm, mean, variance)
     return y, norm_affine(norm, mean, variance)
 
