@@ -24,7 +24,8 @@ def test_one_row_per_cell_and_shape_for_any_size(h, w):
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(*[st.floats(0, 500), st.floats(0, 500), st.floats(.5, 400), st.floats(.5, 400)]), min_size=1, max_size=20))
+@given(st.lists(st.tuples(*[st.floats(0, 500), st.floats(0, 500), st.floats(.5, 400), st.floats(.5, 400)]), min_size=1,
+                max_size=20))
 def test_decode_undoes_encode(rows):
     rows = np.array(rows, np.float32)
     boxes = np.concatenate([rows[:, :2], rows[:, :2]+rows[:, 2:]], 1)
@@ -40,7 +41,9 @@ def test_fit_counts_by_size_and_suggests_only_what_helps():
     assert sum(n for n, _, _ in fit.by_size().values()) == 40 and 0 <= fit.matched_share <= 1
     want = [max(iou(b[None], all_anchors((128, 128)))[0]) for b in boxes]
     np.testing.assert_allclose(fit.iou, want, atol=1e-5)
-    if fit.suggestion: assert measure_anchor_fit(boxes, (128, 128), **fit.suggestion).matched_share == fit.suggested_share > fit.matched_share
+    if fit.suggestion:
+        assert measure_anchor_fit(boxes, (128, 128),
+                                  **fit.suggestion).matched_share == fit.suggested_share > fit.matched_share
     assert measure_anchor_fit(all_anchors((128, 128))[:50], (128, 128)).suggestion is None
 
 

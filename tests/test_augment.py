@@ -29,14 +29,16 @@ def red_box(canvas):
 def test_scale_one_is_the_letterbox_of_evaluation():
     assert A.PAD_RGB == L.PAD_RGB
     for hw in SIZES:
-        for canvas in CANVASES: assert tuple(A.scaled_size(hw, canvas, 1.).numpy()) == L.letterbox_scale(hw, canvas)[1], (hw, canvas)
+        for canvas in CANVASES:
+            assert tuple(A.scaled_size(hw, canvas, 1.).numpy()) == L.letterbox_scale(hw, canvas)[1], (hw, canvas)
 
 
 @pytest.mark.parametrize('hw', [(160,120), (90,160), (64,64)])
 def test_training_and_evaluation_see_nearly_the_same_pixels(hw):
     small = np.random.default_rng(1).integers(0, 256, (5,6,3), dtype=np.uint8)
     image = np.asarray(Image.fromarray(small).resize(hw[::-1], Image.Resampling.BICUBIC))
-    ours = A.crop_resize_pad(tf.constant(image), tf.zeros((0,4)), tf.zeros((0,), tf.int32), (128,128), 1., (0.,0.))[0].numpy()
+    ours = A.crop_resize_pad(tf.constant(image), tf.zeros((0,4)), tf.zeros((0,), tf.int32), (128,128), 1.,
+                             (0.,0.))[0].numpy()
     assert np.abs(ours.astype(int)-L.letterbox(image, (128,128))[0]).mean() < 2
 
 
@@ -58,8 +60,11 @@ def test_moving_back_gives_the_visible_part():
     rng = np.random.default_rng(0)
     for _ in range(60):
         h,w = rng.integers(20, 300, 2)
-        corner,size,shown = (o.numpy() for o in A.crop_window((h,w), (64,80), rng.uniform(.1, 3), rng.random(2).astype('float32')))
-        assert (corner>=0).all() and (corner+size<=(h,w)).all() and (shown<=(64,80)).all() and (size>=1).all() and (shown>=1).all()
+        corner,size,shown = (o.numpy()
+                             for o in A.crop_window((h,w), (64,80), rng.uniform(.1, 3),
+                                                    rng.random(2).astype('float32')))
+        assert (corner>=0).all() and (corner+size<=(h,w)).all() and (shown<=(64,80)).all()
+        assert (size>=1).all() and (shown>=1).all()
         boxes = np.sort(rng.random((6,2,2))*(h,w), 1).reshape(-1, 4).astype('float32')
         moved,left = (o.numpy() for o in A.transform_boxes(tf.constant(boxes), tf.range(6), corner, size, shown))
         back = moved*np.tile(size/shown, 2) + np.tile(corner, 2)
@@ -74,7 +79,8 @@ def test_shape_is_kept():
     rng = np.random.default_rng(1)
     for _ in range(60):
         h,w = rng.integers(60, 400, 2)
-        _,size,shown = (o.numpy().astype(float) for o in A.crop_window((h,w), (128,128), rng.uniform(.5, 2.5), rng.random(2).astype('float32')))
+        _,size,shown = (o.numpy().astype(float)
+                        for o in A.crop_window((h,w), (128,128), rng.uniform(.5, 2.5), rng.random(2).astype('float32')))
         fy,fx = shown/size
         assert abs(fy/fx-1) < 2/min(*shown, *size)
 
@@ -109,7 +115,8 @@ def test_pictures_without_objects_and_of_one_pixel():
 # --- properties, whatever the picture, the boxes and the draw
 
 sides = st.integers(1, 400)
-draws = dict(hw=st.tuples(sides, sides), canvas=st.tuples(st.integers(32, 200), st.integers(32, 200)), scale=st.floats(.125, 3., width=32), place=st.tuples(st.floats(0, 1, width=32), st.floats(0, 1, width=32)),
+draws = dict(hw=st.tuples(sides, sides), canvas=st.tuples(st.integers(32, 200), st.integers(32, 200)),
+             scale=st.floats(.125, 3., width=32), place=st.tuples(st.floats(0, 1, width=32), st.floats(0, 1, width=32)),
              seed=st.integers(0, 2**31))
 
 
@@ -125,9 +132,11 @@ def test_any_crop_maps_back_to_what_it_showed_and_conserves_area(hw, canvas, sca
     moved,left = (o.numpy() for o in A.transform_boxes(tf.constant(boxes), tf.range(len(boxes)), corner, size, shown))
     factor = np.tile(shown/size, 2)
     seen = np.clip(boxes, np.tile(corner, 2), np.tile(corner+size, 2))
-    np.testing.assert_allclose(moved/factor + np.tile(corner, 2), seen[left], atol=2e-2)                    # crop, then map back
+    # crop, then map back
+    np.testing.assert_allclose(moved/factor + np.tile(corner, 2), seen[left], atol=2e-2)
     area = lambda b: np.prod(b[:,2:]-b[:,:2], 1)
-    np.testing.assert_allclose(area(moved), area(seen[left])*np.prod(shown/size), rtol=1e-3, atol=.1)        # what was cut off is all that is lost
+    # what was cut off is all that is lost
+    np.testing.assert_allclose(area(moved), area(seen[left])*np.prod(shown/size), rtol=1e-3, atol=.1)
     assert (moved >= 0).all() and (moved <= np.tile(shown, 2)).all() and (moved[:,2:] > moved[:,:2]).all()
 
 
@@ -137,7 +146,8 @@ def test_any_flip_twice_is_nothing_and_conserves_area(hw, seed):
     image, boxes = tf.zeros((*hw,3), tf.uint8), some_boxes(hw, seed)
     once = A.horizontal_flip(image, tf.constant(boxes))[1].numpy()
     np.testing.assert_allclose(A.horizontal_flip(image, tf.constant(once))[1], boxes, atol=1e-3)
-    np.testing.assert_allclose(np.prod(once[:,2:]-once[:,:2], 1), np.prod(boxes[:,2:]-boxes[:,:2], 1), rtol=1e-3, atol=.1)
+    np.testing.assert_allclose(np.prod(once[:,2:]-once[:,:2], 1), np.prod(boxes[:,2:]-boxes[:,:2], 1), rtol=1e-3,
+                               atol=.1)
     assert (once[:,1] >= -1e-3).all() and (once[:,3] <= hw[1]+1e-3).all()
 
 

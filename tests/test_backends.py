@@ -19,7 +19,9 @@ def other_python(backend):
     "An interpreter that can import Keras and a backend: this one, or that of the environment variable PEER_PYTHON."
     for python in filter(None, (os.environ.get('PEER_PYTHON'), sys.executable)):
         env = os.environ | {'KERAS_BACKEND': backend, 'PYTHONPATH': str(Path(__file__).resolve().parents[1])}
-        if subprocess.run([python, '-c', f'import {backend}, keras, fastcore'], env=env, capture_output=True).returncode == 0: return python, env
+        if subprocess.run([python, '-c', f'import {backend}, keras, fastcore'], env=env,
+                          capture_output=True).returncode == 0:
+            return python, env
     pytest.skip(f'needs {backend}, keras and fastcore, here or in the interpreter that PEER_PYTHON names (pip install {backend} keras fastcore)')
 
 
@@ -56,15 +58,19 @@ def test_another_backend_gives_the_same_numbers(backend, name, tmp_path):
     for w in model.weights:
         if 'moving_mean' in w.path: w.assign(rng.normal(0, .1, w.shape))
         if 'pointwise' in w.path: w.assign(np.array(w)*2)
-    image, boxes, classes = rng.integers(0, 256, (1, *HW, 3)).astype('uint8'), np.float32([[10, 20, 70, 90], [60, 10, 130, 60]]), np.int32([0, 2])
+    image, boxes, classes = rng.integers(0, 256,
+                                         (1, *HW, 3)).astype('uint8'), np.float32([[10, 20, 70, 90],
+                                                                                   [60, 10, 130, 60]]), np.int32([0, 2])
     t = assign(arch_anchors(arch), boxes, classes)
     with tf.GradientTape() as tape:
         out = model(image, training=False)
         loss = detection_loss(out['cls_logits'], out['box_deltas'], t[0][None], t[1][None], t[2][None])['total']
     grad = np.abs(tape.gradient(loss, model.get_layer('class-predict').bias)).sum()
-    np.savez(tmp_path/'in.npz', image=image, boxes=boxes, classes=classes, **{'w|'+k: v for k, v in weights_by_path(model).items()})
+    np.savez(tmp_path/'in.npz', image=image, boxes=boxes, classes=classes,
+             **{'w|'+k: v for k, v in weights_by_path(model).items()})
     (tmp_path/'run.py').write_text(CODE)
-    ran = subprocess.run([python, tmp_path/'run.py', backend, tmp_path/'in.npz', name, tmp_path/'out.npz'], env=env, capture_output=True, text=True)
+    ran = subprocess.run([python, tmp_path/'run.py', backend, tmp_path/'in.npz', name, tmp_path/'out.npz'], env=env,
+                         capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     theirs = np.load(tmp_path/'out.npz')
     np.testing.assert_allclose(theirs['cls'], out['cls_logits'], atol=2e-3, rtol=1e-3)

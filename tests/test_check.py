@@ -33,7 +33,8 @@ def make_spec(folder, more='', training='', rec='rec'):
 def settings(spec):
     "What training hands to the check."
     training = spec.training_config
-    return dict(config=data_config_from_spec(spec), epoch_size=training.num_examples_per_epoch, batch_size=training.train_batch_size, eval_samples=spec.eval_config.eval_samples)
+    return dict(config=data_config_from_spec(spec), epoch_size=training.num_examples_per_epoch,
+                batch_size=training.train_batch_size, eval_samples=spec.eval_config.eval_samples)
 
 
 def look(spec, **kw): return C.check_records(**settings(spec), anchors=all_anchors(spec.dataset_config.image_hw), **kw)
@@ -48,15 +49,21 @@ def test_good_data_passes(drawn):
 
 mistakes = {
     'too few channels': (dict(more='num_classes: 2'), 1, r'num_classes 2: 3 categories do not fit'),
-    'too many objects': (dict(more='max_instances_per_image: 2'), 1, r'\d+ training pictures have more than 2 objects, the most is (\d+) in image \d+. Set it to \1'),
+    'too many objects': (dict(more='max_instances_per_image: 2'), 1,
+                         r'\d+ training pictures have more than 2 objects, the most is (\d+) in image \d+. Set it to \1'),
     'no such records': (dict(rec='nowhere'), 2, r'training_file_pattern: no file matches'),
     'records of another set': (dict(more='validation_json_file: "{}/train.json" validation_file_pattern: "{}/rec/train-*"'), 0, r'20 of 20 pictures are in the training set as well'),
-    'file of another set': (dict(more='validation_file_pattern: "{}/rec/train-*"'), 1, r'12 of 20 validation pictures are not in val.json, such as image'),
-    'a part of the validation': (dict(more='validation_file_pattern: "{}/rec/val-00000*"'), 0, r'4 of its 8 pictures have no record'),
-    'a part of the shards': (dict(more='training_file_pattern: "{}/rec/train-00001*"'), 0, r'"train-00001\*" matches 1 of 2 shards'),
-    'epoch too long': (dict(training='num_examples_per_epoch: 14700'), 0, r'14,700, but there are 20 training pictures: an epoch shows each 735.0 times'),
+    'file of another set': (dict(more='validation_file_pattern: "{}/rec/train-*"'), 1,
+                            r'12 of 20 validation pictures are not in val.json, such as image'),
+    'a part of the validation': (dict(more='validation_file_pattern: "{}/rec/val-00000*"'), 0,
+                                 r'4 of its 8 pictures have no record'),
+    'a part of the shards': (dict(more='training_file_pattern: "{}/rec/train-00001*"'), 0,
+                             r'"train-00001\*" matches 1 of 2 shards'),
+    'epoch too long': (dict(training='num_examples_per_epoch: 14700'), 0,
+                       r'14,700, but there are 20 training pictures: an epoch shows each 735.0 times'),
     'batch too large': (dict(training='train_batch_size: 64'), 0, r'64 is more than the 20 training pictures'),
-    'no annotation file': (dict(more='validation_json_file: "{}/no.json"'), 1, r'validation_json_file: .*no.json: no such file'),
+    'no annotation file': (dict(more='validation_json_file: "{}/no.json"'), 1,
+                           r'validation_json_file: .*no.json: no such file'),
 }
 
 
@@ -66,7 +73,9 @@ def test_mistakes_of_the_spec(drawn, change, serious, message):
     assert re.search(message, says(check)), says(check)
     assert len(check.errors) == serious
     if serious:
-        with pytest.raises(ValueError, match='the data does not fit the spec'): C.check_before_training(**settings(make_spec(drawn, **{k: v.replace('{}', str(drawn)) for k,v in change.items()})))
+        with pytest.raises(ValueError, match='the data does not fit the spec'):
+            C.check_before_training(**settings(make_spec(drawn,
+                                                         **{k: v.replace('{}', str(drawn)) for k,v in change.items()})))
 
 
 def foreign_spec(folder, records, val=None, more=''):
@@ -76,17 +85,26 @@ def foreign_spec(folder, records, val=None, more=''):
 
 
 faults = {
-    'unknown ids': (lambda: [foreign('a', labels=[7]), foreign('b', labels=[0]), foreign('c')], 1, r'2 boxes have category ids that have no channel \(0, 7\), the channels are for 1 to 2. Set num_classes to 8'),
-    'ids from 0': (lambda: [foreign('a', labels=[0]), foreign('b', labels=[1])], 1, r'1 boxes have category ids that have no channel \(0\), the channels are for 1 to 2. Ids below 1'),   # no num_classes is large enough
+    'unknown ids': (lambda: [foreign('a', labels=[7]), foreign('b', labels=[0]), foreign('c')], 1,
+                    r'2 boxes have category ids that have no channel \(0, 7\), the channels are for 1 to 2. Set num_classes to 8'),
+    # no num_classes is large enough
+    'ids from 0': (lambda: [foreign('a', labels=[0]), foreign('b', labels=[1])], 1,
+                   r'1 boxes have category ids that have no channel \(0\), the channels are for 1 to 2. Ids below 1'),
     'all empty': (lambda: [foreign(k, boxes=()) for k in 'abc'], 1, r'none of the 3 pictures has an object'),
-    'mostly empty': (lambda: [foreign(k, boxes=() if k != 'a' else ((.1,.2,.5,.6),)) for k in 'abc'], 0, r'2 of 3 pictures \(67%\) have no object'),
+    'mostly empty': (lambda: [foreign(k, boxes=() if k != 'a' else ((.1,.2,.5,.6),)) for k in 'abc'], 0,
+                     r'2 of 3 pictures \(67%\) have no object'),
     'no area': (lambda: [foreign('a', boxes=((.1,.2,.1,.6),))], 1, r'1 boxes have no area, such as one in image a'),
     'outside': (lambda: [foreign('a', boxes=((.1,.2,1.4,.6),))], 0, r'1 boxes reach out of their picture'),
-    'copies': (lambda: [foreign('a'), foreign('a2', encoded=picture(hash('a')%1000)), foreign('b')], 0, r'1 of 3 pictures are exact copies'),
-    'tiny': (lambda: [foreign('a', boxes=((.1,.1,.11,.11),)*2, hw=(60,60))], 1, r'2 of 2 boxes \(100%\) are smaller than 2 pixels at 128x128'),
-    'small': (lambda: [foreign('a', boxes=((.1,.1,.17,.17),)*2, hw=(60,60))], 0, r'2 of 2 boxes \(100%\) are smaller than half of the smallest anchor .* the median is 9 pixels'),
-    'thin': (lambda: [foreign('a', boxes=((.1,.1,.2,.95),), hw=(60,60))], 0, r'1 of 1 boxes \(100%\) are longer than any anchor .* beyond 8.5 to 1. Add such a pair to aspect_ratios'),
-    'damaged': (lambda: [foreign('a'), b'\x0anothing'], 1, r'1 of 2 records are damaged: train-00000-of-00001, record 1: not a tf.train.Example'),
+    'copies': (lambda: [foreign('a'), foreign('a2', encoded=picture(hash('a')%1000)), foreign('b')], 0,
+               r'1 of 3 pictures are exact copies'),
+    'tiny': (lambda: [foreign('a', boxes=((.1,.1,.11,.11),)*2, hw=(60,60))], 1,
+             r'2 of 2 boxes \(100%\) are smaller than 2 pixels at 128x128'),
+    'small': (lambda: [foreign('a', boxes=((.1,.1,.17,.17),)*2, hw=(60,60))], 0,
+              r'2 of 2 boxes \(100%\) are smaller than half of the smallest anchor .* the median is 9 pixels'),
+    'thin': (lambda: [foreign('a', boxes=((.1,.1,.2,.95),), hw=(60,60))], 0,
+             r'1 of 1 boxes \(100%\) are longer than any anchor .* beyond 8.5 to 1. Add such a pair to aspect_ratios'),
+    'damaged': (lambda: [foreign('a'), b'\x0anothing'], 1,
+                r'1 of 2 records are damaged: train-00000-of-00001, record 1: not a tf.train.Example'),
 }
 
 
@@ -118,12 +136,14 @@ def test_lost_and_changed_shards(drawn, tmp_path):
     shutil.copy(drawn/'rec'/'train-00000-of-00002.tfrecord', rec)
     shard = rec/'train-00001-of-00002.tfrecord'
     data = bytearray(shard.read_bytes()); data[-1] ^= 1; shard.write_bytes(data)
-    assert 'train-00001-of-00002.tfrecord is not the file that was written' in says(look(make_spec(tmp_path), verify_checksums=True))
+    assert 'train-00001-of-00002.tfrecord is not the file that was written' in says(look(make_spec(tmp_path),
+                                                                                         verify_checksums=True))
 
 
 def test_duplicate_ids_in_validation(tmp_path):
     spec = foreign_spec(tmp_path, [foreign('a')], [foreign('1'), foreign('1', hw=(50,60))])
-    (tmp_path/'val.json').write_text(json.dumps(dict(images=[dict(id=1, file_name='a', height=40, width=60)], annotations=[], categories=[dict(id=1, name='x')])))
+    (tmp_path/'val.json').write_text(json.dumps(dict(images=[dict(id=1, file_name='a', height=40, width=60)],
+                                                     annotations=[], categories=[dict(id=1, name='x')])))
     spec = spec.replace(dataset_config=dict(validation_json_file=str(tmp_path/'val.json')))
     assert '1 pictures have the image id of another one' in says(look(spec))
 
@@ -131,7 +151,8 @@ def test_duplicate_ids_in_validation(tmp_path):
 def test_a_sample_is_spread_over_all_records(drawn):
     check = look(make_spec(drawn), limit=4)
     scan = check.scans['training']
-    assert scan.record_index.tolist() == [0, 6, 12, 19] and scan.num_records == 20 and '(looked at 4 of 20)' in repr(check)
+    assert scan.record_index.tolist() == [0, 6, 12, 19] and scan.num_records == 20
+    assert '(looked at 4 of 20)' in repr(check)
 
 
 def test_best_fit_is_the_iou_of_boxes_on_one_centre():

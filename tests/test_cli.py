@@ -39,7 +39,8 @@ def executable(name): return BIN/(name if name=='efficientdet_tf1' else f'effdet
 def run(*args, cwd, **env):
     "Runs a command, given without its prefix."
     name, *args = map(str, args)
-    return subprocess.run([executable(name), *args], cwd=cwd, env=ENV | env, capture_output=True, text=True, timeout=300)
+    return subprocess.run([executable(name), *args], cwd=cwd, env=ENV | env, capture_output=True, text=True,
+                          timeout=300)
 
 
 def run_line(line, cwd, **env): return run(*line.split(), cwd=cwd, **env)
@@ -186,7 +187,8 @@ def test_bad_input_gives_one_line_and_writes_nothing(links, line, words):
 def test_check_writes_a_page(links):
     out = run_ok('check -e spec.txt -o deep/page.html', links)
     assert 'training: 12 ' in out.stdout and 'validation: 6 ' in out.stdout
-    charts = re.findall(r'data:image/(?:svg\+xml|png);base64[^>]*></image></svg>', (links/'deep'/'page.html').read_text())
+    charts = re.findall(r'data:image/(?:svg\+xml|png);base64[^>]*></image></svg>',
+                        (links/'deep'/'page.html').read_text())
     assert len(charts)>=6
 
 

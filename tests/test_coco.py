@@ -80,7 +80,9 @@ def test_every_fault_is_named(tmp_path, change, message):
 
 
 @pytest.mark.parametrize('raw,message', [
-    (b'', 'not valid JSON'), (b'{"images": [', 'line 1'), (b'\xff\xfe\x00\x01', 'not valid JSON'), (b'[]', 'top level is a list'), (b'{"images": [1,]}', 'line 1, column'), (b'\x89PNG\r\n', 'UTF-8')])
+    (b'', 'not valid JSON'), (b'{"images": [', 'line 1'), (b'\xff\xfe\x00\x01',
+                                                           'not valid JSON'), (b'[]',
+                                                                               'top level is a list'), (b'{"images": [1,]}', 'line 1, column'), (b'\x89PNG\r\n', 'UTF-8')])
 def test_files_that_are_not_json(tmp_path, raw, message):
     with pytest.raises(CocoError, match=message): load(tmp_path, None, raw)
 
@@ -102,7 +104,8 @@ def test_tables_are_bijections(ids, extra):
     table = ClassTable.from_categories([dict(id=k, name=f'n{k}') for k in sorted(ids, reverse=True)], len(ids) + extra)
     channels = [table.channel(k) for k in table.ids]
     assert len(set(channels)) == len(ids) and all(0 <= c < table.num_classes for c in channels)
-    assert [table.category_id(c) for c in channels] == sorted(ids) and [table.class_name(c) for c in channels] == [f'n{k}' for k in sorted(ids)]
+    assert [table.category_id(c) for c in channels] == sorted(ids)
+    assert [table.class_name(c) for c in channels] == [f'n{k}' for k in sorted(ids)]
     everything = [table.category_id(c) for c in range(table.num_classes)]
     assert len(set(everything)) == table.num_classes       # idle channels take no category's id
     assert ClassTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
@@ -111,7 +114,8 @@ def test_tables_are_bijections(ids, extra):
 
 def test_too_few_channels_names_the_boxes():
     categories = [dict(id=k, name=str(k)) for k in range(1, 6)]
-    with pytest.raises(ValueError, match=r'2 ids \(4 to 5\) with 1,007 boxes would have no channel. Set dataset_config.num_classes to 6'):
+    with pytest.raises(ValueError,
+                       match=r'2 ids \(4 to 5\) with 1,007 boxes would have no channel. Set dataset_config.num_classes to 6'):
         ClassTable.from_categories(categories, 3, {4: 1000, 5: 7, 1: 3})
     with pytest.raises(ValueError, match='no categories'): ClassTable.from_categories([])
 
@@ -127,4 +131,5 @@ def test_real_files_load(shared_dir):
     assert (len(mini.images), mini.num_annotations) == (35, 425)
     assert sum(not a for a in mini.annotations.values()) == 1
     assert ClassTable.from_categories(bccd.categories).is_identity
-    assert ClassTable.from_categories(mini.categories).channel(90) == 79 and ClassTable.from_categories(mini.categories, 91).channel(90) == 89
+    assert ClassTable.from_categories(mini.categories).channel(90) == 79
+    assert ClassTable.from_categories(mini.categories, 91).channel(90) == 89

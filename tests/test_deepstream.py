@@ -50,7 +50,8 @@ def test_the_settings_are_those_of_the_file(tmp_path, end, batch):
     assert float(said['class-attrs-all']['pre-cluster-threshold']) >= get_metadata(proto)['nms']['score_threshold']
     lines = (tmp_path/'deep'/'er'/'labels.txt').read_text().splitlines()
     assert len(lines) == int(p['num-detected-classes']) == 3 and lines[:2] == ['thing 1', 'thing 2']
-    assert p['labelfile-path'] == 'labels.txt' and p['custom-lib-path'] in (tmp_path/'deep'/'er'/'README.md').read_text()
+    assert p['labelfile-path'] == 'labels.txt'
+    assert p['custom-lib-path'] in (tmp_path/'deep'/'er'/'README.md').read_text()
     assert p['parse-bbox-func-name'] in (tmp_path/'deep'/'er'/'nvdsinfer_effdet_nb.cpp').read_text()
 
 
@@ -66,13 +67,17 @@ def test_the_reader_compiles_and_reads(tmp_path):
     proto = add_onnx_nms(toy_onnx_model(), score_threshold=.3)
     write_deepstream(get_metadata(proto), 'a.onnx', tmp_path)
     (tmp_path/'nvdsinfer_custom_impl.h').write_text(HEADER); (tmp_path/'call.cpp').write_text(CALLER)
-    subprocess.run(['g++', '-shared', '-fPIC', '-std=c++17', '-Wall', '-Werror', 'call.cpp', '-o', 'call.so'], cwd=tmp_path, check=True)
+    subprocess.run(['g++', '-shared', '-fPIC', '-std=c++17', '-Wall', '-Werror', 'call.cpp', '-o', 'call.so'],
+                   cwd=tmp_path, check=True)
     call = ctypes.CDLL(str(tmp_path/'call.so')).call
     out = run_onnxruntime(proto, noise_images(1))
-    n, boxes, scores, channels = (np.ascontiguousarray(out[k][0]) for k in ('num_detections', 'detection_boxes', 'detection_scores', 'detection_classes'))
+    n, boxes, scores, channels = (np.ascontiguousarray(out[k][0])
+                                  for k in ('num_detections', 'detection_boxes', 'detection_scores',
+                                            'detection_classes'))
     read, at = np.zeros((len(scores), 6), np.float32), lambda a: a.ctypes.data_as(ctypes.c_void_p)
     found = call(at(n), at(boxes), at(scores), at(channels), 128, 128, 3, ctypes.c_float(.5), at(read))
     seen = np.clip(boxes, 0, 128)
-    want = [(c, s, x1, y1, x2-x1, y2-y1) for c, s, (y1, x1, y2, x2) in list(zip(channels, scores, seen))[:int(n[0])] if s >= .5 and y2 > y1 and x2 > x1]
+    want = [(c, s, x1, y1, x2-x1, y2-y1) for c, s, (y1, x1, y2, x2) in list(zip(channels, scores, seen))[:int(n[0])]
+            if s >= .5 and y2 > y1 and x2 > x1]
     assert found == len(want) > 5
     np.testing.assert_allclose(read[:found], want, rtol=1e-5, atol=1e-4)

@@ -126,7 +126,8 @@ def test_eval_samples_apply_to_detection_files_and_are_reported(work, spec):
 @pytest.mark.parametrize('wrong, message', [
     (dict(image_id=5), '1 of 18 detections are for images that were not evaluated; there are 9 .such as image 5'),
     (dict(image_id='100'), "such as image '100'"),
-    (dict(category_id=7), '1 of 18 detections have a category the classes do not include; these are 2, 1 to 2 .such as cat'),
+    (dict(category_id=7),
+     '1 of 18 detections have a category the classes do not include; these are 2, 1 to 2 .such as cat'),
     (dict(score=float('nan')), '1 of 18 detections are not whole'),
     (dict(bbox=[0, 0, float('inf'), 1]), '1 of 18 detections are not whole'),
     (dict(bbox=[0, 0, 1]), '1 of 18 detections are not whole'),

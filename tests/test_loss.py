@@ -19,7 +19,8 @@ def levels(oracle):
         rng, side = np.random.RandomState(100+level), 512//2**level
         logits = (rng.standard_normal((2, side, side, 810))*1.5 - 3).astype('f4')
         boxes = (rng.standard_normal((2, side, side, 36))*.3).astype('f4')
-        part = lambda kind, *shape: np.stack([targets[f'case{case}_{kind}_targets_{level}'] for case in numbers['case_ids']]).reshape(2, -1, *shape)
+        part = lambda kind, *shape: np.stack([targets[f'case{case}_{kind}_targets_{level}']
+                                              for case in numbers['case_ids']]).reshape(2, -1, *shape)
         made[level] = logits.reshape(2, -1, 90), boxes.reshape(2, -1, 4), part('cls').astype('int32'), part('box', 4)
     np.testing.assert_array_equal(made[7][0].reshape(-1), numbers['logits_level7'].reshape(-1))
     np.testing.assert_allclose(made[3][0].reshape(-1)[:32], numbers['logits_level3_head'], rtol=1e-6)
@@ -32,7 +33,9 @@ def test_each_level_equals_the_peers(oracle, levels, level):
     numbers, (logits, boxes, cls, box) = oracle[0], levels[level]
     normalizer = float(numbers['num_positives_sum_plus_1'])
     for smoothing in '0', '0.1':
-        np.testing.assert_allclose(float(fast_focal.fast_focal_loss(logits, cls, label_smoothing=float(smoothing)))/normalizer, numbers[f'focal_ls{smoothing}_level{level}'], rtol=2e-6)
+        np.testing.assert_allclose(float(fast_focal.fast_focal_loss(logits, cls,
+                                                                    label_smoothing=float(smoothing)))/normalizer,
+                                   numbers[f'focal_ls{smoothing}_level{level}'], rtol=2e-6)
     np.testing.assert_allclose(float(L.box_loss(boxes, box))/(4*normalizer), numbers[f'huber_level{level}'], rtol=1e-5)
 
 
@@ -51,7 +54,8 @@ def test_single_elements_equal_the_peers(oracle):
     numbers = oracle[0]
     x, y = numbers['elem_x'], numbers['elem_y']
     np.testing.assert_allclose(L.sigmoid_focal_loss(x, y), numbers['elem_focal_norm1'], rtol=2e-5, atol=1e-7)
-    np.testing.assert_allclose(L.sigmoid_focal_loss(x, y, label_smoothing=.1), numbers['elem_focal_ls0.1_norm1'], rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(L.sigmoid_focal_loss(x, y, label_smoothing=.1), numbers['elem_focal_ls0.1_norm1'],
+                               rtol=2e-5, atol=1e-7)
     import tensorflow as tf
     logits, targets = tf.constant(x[:, None]), np.where(y > 0, 0, -1).astype('int32')
     with tf.GradientTape() as tape:
@@ -75,7 +79,8 @@ def test_loss_and_slope_stay_finite_at_the_edges(kind, jit):
 
     for channel in -1, 0:
         total, slope = both(x, tf.fill([9], channel))
-        assert np.isfinite(total) and np.isfinite(slope.numpy().astype('f4')).all() and slope.dtype == kind and total.dtype == 'float32'
+        assert np.isfinite(total) and np.isfinite(slope.numpy().astype('f4')).all()
+        assert slope.dtype == kind and total.dtype == 'float32'
 
 
 def test_compiled_and_scaled_gradient_equals_the_definitions():

@@ -9,7 +9,8 @@ from effdet_nb.detector.detections import Detections
 from effdet_nb.detector.nms import NmsOptions, nms, postprocess, postprocess_batch, sigmoid, soft_nms, top_k_pairs
 
 VARIANTS = {'hard': dict(method='hard', score_threshold=0.), 'hard_s0.3': dict(method='hard', score_threshold=.3),
-            'gaussian': dict(method='gaussian', score_threshold=.001), 'gaussian_s0.3': dict(method='gaussian', score_threshold=.3),
+            'gaussian': dict(method='gaussian',
+                             score_threshold=.001), 'gaussian_s0.3': dict(method='gaussian', score_threshold=.3),
             'hard_top500': dict(method='hard', score_threshold=0., top_k=500)}
 
 
@@ -38,7 +39,8 @@ def test_decoded_boxes_and_scores_equal_the_reference(oracle, image):
 @pytest.mark.parametrize('scope', ['global', 'per_class'])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_variant_equals_the_reference(oracle, image, scope, variant):
-    out = postprocess(*raw(oracle, image), NmsOptions(per_class=scope=='per_class', **{'top_k': 0, **VARIANTS[variant]}))
+    out = postprocess(*raw(oracle, image),
+                      NmsOptions(per_class=scope=='per_class', **{'top_k': 0, **VARIANTS[variant]}))
     key, (h, w) = f'{scope}_{variant}_', oracle['image_size_hw']
     n = int(oracle[key+'valid'][image])
     assert len(out) == n
@@ -52,7 +54,8 @@ def test_every_variant_equals_the_reference(oracle, image, scope, variant):
 def test_all_pairs_per_class_equal_combined_nms(oracle, image):
     logits, deltas, anchors = raw(oracle, image)
     out = postprocess(logits, deltas, anchors, NmsOptions(score_threshold=0., top_k=logits.size))
-    np.testing.assert_allclose(np.clip(out.boxes, 0, 128)*oracle['image_scales'][image], oracle['combined_boxes'][image], atol=5e-4)
+    np.testing.assert_allclose(np.clip(out.boxes, 0, 128)*oracle['image_scales'][image],
+                               oracle['combined_boxes'][image], atol=5e-4)
     np.testing.assert_allclose(out.scores, oracle['combined_scores'][image], atol=2e-6)
     np.testing.assert_array_equal(out.classes+1, oracle['combined_classes'][image])
 
@@ -87,7 +90,8 @@ def slow_nms(boxes, scores, classes, weight, threshold, n):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32-1), st.integers(0, 40), st.integers(1, 4), st.integers(1, 50), st.sampled_from([0., .2, .6]))
+@given(st.integers(0, 2**32-1), st.integers(0, 40), st.integers(1, 4), st.integers(1, 50),
+       st.sampled_from([0., .2, .6]))
 def test_the_quick_loop_equals_the_textbook(seed, n, num_classes, max_detections, threshold):
     rng = np.random.default_rng(seed)
     corner = rng.integers(0, 40, (n, 2))
@@ -105,9 +109,11 @@ def test_the_quick_loop_equals_the_textbook(seed, n, num_classes, max_detections
 @given(st.integers(0, 2**32-1), st.integers(1, 60), st.integers(1, 6), st.integers(1, 400), st.booleans())
 def test_the_short_cut_picks_what_sorting_picks(seed, num_anchors, num_classes, k, ties):
     rng = np.random.default_rng(seed)
-    logits = (rng.integers(-3, 3, (num_anchors, num_classes)) if ties else rng.normal(size=(num_anchors, num_classes))).astype(np.float32)
+    logits = (rng.integers(-3, 3, (num_anchors, num_classes))
+              if ties else rng.normal(size=(num_anchors, num_classes))).astype(np.float32)
     a, c = top_k_pairs(logits, k)
-    np.testing.assert_array_equal(a*num_classes+c, np.argsort(-logits.ravel(), kind='stable')[:k])   # equals: the first wins
+    # equals: the first wins
+    np.testing.assert_array_equal(a*num_classes+c, np.argsort(-logits.ravel(), kind='stable')[:k])
 
 
 def test_equal_scores_keep_the_earlier_box():
@@ -137,9 +143,11 @@ def test_inputs_are_not_changed():
 
 @pytest.mark.parametrize('change, words', [
     (dict(anchors=np.zeros((3, 4))), 'another image size'),
-    (dict(box_deltas=np.full((2, 4), np.nan)), '8 of 8 box_deltas are NaN'), (dict(cls_logits=np.float32([[0, np.nan], [0, 0]])), '1 of 4 cls_logits are NaN')])
+    (dict(box_deltas=np.full((2, 4), np.nan)),
+     '8 of 8 box_deltas are NaN'), (dict(cls_logits=np.float32([[0, np.nan], [0, 0]])), '1 of 4 cls_logits are NaN')])
 def test_faults_are_named(change, words):
-    good = dict(cls_logits=np.zeros((2, 2)), box_deltas=np.zeros((2, 4)), anchors=np.float32([[0, 0, 8, 8], [8, 8, 16, 16]]))
+    good = dict(cls_logits=np.zeros((2, 2)), box_deltas=np.zeros((2, 4)),
+                anchors=np.float32([[0, 0, 8, 8], [8, 8, 16, 16]]))
     with pytest.raises(ValueError, match=words): postprocess(**{**good, **change})
 
 
@@ -148,7 +156,8 @@ def test_an_unknown_nms_method_is_refused():
 
 
 def test_batch_sizes_must_agree():
-    with pytest.raises(ValueError, match='cls_logits of 2 images and box_deltas of 1'): postprocess_batch(np.zeros((2, 1, 2)), np.zeros((1, 1, 4)), np.zeros((1, 4)))
+    with pytest.raises(ValueError, match='cls_logits of 2 images and box_deltas of 1'):
+        postprocess_batch(np.zeros((2, 1, 2)), np.zeros((1, 1, 4)), np.zeros((1, 4)))
 
 
 def test_detections_must_be_as_many_boxes_as_scores():

@@ -26,7 +26,8 @@ def equal_to_postprocess(proto, raw, images, **how):
 
 
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 999), num_classes=st.integers(1, 5), threshold=st.sampled_from([.001, .2, .6, .99]), iou=st.sampled_from([.3, .5, .8]), n=st.sampled_from([1, 7, 100]))
+@given(seed=st.integers(0, 999), num_classes=st.integers(1, 5), threshold=st.sampled_from([.001, .2, .6, .99]),
+       iou=st.sampled_from([.3, .5, .8]), n=st.sampled_from([1, 7, 100]))
 def test_standard_operators_equal_the_postprocessor(seed, num_classes, threshold, iou, n):
     raw = toy_onnx_model(num_classes, seed=seed)
     how = dict(score_threshold=threshold, iou_threshold=iou, max_detections=n, top_k=500)
@@ -45,7 +46,9 @@ def test_a_silent_network_and_a_very_large_limit():
     quiet = toy_onnx_model(spread=.01)
     found = run_onnxruntime(add_onnx_nms(quiet, score_threshold=.9), noise_images())
     assert found['num_detections'].tolist() == [[0], [0]] and not found['detection_boxes'].any()
-    assert run_onnxruntime(add_onnx_nms(toy_onnx_model(), max_detections=10**6), noise_images())['detection_boxes'].shape[1] == 3000    # no more than enter
+    # no more than enter
+    assert run_onnxruntime(add_onnx_nms(toy_onnx_model(), max_detections=10**6),
+                           noise_images())['detection_boxes'].shape[1] == 3000
 
 
 @pytest.mark.parametrize('batch', ['batch', 3])
@@ -53,9 +56,11 @@ def test_outputs_are_those_of_tao(batch):
     raw = toy_onnx_model(batch=batch)
     for proto in (add_onnx_nms(raw, max_detections=20), add_trt_nms(raw, max_detections=20)):
         assert get_batch_dim(proto) == batch
-        outs = [(o.name, o.type.tensor_type.elem_type, [d.dim_param or d.dim_value for d in o.type.tensor_type.shape.dim]) for o in proto.graph.output]
+        outs = [(o.name, o.type.tensor_type.elem_type,
+                 [d.dim_param or d.dim_value for d in o.type.tensor_type.shape.dim]) for o in proto.graph.output]
         F, I = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
-        assert outs == [('num_detections', I, [batch, 1]), ('detection_boxes', F, [batch, 20, 4]), ('detection_scores', F, [batch, 20]), ('detection_classes', I, [batch, 20])]
+        assert outs == [('num_detections', I, [batch, 1]), ('detection_boxes', F, [batch, 20, 4]),
+                        ('detection_scores', F, [batch, 20]), ('detection_classes', I, [batch, 20])]
 
 
 def test_the_plugin_node_is_as_tao_writes_it():
@@ -63,7 +68,9 @@ def test_the_plugin_node_is_as_tao_writes_it():
     node = proto.graph.node[-1]
     assert (node.op_type, node.domain, node.name) == ('EfficientNMS_TRT', '', 'nms/non_maximum_suppression')
     assert list(node.input) == ['box_deltas', 'cls_logits', 'nms/anchors:0']
-    assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == dict(plugin_version=b'1', background_class=-1, max_output_boxes=100,
+    assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == dict(plugin_version=b'1',
+                                                                                        background_class=-1,
+                                                                                        max_output_boxes=100,
         score_threshold=np.float32(.01), iou_threshold=.5, score_activation=1, box_coding=1)
     anchors = onnx.numpy_helper.to_array(next(t for t in proto.graph.initializer if t.name == 'nms/anchors:0'))
     assert anchors.shape == (1, 3069, 4) and anchors.dtype == np.float32
@@ -76,7 +83,8 @@ def test_raw_twin_undoes_every_ending():
         twin = strip_nms(add_nms(raw, kind))
         onnx.checker.check_model(twin, full_check=True)
         assert get_metadata(twin) == get_metadata(raw)
-        np.testing.assert_array_equal(run_onnxruntime(twin, noise_images())['cls_logits'], run_onnxruntime(raw, noise_images())['cls_logits'])
+        np.testing.assert_array_equal(run_onnxruntime(twin, noise_images())['cls_logits'],
+                                      run_onnxruntime(raw, noise_images())['cls_logits'])
     with pytest.raises(ValueError, match='not a file exported by effdet_nb'): strip_nms(onnx.ModelProto())
 
 
@@ -132,7 +140,8 @@ def test_only_idle_reshapes_go():
     tidy = remove_noop_reshapes(proto)
     assert [n.op_type for n in tidy.graph.node] == ['Relu', 'Relu', 'Reshape']
     np.testing.assert_array_equal(run_onnxruntime(tidy, x)['y'], before)
-    assert [n.op_type for n in replace_nodes(tidy, list(tidy.graph.node)[:1]).graph.node] == ['Relu'] and not tidy.graph.initializer
+    assert [n.op_type for n in replace_nodes(tidy, list(tidy.graph.node)[:1]).graph.node] == ['Relu']
+    assert not tidy.graph.initializer
 
 
 def plugin_by_the_book(logits, deltas, anchors, score_threshold, iou_threshold, n):
@@ -173,7 +182,8 @@ def test_the_plugin_file_read_by_us_is_the_plugin_by_the_book():
 def test_metadata_is_plain_json_without_secrets():
     text = next(p.value for p in toy_onnx_model().metadata_props if p.key == 'effdet_nb')
     held = json.loads(text)
-    assert set(held) == {'format', 'version', 'arch', 'classes', 'step', 'epoch', 'input', 'batch_size', 'opset', 'data_type', 'nms'}
+    assert set(held) == {'format', 'version', 'arch', 'classes', 'step', 'epoch', 'input', 'batch_size', 'opset',
+                         'data_type', 'nms'}
 
 
 @pytest.mark.parametrize('n,wanted', [(1, 2), (2, 3), (3, 5), (2, 4), (6, 10), (5, 9), (4, 6), (7, 13), (20, 40)])

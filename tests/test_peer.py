@@ -43,7 +43,9 @@ def names(arch, weights):
     for b in blocks:
         stage = int(b[5])-1
         where[b], stages[stage] = (stage, stages.get(stage, 0)), stages.get(stage, 0)+1
-    leaf = {'kernel': 'weight', 'depthwise_kernel': 'conv_dw.weight', 'pointwise_kernel': 'conv_pw.weight', 'gamma': 'weight', 'beta': 'bias', 'moving_mean': 'running_mean', 'moving_variance': 'running_var', 'bias': 'bias'}
+    leaf = {'kernel': 'weight', 'depthwise_kernel': 'conv_dw.weight', 'pointwise_kernel': 'conv_pw.weight',
+            'gamma': 'weight', 'beta': 'bias', 'moving_mean': 'running_mean', 'moving_variance': 'running_var',
+            'bias': 'bias'}
 
     def one(path):
         layer, variable = path.split('/')
@@ -53,14 +55,17 @@ def names(arch, weights):
         if layer.startswith('block'):
             b = layer.split('_')[0]
             plain = dict(dwconv='conv_dw', bn='bn1', project_conv='conv_pw', project_bn='bn2')
-            full = dict(expand_conv='conv_pw', expand_bn='bn1', dwconv='conv_dw', bn='bn2', project_conv='conv_pwl', project_bn='bn3')
+            full = dict(expand_conv='conv_pw', expand_bn='bn1', dwconv='conv_dw', bn='bn2', project_conv='conv_pwl',
+                        project_bn='bn3')
             part = dict(se_reduce='se.conv_reduce', se_expand='se.conv_expand') | (plain if first[b] else full)
             return 'backbone.blocks.{}.{}.'.format(*where[b]) + f'{part[kind]}.{end}'
         if kind in ('stem_conv', 'stem_bn'): return f'backbone.{dict(stem_conv="conv_stem", stem_bn="bn1")[kind]}.{end}'
         if kind in ('p6', 'p6_bn'): return f'fpn.resample.3.conv.{"bn" if kind.endswith("bn") else "conv"}.{end}'
-        if kind in ('resample', 'resample_bn'): return 'fpn.cell.{cell}.fnode.{node}.combine.resample.{j}.conv.'.format(**n) + ('bn.' if kind.endswith('bn') else 'conv.') + end
+        if kind in ('resample', 'resample_bn'):
+            return 'fpn.cell.{cell}.fnode.{node}.combine.resample.{j}.conv.'.format(**n) + ('bn.' if kind.endswith('bn') else 'conv.') + end
         if kind == 'weighted_fusion': return 'fpn.cell.{cell}.fnode.{node}.combine.edge_weights'.format(**n)
-        if kind == 'after_combine_dw_conv': return 'fpn.cell.{cell}.fnode.{node}.after_combine.conv.'.format(**n) + separable
+        if kind == 'after_combine_dw_conv':
+            return 'fpn.cell.{cell}.fnode.{node}.after_combine.conv.'.format(**n) + separable
         if kind == 'bifpn_bn': return 'fpn.cell.{cell}.fnode.{node}.after_combine.conv.bn.'.format(**n) + end
         if kind == 'hidden': return '{net}_net.conv_rep.{i}.'.format(**n) + separable
         if kind == 'hidden_bn': return '{net}_net.bn_rep.{i}.{l}.bn.'.format(**n) + end
@@ -77,7 +82,9 @@ def turned(path, a):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PEER, reason='needs another Python that has torch and effdet, named by PEER_PYTHON')
-@pytest.mark.parametrize('name, hw', [('d0', (333, 500)), ('d1', (160, 224)), ('d7x', (256, 256)), ('d6', (129, 192)), ('lite0', (320, 320)), ('lite2', (200, 301)), ('lite3x', (160, 192))])
+@pytest.mark.parametrize('name, hw',
+                         [('d0', (333, 500)), ('d1', (160, 224)), ('d7x', (256, 256)), ('d6', (129, 192)),
+                          ('lite0', (320, 320)), ('lite2', (200, 301)), ('lite3x', (160, 192))])
 def test_effdet_says_the_same(name, hw, tmp_path):
     arch, rng = Arch(f'efficientdet-{name}', hw, 3, aspects=RATIOS), np.random.default_rng(0)
     model = build(arch)
@@ -92,12 +99,14 @@ def test_effdet_says_the_same(name, hw, tmp_path):
     theirs = names(arch, weights)
     np.savez(tmp_path/'in.npz', image=(image-mean)/std, **{'w|'+theirs[k]: turned(k, v) for k, v in weights.items()})
     (tmp_path/'run.py').write_text(CODE)
-    ran = subprocess.run([PEER, tmp_path/'run.py', tmp_path/'in.npz', arch.name, tmp_path/'out.npz'], capture_output=True, text=True)
+    ran = subprocess.run([PEER, tmp_path/'run.py', tmp_path/'in.npz', arch.name, tmp_path/'out.npz'],
+                         capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
     out, peer = model(image), np.load(tmp_path/'out.npz')
     for ours, key in (('cls_logits', 'cls'), ('box_deltas', 'box')):
         scale = np.abs(peer[key]).std()
         assert scale > 1e-3
-        print(name, hw, key, peer[key].shape, f'difference {np.abs(np.array(out[ours])-peer[key]).max():.1e}, spread {scale:.2g}')
+        print(name, hw, key, peer[key].shape,
+              f'difference {np.abs(np.array(out[ours])-peer[key]).max():.1e}, spread {scale:.2g}')
         np.testing.assert_allclose(np.array(out[ours]), peer[key], atol=2e-5)
     np.testing.assert_allclose(arch_anchors(arch), peer['anchors'], rtol=1e-6, atol=1e-4)

@@ -23,9 +23,11 @@ def foreign(id, boxes=((.1,.2,.5,.6),), labels=None, hw=(40,60), crowd=None, enc
     "A record as the TF Object Detection API writes it: no area, no is_crowd unless given, any text as id."
     F = tf.train.Feature
     ints, floats, text = (lambda v: F(int64_list=tf.train.Int64List(value=v))), (lambda v: F(float_list=tf.train.FloatList(value=v))), (lambda v: F(bytes_list=tf.train.BytesList(value=v)))
-    features = {'image/encoded':text([picture(hash(id)%1000, hw) if encoded is None else encoded]), 'image/height':ints([hw[0]]), 'image/width':ints([hw[1]]), 'image/source_id':text([str(id).encode()]),
+    features = {'image/encoded':text([picture(hash(id)%1000, hw) if encoded is None else encoded]),
+                'image/height':ints([hw[0]]), 'image/width':ints([hw[1]]), 'image/source_id':text([str(id).encode()]),
         'image/object/class/label':ints([1]*len(boxes) if labels is None else labels)}
-    for k,edge in enumerate(('ymin','xmin','ymax','xmax')): features[f'image/object/bbox/{edge}'] = floats([b[k] for b in boxes])
+    for k,edge in enumerate(('ymin','xmin','ymax','xmax')):
+        features[f'image/object/bbox/{edge}'] = floats([b[k] for b in boxes])
     if crowd is not None: features['image/object/is_crowd'] = ints(crowd)
     return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
 
@@ -45,7 +47,8 @@ def make_config(pattern, **changes):
     return replace(config, **changes)
 
 
-def batches(n, config, batch_size=4, **kw): return list(D.train_dataset(config, batch_size, **kw).take(n).as_numpy_iterator())
+def batches(n, config, batch_size=4, **kw):
+    return list(D.train_dataset(config, batch_size, **kw).take(n).as_numpy_iterator())
 
 
 def same(a, b): return all(np.array_equal(x[k], y[k]) for x,y in zip(a, b, strict=True) for k in x)
@@ -59,7 +62,8 @@ def pattern(tmp_path_factory):
 def test_the_index_finds_what_tensorflow_reads(pattern):
     files = record_index.require_record_files(pattern)
     records = record_index.Records.from_files(files)
-    assert [records.read(i) for i in range(len(records))] == [r for f in files for r in tf.data.TFRecordDataset(f).as_numpy_iterator()]
+    assert [records.read(i) for i in range(len(records))] == [r for f in files
+                                                              for r in tf.data.TFRecordDataset(f).as_numpy_iterator()]
     assert record_index.count_examples(pattern) == 10
 
 
@@ -73,14 +77,17 @@ def test_a_flipped_bit_is_found_and_named(pattern, tmp_path):
 
 def test_an_empty_set_is_refused(tmp_path):
     (tmp_path/'none-0').write_bytes(b'')
-    with pytest.raises(ValueError, match='no records in 1 files'): record_index.Records.from_files([str(tmp_path/'none-0')])
+    with pytest.raises(ValueError, match='no records in 1 files'):
+        record_index.Records.from_files([str(tmp_path/'none-0')])
 
 
 def test_every_epoch_shows_every_record_once_whatever_the_batch():
     for n,batch,workers in ((10,4,1), (7,3,2), (64,5,3)):
-        numbers = sorted(int(record_index.sample_index(s, j, batch, (w,workers))) for s in range(60) for w in range(workers) for j in range(batch))
+        numbers = sorted(int(record_index.sample_index(s, j, batch, (w,workers))) for s in range(60)
+                         for w in range(workers) for j in range(batch))
         assert numbers == list(range(60*batch*workers))
-        for epoch in range(3): assert sorted(record_index.record_of_sample(k, n, 1) for k in range(epoch*n, epoch*n+n)) == list(range(n))
+        for epoch in range(3):
+            assert sorted(record_index.record_of_sample(k, n, 1) for k in range(epoch*n, epoch*n+n)) == list(range(n))
 
 
 def test_foreign_records_give_batches(pattern):
@@ -88,13 +95,15 @@ def test_foreign_records_give_batches(pattern):
     assert batch['images'].shape==(4,128,128,3) and batch['images'].dtype==np.uint8
     assert ((batch['gt_classes']>=0).sum(1) == batch['num_boxes']).all() and (batch['gt_classes'].max()) == 0
     rows = np.arange(5) < batch['num_boxes'][:,None]
-    assert (batch['gt_boxes'][~rows] == -1).all() and (batch['gt_boxes'][rows] >= 0).all() and (batch['gt_boxes'] <= 128).all()
+    assert (batch['gt_boxes'][~rows] == -1).all() and (batch['gt_boxes'][rows] >= 0).all()
+    assert (batch['gt_boxes'] <= 128).all()
 
 
 @pytest.mark.parametrize('cache', [None, 'ram'])
 def test_a_continued_stream_is_the_stream(pattern, cache):
     whole = batches(7, make_config(pattern), cache=cache)
-    for start in (0,4): assert same(whole[start:], batches(7-start, make_config(pattern), start_step=start, cache=cache))
+    for start in (0,4):
+        assert same(whole[start:], batches(7-start, make_config(pattern), start_step=start, cache=cache))
     assert not same(whole[:1], batches(1, make_config(pattern, seed=7), cache=cache))
 
 
@@ -131,7 +140,8 @@ def test_training_decodes_like_evaluation(format):
 
 
 def test_grey_and_16_bit_pictures_decode_like_evaluation():
-    for image in (Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8,8)*4), Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8,8))):
+    for image in (Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8,8)*4),
+                  Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8,8))):
         out = io.BytesIO()
         image.save(out, 'png')
         assert np.array_equal(D.decode_image(out.getvalue()), read_image(out.getvalue()))
@@ -172,13 +182,16 @@ def test_real_pictures_make_batches_with_targets(shared_dir, tmp_path):
     from effdet_nb.data.convert import dataset_convert
     from effdet_nb.detector.targets import assign
     from effdet_nb.detector.anchors import all_anchors
-    dataset_convert(shared_dir/'data/coco_mini/images', shared_dir/'data/coco_mini/val.json', tmp_path, 'val', num_shards=2, workers=1)
+    dataset_convert(shared_dir/'data/coco_mini/images', shared_dir/'data/coco_mini/val.json', tmp_path, 'val',
+                    num_shards=2, workers=1)
     config = D.DataConfig(f'{tmp_path}/val-*', num_classes=91, image_hw=(128,192), min_scale=.8)
     anchors = np.asarray(all_anchors((128,192)))
     batch, = batches(1, config, 3, assign_fn=partial(assign, anchors))
     for k in range(3):
         alone = assign(anchors, batch['gt_boxes'][k], batch['gt_classes'][k])
-        assert np.array_equal(batch['cls_targets'][k], alone[0]) and np.allclose(batch['box_targets'][k], alone[1], atol=1e-5) and batch['num_positives'][k]==alone[2]
+        assert np.array_equal(batch['cls_targets'][k], alone[0])
+        assert np.allclose(batch['box_targets'][k], alone[1], atol=1e-5)
+        assert batch['num_positives'][k]==alone[2]
     assert batch['num_positives'].sum() >= batch['num_boxes'].sum() > 0
 
 
@@ -190,12 +203,19 @@ def encoded(image, format, **kw):
     return out.getvalue()
 
 
-smooth = Image.fromarray(np.random.default_rng(5).integers(0, 256, (4,5,3), dtype=np.uint8)).resize((60,40), Image.Resampling.BICUBIC)
+smooth = Image.fromarray(np.random.default_rng(5).integers(0, 256, (4,5,3),
+                                                           dtype=np.uint8)).resize((60,40), Image.Resampling.BICUBIC)
 kinds = {
-    'grey jpeg': lambda: encoded(smooth.convert('L'), 'JPEG'), 'CMYK jpeg': lambda: encoded(smooth.convert('CMYK'), 'JPEG', quality=95), 'grey png': lambda: encoded(smooth.convert('L'), 'PNG'),
-    'png with alpha': lambda: encoded(smooth.convert('RGBA'), 'PNG'), 'grey png with alpha': lambda: encoded(smooth.convert('LA'), 'PNG'), 'png with palette': lambda: encoded(smooth.convert('P'), 'PNG'),
-    'one bit png': lambda: encoded(smooth.convert('1'), 'PNG'), 'webp': lambda: encoded(smooth, 'WEBP', lossless=True), 'bmp': lambda: encoded(smooth, 'BMP'), 'gif': lambda: encoded(smooth.convert('P'), 'GIF'),
-    '16 bit png': lambda: encoded(Image.fromarray((np.asarray(smooth.convert('L')).astype(np.uint16)*257)), 'PNG'), 'progressive jpeg': lambda: encoded(smooth, 'JPEG', progressive=True),
+    'grey jpeg': lambda: encoded(smooth.convert('L'),
+                                 'JPEG'), 'CMYK jpeg': lambda: encoded(smooth.convert('CMYK'), 'JPEG',
+                                                                       quality=95), 'grey png': lambda: encoded(smooth.convert('L'), 'PNG'),
+    'png with alpha': lambda: encoded(smooth.convert('RGBA'),
+                                      'PNG'), 'grey png with alpha': lambda: encoded(smooth.convert('LA'),
+                                                                                     'PNG'), 'png with palette': lambda: encoded(smooth.convert('P'), 'PNG'),
+    'one bit png': lambda: encoded(smooth.convert('1'), 'PNG'), 'webp': lambda: encoded(smooth, 'WEBP',
+                                                                                        lossless=True), 'bmp': lambda: encoded(smooth, 'BMP'), 'gif': lambda: encoded(smooth.convert('P'), 'GIF'),
+    '16 bit png': lambda: encoded(Image.fromarray((np.asarray(smooth.convert('L')).astype(np.uint16)*257)),
+                                  'PNG'), 'progressive jpeg': lambda: encoded(smooth, 'JPEG', progressive=True),
 }
 
 
@@ -204,7 +224,9 @@ def test_every_kind_of_picture_is_seen_as_evaluation_sees_it(kind, tmp_path):
     data = kinds[kind]()
     seen, meant = D.decode_image(data).numpy().astype(int), read_image(data).astype(int)
     assert seen.shape == (40,60,3) and np.abs(seen-meant).mean() < 3
-    assert np.abs(seen-np.asarray(smooth.convert('1') if kind.startswith('one') else smooth.convert('L') if 'grey' in kind or '16' in kind else smooth).reshape(40,60,-1)*(255 if kind.startswith('one') else 1)).mean() < 18
+    assert np.abs(seen-np.asarray(smooth.convert('1') if kind.startswith('one') else smooth.convert('L')
+                                  if 'grey' in kind or '16' in kind else smooth).reshape(40,60,
+                                                                                         -1)*(255 if kind.startswith('one') else 1)).mean() < 18
     pattern = write(tmp_path, [foreign('a', encoded=data)], 1)
     batch, = batches(1, make_config(pattern, **NO_JITTER), 1)
     assert batch['num_boxes'] == 1 and batch['images'].std() > 5
@@ -213,7 +235,8 @@ def test_every_kind_of_picture_is_seen_as_evaluation_sees_it(kind, tmp_path):
 def test_a_tiff_is_refused_by_name(tmp_path):
     pattern = write(tmp_path, [foreign('a', encoded=encoded(smooth, 'TIFF'))], 1)
     with pytest.raises(Exception) as e: batches(1, make_config(pattern), 1)
-    assert 'record 0, image a: not readable as an image' in D.pipeline_error_message(e.value) and 'JPEG, PNG, BMP, GIF and WebP are allowed' in D.pipeline_error_message(e.value)
+    assert 'record 0, image a: not readable as an image' in D.pipeline_error_message(e.value)
+    assert 'JPEG, PNG, BMP, GIF and WebP are allowed' in D.pipeline_error_message(e.value)
 
 
 def test_boxes_fit_the_pixels_even_if_the_record_gives_another_size(tmp_path):
@@ -243,9 +266,11 @@ def test_damaged_records_are_skipped_and_counted(tmp_path, capfd):
     config = make_config(pattern, skip_corrupt=True)
     whole = batches(6, config, 2)
     said = capfd.readouterr().err
-    assert 'train-00000-of-00002, record 2: damaged' in said and 'train-00001-of-00002, record 0, image cut: not readable as an image' in said
+    assert 'train-00000-of-00002, record 2: damaged' in said
+    assert 'train-00001-of-00002, record 0, image cut: not readable as an image' in said
     assert '(2 of 6 records skipped so far)' in said and said.count('skip_corrupt:') == 2           # each once
-    assert same(whole[3:], batches(3, config, 2, start_step=3))                                          # and the order can still be continued
+    # and the order can still be continued
+    assert same(whole[3:], batches(3, config, 2, start_step=3))
     (tmp_path/'all').mkdir()
     nothing = write(tmp_path/'all', [foreign('cut', encoded=b'\xff\xd8 no')]*2, 1)
     with pytest.raises(Exception) as e: batches(1, make_config(nothing, skip_corrupt=True), 2)
@@ -291,5 +316,6 @@ def test_show_batch_draws_boxes_names_and_matched_anchors(pattern):
     anchors = all_anchors((128,128))
     batch, = batches(1, make_config(pattern), assign_fn=partial(assign_on_grid, anchor_grid(anchors)))
     ax = D.show_batch(batch, ['thing','other'], anchors=anchors)[0,0]
-    assert [t.get_text() for t in ax.texts] == ['thing']*batch['num_boxes'][0] and ax.get_title() == f"{batch['num_positives'][0]} anchors"
+    assert [t.get_text() for t in ax.texts] == ['thing']*batch['num_boxes'][0]
+    assert ax.get_title() == f"{batch['num_positives'][0]} anchors"
     assert len(ax.patches) == batch['num_boxes'][0] + batch['num_positives'][0]

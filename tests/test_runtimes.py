@@ -48,7 +48,8 @@ def test_it_is_a_detector(tmp_path):
     onnx.save(add_onnx_nms(toy_onnx_model()), tmp_path/'a.onnx')
     d = OnnxDetector(tmp_path/'a.onnx', threads=1)
     assert d.image_hw == (128, 128) and d.classes.names == ('thing 1', 'thing 2') and d.meta['step'] == 3
-    for wrong in (np.zeros((1, 64, 128, 3), np.uint8), np.zeros((1, 128, 128, 3), np.float32), np.zeros((128, 128, 3), np.uint8), np.zeros((1, 3, 128, 128), np.uint8)):
+    for wrong in (np.zeros((1, 64, 128, 3), np.uint8), np.zeros((1, 128, 128, 3), np.float32),
+                  np.zeros((128, 128, 3), np.uint8), np.zeros((1, 3, 128, 128), np.uint8)):
         with pytest.raises(ValueError, match='needs uint8'): d(wrong)
 
 
@@ -56,13 +57,16 @@ def test_a_higher_threshold_is_a_prefix():
     data, images = add_onnx_nms(toy_onnx_model(), score_threshold=.1).SerializeToString(), noise_images()
     all_of_them, few = OnnxDetector(data)(images), OnnxDetector(data, score_threshold=.7, max_detections=9)(images)
     same(few, [d[d.scores > .7][:9] for d in all_of_them])
-    assert OnnxDetector(data, method='hard', per_class=True, iou_threshold=.5).nms_options == NmsOptions(score_threshold=.1)
-    for bad in (dict(method='gaussian'), dict(score_threshold=.05), dict(max_detections=101), dict(iou_threshold=.6), dict(per_class=False), dict(sigma=.3)):
+    assert OnnxDetector(data, method='hard', per_class=True,
+                        iou_threshold=.5).nms_options == NmsOptions(score_threshold=.1)
+    for bad in (dict(method='gaussian'), dict(score_threshold=.05), dict(max_detections=101), dict(iou_threshold=.6),
+                dict(per_class=False), dict(sigma=.3)):
         with pytest.raises(ValueError, match='Export it again'): OnnxDetector(data, **bad)
 
 
 def test_sealed_files(tmp_path, monkeypatch):
-    for name, key in (('open', ''), ('sealed', 'Ein Wort')): save_etlt(tmp_path/f'{name}.etlt', add_trt_nms(toy_onnx_model()).SerializeToString(), key)
+    for name, key in (('open', ''), ('sealed', 'Ein Wort')):
+        save_etlt(tmp_path/f'{name}.etlt', add_trt_nms(toy_onnx_model()).SerializeToString(), key)
     want = load_detector(tmp_path/'open.etlt')(noise_images())
     same(load_detector(tmp_path/'sealed.etlt', 'Ein Wort')(noise_images()), want, 0)
     with pytest.raises(ValueError, match='no key was given'): load_detector(tmp_path/'sealed.etlt')
@@ -74,9 +78,11 @@ def test_sealed_files(tmp_path, monkeypatch):
 
 def test_content_decides_names_only_help(tmp_path):
     data = toy_onnx_model().SerializeToString()
-    save_model_file(tmp_path/'plain', dict(a=np.zeros(3)), {}); save_model_file(tmp_path/'shut', dict(a=np.zeros(3)), {}, 'k')
+    save_model_file(tmp_path/'plain', dict(a=np.zeros(3)), {}); save_model_file(tmp_path/'shut', dict(a=np.zeros(3)),
+                                                                                {}, 'k')
     (tmp_path/'graph').write_bytes(data); save_etlt(tmp_path/'framed', data); save_etlt(tmp_path/'sealed', data, 'k')
-    assert [model_file_type(tmp_path/n) for n in ('plain', 'shut', 'graph', 'framed', 'sealed')] == ['tlt', 'tlt', 'onnx', 'etlt', 'etlt']
+    assert [model_file_type(tmp_path/n)
+            for n in ('plain', 'shut', 'graph', 'framed', 'sealed')] == ['tlt', 'tlt', 'onnx', 'etlt', 'etlt']
     for name in ('x.engine', 'x.tlt', 'x.etlt'):
         (tmp_path/name).write_bytes(b'????????????????')
         assert model_file_type(tmp_path/name) == name[2:]
@@ -156,14 +162,17 @@ def tensorrt_on_onnxruntime(memory, largest):
         def set_tensor_address(self, name, address): self.address[name] = address
         def execute_async_v3(self, stream):
             pixels = memory.blocks[self.address['input']].view(np.float32)[:int(np.prod(self.shape))].reshape(self.shape)
-            for o, a in zip(self.engine.session.get_outputs(), self.engine.session.run(None, {'input': pixels})): memory.upload(self.address[o.name], a)
+            for o, a in zip(self.engine.session.get_outputs(), self.engine.session.run(None, {'input': pixels})):
+                memory.upload(self.address[o.name], a)
             return True
 
     class Logger:
         ERROR = 2
         def __init__(self, level): pass
-    runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: None if data.startswith(b'old') else Engine(data))
-    return SimpleNamespace(__version__='10.9', Logger=Logger, Runtime=runtime, nptype=lambda t: t, init_libnvinfer_plugins=lambda *a: None)
+    runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: None
+                                             if data.startswith(b'old') else Engine(data))
+    return SimpleNamespace(__version__='10.9', Logger=Logger, Runtime=runtime, nptype=lambda t: t,
+                           init_libnvinfer_plugins=lambda *a: None)
 
 
 @pytest.mark.parametrize('end', [lambda r: r, add_onnx_nms])
@@ -197,7 +206,8 @@ def test_cuda_calls_have_the_right_arguments(monkeypatch):
     a = np.zeros(5, np.float32)
     memory.allocate(20); memory.upload(99, a); memory.download(99, a); memory.free(99)
     assert [c[0] for c in calls] == ['cudaMalloc', 'cudaMemcpy', 'cudaMemcpy', 'cudaFree']
-    assert calls[1][1] == [99, a.ctypes.data, 20, 1] and calls[2][1] == [a.ctypes.data, 99, 20, 2] and calls[3][1] == [99]
+    assert calls[1][1] == [99, a.ctypes.data, 20, 1] and calls[2][1] == [a.ctypes.data, 99, 20, 2]
+    assert calls[3][1] == [99]
     monkeypatch.setattr(memory, 'lib', SimpleNamespace(cudaMalloc=lambda *a: 2), raising=False)
     with pytest.raises(RuntimeError, match='error 2'): memory.allocate(8)
 
@@ -211,7 +221,8 @@ def test_three_lines_of_python(tmp_path):
     d = det(str(tmp_path/'street.jpg'))
     assert d.show().get_images()[0].get_array().shape == (200, 256, 3)
     assert len(d) and (d.boxes >= 0).all() and d.boxes[:, [0, 2]].max() <= 200 and d.boxes[:, 2:].max() > 128
-    assert set(d.class_names) <= {'thing 1', 'thing 2'} and d.scores.min() >= .5 and len(det(tmp_path/'street.jpg', threshold=.97)) < len(d)
+    assert set(d.class_names) <= {'thing 1', 'thing 2'} and d.scores.min() >= .5
+    assert len(det(tmp_path/'street.jpg', threshold=.97)) < len(d)
     assert len(d.to_coco(4)) == len(d.to_kitti().splitlines()) == len(d) and d.to_coco(4)[0]['image_id'] == 4
     assert all(len(line.split()) == 16 for line in d.to_kitti().splitlines())
     assert json.loads(json.dumps(d.to_coco())) == d.to_coco()
@@ -224,10 +235,12 @@ def test_tables_need_pandas_and_say_so(monkeypatch):
     with pytest.raises(ImportError, match='pip install pandas'): Detections([], [], []).to_pandas()
     monkeypatch.setitem(sys.modules, 'pandas', SimpleNamespace(DataFrame=dict))
     table = Detections([[1, 2, 3, 4]], [.5], [1]).to_pandas()
-    assert list(table) == ['name', 'id', 'score', 'y1', 'x1', 'y2', 'x2'] and table['x2'].tolist() == [4] and table['id'] == [2]
+    assert list(table) == ['name', 'id', 'score', 'y1', 'x1', 'y2', 'x2']
+    assert table['x2'].tolist() == [4] and table['id'] == [2]
 
 
 def test_anchors_of_a_file_without_ending_disturb_nobody():
     from effdet_nb.export.onnx_nms import add_anchors_output
     images = noise_images(3)
-    same(OnnxDetector(add_anchors_output(toy_onnx_model()).SerializeToString())(images), OnnxDetector(toy_onnx_model().SerializeToString())(images), 0)
+    same(OnnxDetector(add_anchors_output(toy_onnx_model()).SerializeToString())(images),
+         OnnxDetector(toy_onnx_model().SerializeToString())(images), 0)

@@ -41,12 +41,16 @@ def records(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, size, channels', [('efficientdet-d0', '157,203', 3), ('efficientdet-lite0', '128,192', 1)])
+@pytest.mark.parametrize('name, size, channels',
+                         [('efficientdet-d0', '157,203', 3), ('efficientdet-lite0', '128,192', 1)])
 def test_odd_and_grey_go_all_the_way(small_network, records, tmp_path, name, size, channels):
     spec = Spec().replace(
-        dataset_config=dict(training_file_pattern=f'{records}/train-*', validation_file_pattern=f'{records}/val-*', validation_json_file=f'{records}/shapes/val.json',
+        dataset_config=dict(training_file_pattern=f'{records}/train-*', validation_file_pattern=f'{records}/val-*',
+                            validation_json_file=f'{records}/shapes/val.json',
                             num_classes=4, image_size=size, num_channels=channels, max_instances_per_image=20),
-        training_config=dict(train_batch_size=2, num_epochs=1, learning_rate=.01, lr_warmup_epoch=0), eval_config=dict(eval_batch_size=2, eval_epoch_cycle=1), model_config=dict(model_name=name))
+        training_config=dict(train_batch_size=2, num_epochs=1, learning_rate=.01,
+                             lr_warmup_epoch=0), eval_config=dict(eval_batch_size=2,
+                                                                  eval_epoch_cycle=1), model_config=dict(model_name=name))
     history = T.train(spec, tmp_path/'run')
     assert np.isfinite(history[0]['loss']) and 'AP' in history[0]
     path = next((tmp_path/'run').glob('model.step-*.tlt'))
@@ -57,7 +61,10 @@ def test_odd_and_grey_go_all_the_way(small_network, records, tmp_path, name, siz
     pictures = np.random.default_rng(0).integers(0, 256, (2, *keras_one.image_hw, 3)).astype('uint8')
     for k, a in keras_one.forward(pictures).items(): np.testing.assert_allclose(onnx_one.raw(pictures)[k], a, atol=2e-3)
     grey = to_channels(pictures, 1)
-    for one in (keras_one, onnx_one): np.testing.assert_allclose(one.raw(grey)['cls_logits'], one.raw(np.repeat(grey, 3, -1))['cls_logits'], atol=1e-5)   # a camera may hand over one channel
+    # a camera may hand over one channel
+    for one in (keras_one, onnx_one):
+        np.testing.assert_allclose(one.raw(grey)['cls_logits'], one.raw(np.repeat(grey, 3, -1))['cls_logits'],
+                                   atol=1e-5)
     infer(tmp_path/'m.onnx', records/'shapes'/'val', tmp_path/'out', tmp_path/'labels', score_threshold=.001)
     assert len(list((tmp_path/'out').iterdir())) == 2
     prune(path, tmp_path/'pruned.tlt', pruning_threshold=.9, min_num_filters=8)
@@ -68,11 +75,13 @@ def test_odd_and_grey_go_all_the_way(small_network, records, tmp_path, name, siz
 def test_every_row_of_an_odd_network_has_its_anchor(small_network, hw):
     arch = Arch('efficientdet-d0', hw, 2)
     model = build(arch)
-    assert model.output['cls_logits'].shape[1] == len(arch_anchors(arch)) == 9*sum(np.prod(feature_size(hw, l)) for l in range(3, 8))
+    assert model.output['cls_logits'].shape[1] == len(arch_anchors(arch)) == 9*sum(np.prod(feature_size(hw, l))
+                                                                                   for l in range(3, 8))
     a = all_anchors(hw)
     rows, cols = feature_size(hw, 3)
     centres = (a[:, :2]+a[:, 2:])/2
-    np.testing.assert_allclose(centres[0], (hw[0]/rows/2, hw[1]/cols/2), rtol=1e-5)               # half a stride, which is a fraction, per axis
+    # half a stride, which is a fraction, per axis
+    np.testing.assert_allclose(centres[0], (hw[0]/rows/2, hw[1]/cols/2), rtol=1e-5)
     np.testing.assert_allclose(centres[9*rows*cols-1], (hw[0]-hw[0]/rows/2, hw[1]-hw[1]/cols/2), rtol=1e-5)
 
 
@@ -86,11 +95,13 @@ def test_cells_are_repeated_as_tensorflows_resize_does(n, wanted):
 
 def test_both_ways_of_becoming_grey_agree():
     pictures = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype('uint8')
-    assert np.abs(to_channels(pictures, 1).astype(int)-np.array(match_channels(pictures, 1)).astype(int)).max() <= 1      # a half may be rounded either way
+    # a half may be rounded either way
+    assert np.abs(to_channels(pictures, 1).astype(int)-np.array(match_channels(pictures, 1)).astype(int)).max() <= 1
     grey = np.arange(256, dtype='uint8').reshape(1, 16, 16, 1)
     np.testing.assert_array_equal(match_channels(np.repeat(grey, 3, -1), 1), grey)
 
 
 def test_a_lite_network_is_read_by_pruning(small_network):
     graph = channel_graph(build(Arch('efficientdet-lite0', (128, 128), 3)))
-    assert {'stem_conv', 'p6', 'class-0'} <= {n for g in graph.groups for n in g.producers} and all(g.size > 0 for g in graph.groups)
+    assert {'stem_conv', 'p6', 'class-0'} <= {n for g in graph.groups for n in g.producers}
+    assert all(g.size > 0 for g in graph.groups)

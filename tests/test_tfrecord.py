@@ -34,7 +34,8 @@ def test_no_damage_goes_unnoticed(tmp_path_factory, data):
     if data.draw(st.booleans()):
         raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     else:
-        ends = {0} | set(np.cumsum([len(r) + 16 for r in records]).tolist())  # a cut between records looks like a shorter file; the sidecar knows better
+        # a cut between records looks like a shorter file; the sidecar knows better
+        ends = {0} | set(np.cumsum([len(r) + 16 for r in records]).tolist())
         raw = raw[:data.draw(st.integers(0, len(raw)).filter(lambda n: n not in ends))]
     path.write_bytes(raw)
     with pytest.raises(ValueError, match='a.tfrecord, record'): list(read_records(path))
@@ -46,14 +47,17 @@ def test_crc_of_a_published_vector():
     assert masked_crc(bytes(32)) == ((crc >> 15 | crc << 17 & 0xffffffff) + 0xa282ead8) & 0xffffffff
 
 
-@pytest.mark.parametrize('raw,message', [(b'\x1f\x8b\x08' + bytes(40), 'gzip'), (b'{"images": [], "x": 3}', 'no TFRecord file'), (b'abc', 'ends after 3 of 12'),
+@pytest.mark.parametrize('raw,message',
+                         [(b'\x1f\x8b\x08' + bytes(40), 'gzip'), (b'{"images": [], "x": 3}', 'no TFRecord file'),
+                          (b'abc', 'ends after 3 of 12'),
                                          (struct.pack('<Q', 1 << 40) + bytes(4), 'no TFRecord file')])
 def test_files_that_are_no_records(tmp_path, raw, message):
     (tmp_path/'x').write_bytes(raw)
     with pytest.raises(ValueError, match=message): list(read_records(tmp_path/'x'))
 
 
-values = st.one_of(st.lists(st.binary(max_size=9), min_size=1, max_size=4), st.lists(st.integers(-2**63, 2**63 - 1), min_size=1, max_size=4),
+values = st.one_of(st.lists(st.binary(max_size=9), min_size=1, max_size=4),
+                   st.lists(st.integers(-2**63, 2**63 - 1), min_size=1, max_size=4),
                    st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=4))
 
 
@@ -71,11 +75,18 @@ def test_parsing_nonsense_never_crashes(data):
 
 
 def test_foreign_records_may_lack_area_and_crowd():
-    e = decode_example(make_example({'image/encoded': b'x', 'image/height': 10, 'image/width': 20, 'image/source_id': 'a7', 'image/object/bbox/xmin': [.5], 'image/object/bbox/xmax': [1.],
-                                   'image/object/bbox/ymin': [0.], 'image/object/bbox/ymax': [.5], 'image/object/class/label': [3]}))
-    assert e['boxes'].tolist() == [[0, 10, 5, 20]] and e['area'].tolist() == [50] and e['is_crowd'].tolist() == [False] and e['source_id'] == 'a7'
-    with pytest.raises(ValueError, match='shard 3: has no image/encoded, image/width'): decode_example(make_example({'image/height': 3}), 'shard 3')
-    with pytest.raises(ValueError, match='equally long'): decode_example(make_example({'image/encoded': b'x', 'image/height': 1, 'image/width': 1, 'image/object/class/label': [3]}))
+    e = decode_example(make_example({'image/encoded': b'x', 'image/height': 10, 'image/width': 20,
+                                     'image/source_id': 'a7', 'image/object/bbox/xmin': [.5],
+                                     'image/object/bbox/xmax': [1.],
+                                   'image/object/bbox/ymin': [0.], 'image/object/bbox/ymax': [.5],
+                                     'image/object/class/label': [3]}))
+    assert e['boxes'].tolist() == [[0, 10, 5, 20]] and e['area'].tolist() == [50]
+    assert e['is_crowd'].tolist() == [False] and e['source_id'] == 'a7'
+    with pytest.raises(ValueError, match='shard 3: has no image/encoded, image/width'):
+        decode_example(make_example({'image/height': 3}), 'shard 3')
+    with pytest.raises(ValueError, match='equally long'):
+        decode_example(make_example({'image/encoded': b'x', 'image/height': 1, 'image/width': 1,
+                                     'image/object/class/label': [3]}))
 
 
 def test_tensorflow_reads_the_same(tmp_path):

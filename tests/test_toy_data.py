@@ -41,7 +41,9 @@ def test_run_lengths_decode_to_the_mask(h, w, data):
     assert np.array_equal(coco_mask.decode(rle), mask)
 
 
-def _digest(folder): return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob('*')) if p.is_file()}
+def _digest(folder):
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob('*')) if p.is_file()}
 
 
 def test_same_seed_same_files_other_seed_other_files(tmp_path):
