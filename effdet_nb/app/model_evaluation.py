@@ -44,7 +44,7 @@ def describe_nms(
     detector, # anything that obeys the detector protocol
 )->str:
     "Describes how a detector suppresses duplicates."
-    if getattr(detector, 'nms_in_graph', False): return 'hard, inside the file'
+    if getattr(detector, 'suppresses_itself', False): return 'hard, inside the file'
     return {'gaussian': 'soft', 'hard': 'hard'}[detector.nms_options.method]
 
 # %% ../../nbs/app/05_model_evaluation.ipynb #9d2aa677
