@@ -1,11 +1,11 @@
-"Anchors against the reference implementation, and the properties of their coding."
+"Anchors equal the reference implementation, and box coding is invertible."
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from effdet_nb.detector.boxes import iou
-from effdet_nb.detector.anchors import all_anchors, decode_boxes, encode_boxes, feature_size
 from effdet_nb.data.anchor_fit import measure_anchor_fit
+from effdet_nb.detector.anchors import all_anchors, decode_boxes, encode_boxes, feature_size
+from effdet_nb.detector.boxes import iou
 
 
 def test_anchors_equal_the_reference(shared_dir):
@@ -17,23 +17,25 @@ def test_anchors_equal_the_reference(shared_dir):
 
 @settings(deadline=None)
 @given(st.integers(128, 700), st.integers(128, 700))
-def test_one_row_per_cell_and_shape_for_any_size(h, w):
-    cells = sum(np.prod(feature_size((h, w), l)) for l in range(3, 8))
-    a = all_anchors((h, w))
-    assert a.shape == (9*cells, 4) and (a[:, 2:] > a[:, :2]).all()
+def test_any_size_has_one_anchor_per_location_and_shape(h, w):
+    num_locations = sum(np.prod(feature_size((h, w), level)) for level in range(3, 8))
+    anchors = all_anchors((h, w))
+    assert anchors.shape == (9*num_locations, 4) and (anchors[:, 2:] > anchors[:, :2]).all()
+
+
+position, side = st.floats(0, 500), st.floats(.5, 400)
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(*[st.floats(0, 500), st.floats(0, 500), st.floats(.5, 400), st.floats(.5, 400)]), min_size=1,
-                max_size=20))
-def test_decode_undoes_encode(rows):
+@given(st.lists(st.tuples(position, position, side, side), min_size=1, max_size=20))
+def test_decoding_inverts_encoding(rows):
     rows = np.array(rows, np.float32)
     boxes = np.concatenate([rows[:, :2], rows[:, :2]+rows[:, 2:]], 1)
     anchors = all_anchors((128, 128))[:len(boxes)]
     np.testing.assert_allclose(decode_boxes(encode_boxes(boxes, anchors), anchors), boxes, rtol=1e-3, atol=1e-2)
 
 
-def test_fit_counts_by_size_and_suggests_only_what_helps():
+def test_the_anchor_fit_counts_by_size_and_suggests_only_improvements():
     rng = np.random.default_rng(0)
     corner, side = rng.uniform(0, 60, (40, 2)), rng.uniform(4, 60, (40, 1))
     boxes = np.concatenate([corner, corner+side], 1)
@@ -42,10 +44,10 @@ def test_fit_counts_by_size_and_suggests_only_what_helps():
     want = [max(iou(b[None], all_anchors((128, 128)))[0]) for b in boxes]
     np.testing.assert_allclose(fit.iou, want, atol=1e-5)
     if fit.suggestion:
-        assert measure_anchor_fit(boxes, (128, 128),
-                                  **fit.suggestion).matched_share == fit.suggested_share > fit.matched_share
+        improved = measure_anchor_fit(boxes, (128, 128), **fit.suggestion)
+        assert improved.matched_share == fit.suggested_share > fit.matched_share
     assert measure_anchor_fit(all_anchors((128, 128))[:50], (128, 128)).suggestion is None
 
 
-def test_no_boxes_are_refused():
+def test_an_anchor_fit_without_boxes_is_refused():
     with pytest.raises(ValueError, match='no boxes'): measure_anchor_fit([], (128, 128))
