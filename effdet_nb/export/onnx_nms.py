@@ -284,7 +284,7 @@ def check_nms_options(
         raise ValueError(f'{", ".join(given)}: cannot be used with nms "none", whose file does not suppress. '
                          'Give it to the runtime instead')
     for name,value in given.items():
-        is_valid = value>=1 if name=='max_detections' else 0<=value<=1
+        is_valid = 0<=value<=1 if name in ('score_threshold','iou_threshold') else value>=1
         if not is_valid:
             raise ValueError(f'{name}: {value} is out of range; scores and overlaps go from 0 to 1, '
                              'max_detections starts at 1')
