@@ -1,4 +1,4 @@
-"Guards for post-processing: the reference's numbers, brute force, faults."
+"Post-processing equals the reference and the textbook, and refuses bad inputs."
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -18,7 +18,7 @@ VARIANTS = {'hard': dict(method='hard', score_threshold=0.), 'hard_s0.3': dict(m
 def oracle(shared_dir): return np.load(shared_dir/'oracle'/'postprocess_small.npz', allow_pickle=False)
 
 
-def raw(oracle, i):
+def reference_outputs(oracle, i):
     "Class logits, box deltas and anchors of image i of the reference."
     c = int(oracle['num_classes'])
     return (np.concatenate([oracle[f'class_{l}'][i].reshape(-1, c) for l in range(3, 8)]),
@@ -27,7 +27,7 @@ def raw(oracle, i):
 
 @pytest.mark.parametrize('image', [0, 1])
 def test_decoded_boxes_and_scores_equal_the_reference(oracle, image):
-    logits, deltas, anchors = raw(oracle, image)
+    logits, deltas, anchors = reference_outputs(oracle, image)
     np.testing.assert_allclose(decode_boxes(deltas, anchors), oracle['pre_boxes'][image], atol=2e-4)
     np.testing.assert_allclose(sigmoid(logits.max(1)), oracle['pre_scores'][image], atol=1e-6)
     a, c = top_k_pairs(logits, 500)
@@ -39,7 +39,7 @@ def test_decoded_boxes_and_scores_equal_the_reference(oracle, image):
 @pytest.mark.parametrize('scope', ['global', 'per_class'])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_variant_equals_the_reference(oracle, image, scope, variant):
-    out = postprocess(*raw(oracle, image),
+    out = postprocess(*reference_outputs(oracle, image),
                       NmsOptions(per_class=scope=='per_class', **{'top_k': 0, **VARIANTS[variant]}))
     key, (h, w) = f'{scope}_{variant}_', oracle['image_size_hw']
     n = int(oracle[key+'valid'][image])
@@ -52,7 +52,7 @@ def test_every_variant_equals_the_reference(oracle, image, scope, variant):
 
 @pytest.mark.parametrize('image', [0, 1])
 def test_all_pairs_per_class_equal_combined_nms(oracle, image):
-    logits, deltas, anchors = raw(oracle, image)
+    logits, deltas, anchors = reference_outputs(oracle, image)
     out = postprocess(logits, deltas, anchors, NmsOptions(score_threshold=0., top_k=logits.size))
     np.testing.assert_allclose(np.clip(out.boxes, 0, 128)*oracle['image_scales'][image],
                                oracle['combined_boxes'][image], atol=5e-4)
@@ -63,7 +63,7 @@ def test_all_pairs_per_class_equal_combined_nms(oracle, image):
 @pytest.mark.parametrize('image', [0, 1])
 @pytest.mark.parametrize('name', ['hard', 'gaussian'])
 def test_growing_boxes_by_a_pixel_gives_the_inclusive_pixel_numbers(oracle, image, name):
-    logits, deltas, anchors = raw(oracle, image)
+    logits, deltas, anchors = reference_outputs(oracle, image)
     a, c = top_k_pairs(logits, 0)
     boxes, scores = decode_boxes(deltas, anchors), sigmoid(logits[a, c])
     grown = boxes+np.float32([0, 0, 1, 1])
@@ -74,7 +74,7 @@ def test_growing_boxes_by_a_pixel_gives_the_inclusive_pixel_numbers(oracle, imag
     np.testing.assert_array_equal(c[kept]+1, want[:, 6])
 
 
-def slow_nms(boxes, scores, classes, weight, threshold, n):
+def textbook_nms(boxes, scores, classes, weight, threshold, n):
     "The textbook, one class at a time, merged and sorted in the end."
     found = []
     for c in np.unique(classes):
@@ -92,22 +92,22 @@ def slow_nms(boxes, scores, classes, weight, threshold, n):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32-1), st.integers(0, 40), st.integers(1, 4), st.integers(1, 50),
        st.sampled_from([0., .2, .6]))
-def test_the_quick_loop_equals_the_textbook(seed, n, num_classes, max_detections, threshold):
+def test_the_fast_loop_equals_the_textbook(seed, n, num_classes, max_detections, threshold):
     rng = np.random.default_rng(seed)
     corner = rng.integers(0, 40, (n, 2))
     boxes = np.concatenate([corner, corner+rng.integers(0, 30, (n, 2))], 1).astype(np.float32)   # some are empty
     scores, classes = rng.permutation(n).astype(np.float32)/max(n, 1), rng.integers(0, num_classes, n)
     kept = nms(boxes, scores, classes, .45, threshold, max_detections)
-    assert kept.tolist() == slow_nms(boxes, scores, classes, lambda o: o<=.45, threshold, max_detections)[0]
+    assert kept.tolist() == textbook_nms(boxes, scores, classes, lambda o: o<=.45, threshold, max_detections)[0]
     kept, left = soft_nms(boxes, scores, classes, .5, threshold, max_detections)
-    want_left = slow_nms(boxes, scores, classes, lambda o: np.exp(-o*o/.5), threshold, max_detections)[1]
+    want_left = textbook_nms(boxes, scores, classes, lambda o: np.exp(-o*o/.5), threshold, max_detections)[1]
     np.testing.assert_allclose(left, want_left, atol=1e-5)
     assert (np.diff(left)<=0).all() and len(set(kept.tolist()))==len(kept)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32-1), st.integers(1, 60), st.integers(1, 6), st.integers(1, 400), st.booleans())
-def test_the_short_cut_picks_what_sorting_picks(seed, num_anchors, num_classes, k, ties):
+def test_the_shortcut_picks_the_same_pairs_as_sorting(seed, num_anchors, num_classes, k, ties):
     rng = np.random.default_rng(seed)
     logits = (rng.integers(-3, 3, (num_anchors, num_classes))
               if ties else rng.normal(size=(num_anchors, num_classes))).astype(np.float32)
@@ -122,12 +122,12 @@ def test_equal_scores_keep_the_earlier_box():
     assert nms(boxes, [.5, .5, .5], [2, 1, 0]).tolist() == [0, 1, 2]
 
 
-def test_one_class_for_all_silences_across_classes():
+def test_without_classes_boxes_of_all_classes_compete():
     boxes = np.float32([[0, 0, 10, 10], [0, 0, 10, 10]])
     assert nms(boxes, [.4, .9], [0, 1]).tolist() == [1, 0] and nms(boxes, [.4, .9]).tolist() == [1]
 
 
-def test_tiny_inputs_and_no_candidates_work():
+def test_tiny_and_empty_inputs_are_accepted():
     anchors = np.float32([[0, 0, 8, 8]])
     assert len(postprocess(np.zeros((1, 2)), np.zeros((1, 4)), anchors)) == 2        # fewer pairs than top_k
     assert len(postprocess(np.zeros((0, 2)), np.zeros((0, 4)), anchors[:0])) == 0
@@ -145,7 +145,7 @@ def test_inputs_are_not_changed():
     (dict(anchors=np.zeros((3, 4))), 'another image size'),
     (dict(box_deltas=np.full((2, 4), np.nan)),
      '8 of 8 box_deltas are NaN'), (dict(cls_logits=np.float32([[0, np.nan], [0, 0]])), '1 of 4 cls_logits are NaN')])
-def test_faults_are_named(change, words):
+def test_bad_inputs_are_refused_with_the_reason(change, words):
     good = dict(cls_logits=np.zeros((2, 2)), box_deltas=np.zeros((2, 4)),
                 anchors=np.float32([[0, 0, 8, 8], [8, 8, 16, 16]]))
     with pytest.raises(ValueError, match=words): postprocess(**{**good, **change})
@@ -160,5 +160,5 @@ def test_batch_sizes_must_agree():
         postprocess_batch(np.zeros((2, 1, 2)), np.zeros((1, 1, 4)), np.zeros((1, 4)))
 
 
-def test_detections_must_be_as_many_boxes_as_scores():
+def test_detections_need_one_score_and_class_per_box():
     with pytest.raises(ValueError, match='1 boxes, 2 scores and 1 classes'): Detections([[0, 0, 1, 1]], [.5, .5], [0])

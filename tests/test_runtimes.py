@@ -1,4 +1,4 @@
-"Exported files as detectors: any ending, any batch, no TensorFlow, and a sentence for every file that is something else."
+"Exported files as detectors: any suppression, any batch, no TensorFlow, and an error for every other file."
 import json
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from onnx_toy import run_onnxruntime, noise_images, toy_onnx_model
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def same(a, b, box=1e-3):
+def assert_same(a, b, box=1e-3):
     assert [len(d) for d in a] == [len(d) for d in b]
     for x, y in zip(a, b):
         np.testing.assert_allclose(x.boxes, y.boxes, atol=box)
@@ -33,18 +33,19 @@ def test_a_file_without_nms_gives_exactly_the_detections_of_postprocess():
     out, anchors = run_onnxruntime(raw, images), anchors_from_metadata(get_metadata(raw))
     for changes in ({}, dict(method='gaussian'), dict(score_threshold=0., per_class=False, max_detections=5)):
         want = postprocess_batch(out['cls_logits'], out['box_deltas'], anchors, NmsOptions(**changes))
-        same(OnnxDetector(raw.SerializeToString(), **changes)(images), want, 0)
+        assert_same(OnnxDetector(raw.SerializeToString(), **changes)(images), want, 0)
 
 
 @pytest.mark.parametrize('end', [lambda r: r, add_onnx_nms, add_trt_nms])
-def test_fixed_batches_are_filled_and_cut(end):
+def test_fixed_batches_are_padded_and_split(end):
     images = noise_images(7)
-    free, fixed = OnnxDetector(end(toy_onnx_model()).SerializeToString()), OnnxDetector(end(toy_onnx_model(batch=3)).SerializeToString())
-    for n in (0, 1, 3, 7): same(fixed(images[:n]), free(images[:n]))
+    free = OnnxDetector(end(toy_onnx_model()).SerializeToString())
+    fixed = OnnxDetector(end(toy_onnx_model(batch=3)).SerializeToString())
+    for n in (0, 1, 3, 7): assert_same(fixed(images[:n]), free(images[:n]))
     assert len(free(images)) == 7
 
 
-def test_it_is_a_detector(tmp_path):
+def test_an_onnx_file_follows_the_detector_protocol(tmp_path):
     onnx.save(add_onnx_nms(toy_onnx_model()), tmp_path/'a.onnx')
     d = OnnxDetector(tmp_path/'a.onnx', threads=1)
     assert d.image_hw == (128, 128) and d.classes.names == ('thing 1', 'thing 2') and d.meta['step'] == 3
@@ -53,36 +54,38 @@ def test_it_is_a_detector(tmp_path):
         with pytest.raises(ValueError, match='needs uint8'): d(wrong)
 
 
-def test_a_higher_threshold_is_a_prefix():
+def test_a_higher_threshold_gives_the_first_detections():
     data, images = add_onnx_nms(toy_onnx_model(), score_threshold=.1).SerializeToString(), noise_images()
-    all_of_them, few = OnnxDetector(data)(images), OnnxDetector(data, score_threshold=.7, max_detections=9)(images)
-    same(few, [d[d.scores > .7][:9] for d in all_of_them])
-    assert OnnxDetector(data, method='hard', per_class=True,
-                        iou_threshold=.5).nms_options == NmsOptions(score_threshold=.1)
+    every, few = OnnxDetector(data)(images), OnnxDetector(data, score_threshold=.7, max_detections=9)(images)
+    assert_same(few, [d[d.scores > .7][:9] for d in every])
+    same_options = OnnxDetector(data, method='hard', per_class=True, iou_threshold=.5)
+    assert same_options.nms_options == NmsOptions(score_threshold=.1)
     for bad in (dict(method='gaussian'), dict(score_threshold=.05), dict(max_detections=101), dict(iou_threshold=.6),
                 dict(per_class=False), dict(sigma=.3)):
         with pytest.raises(ValueError, match='Export it again'): OnnxDetector(data, **bad)
 
 
-def test_sealed_files(tmp_path, monkeypatch):
+def test_encrypted_files_need_their_key(tmp_path, monkeypatch):
     for name, key in (('open', ''), ('sealed', 'Ein Wort')):
         save_etlt(tmp_path/f'{name}.etlt', add_trt_nms(toy_onnx_model()).SerializeToString(), key)
     want = load_detector(tmp_path/'open.etlt')(noise_images())
-    same(load_detector(tmp_path/'sealed.etlt', 'Ein Wort')(noise_images()), want, 0)
+    assert_same(load_detector(tmp_path/'sealed.etlt', 'Ein Wort')(noise_images()), want, 0)
     with pytest.raises(ValueError, match='no key was given'): load_detector(tmp_path/'sealed.etlt')
     with pytest.raises(ValueError, match='another key') as e: load_detector(tmp_path/'sealed.etlt', 'Zwei Worte')
     assert 'Zwei' not in str(e.value)
     monkeypatch.setenv('EFFDET_KEY', 'Ein Wort')
-    same(load_detector(tmp_path/'sealed.etlt')(noise_images()), want, 0)
+    assert_same(load_detector(tmp_path/'sealed.etlt')(noise_images()), want, 0)
 
 
-def test_content_decides_names_only_help(tmp_path):
+def test_the_content_of_a_file_decides_its_type(tmp_path):
     data = toy_onnx_model().SerializeToString()
-    save_model_file(tmp_path/'plain', dict(a=np.zeros(3)), {}); save_model_file(tmp_path/'shut', dict(a=np.zeros(3)),
-                                                                                {}, 'k')
-    (tmp_path/'graph').write_bytes(data); save_etlt(tmp_path/'framed', data); save_etlt(tmp_path/'sealed', data, 'k')
-    assert [model_file_type(tmp_path/n)
-            for n in ('plain', 'shut', 'graph', 'framed', 'sealed')] == ['tlt', 'tlt', 'onnx', 'etlt', 'etlt']
+    save_model_file(tmp_path/'plain', dict(a=np.zeros(3)), {})
+    save_model_file(tmp_path/'encrypted', dict(a=np.zeros(3)), {}, 'k')
+    (tmp_path/'graph').write_bytes(data)
+    save_etlt(tmp_path/'framed', data)
+    save_etlt(tmp_path/'sealed', data, 'k')
+    types = dict(plain='tlt', encrypted='tlt', graph='onnx', framed='etlt', sealed='etlt')
+    for name, file_type in types.items(): assert model_file_type(tmp_path/name) == file_type
     for name in ('x.engine', 'x.tlt', 'x.etlt'):
         (tmp_path/name).write_bytes(b'????????????????')
         assert model_file_type(tmp_path/name) == name[2:]
@@ -98,14 +101,14 @@ def test_content_decides_names_only_help(tmp_path):
 
 
 @pytest.mark.parametrize('end', [add_onnx_nms, add_trt_nms])
-def test_half_a_file_is_an_error_with_a_name(tmp_path, end):
+def test_the_error_for_a_truncated_file_names_it(tmp_path, end):
     data = end(toy_onnx_model()).SerializeToString()
     for cut in (20, len(data)//2, len(data)-5):
         (tmp_path/'half.onnx').write_bytes(data[:cut])
         with pytest.raises(ValueError, match='half.onnx.*xport'): load_detector(tmp_path/'half.onnx')
 
 
-def test_files_of_others_are_refused(tmp_path):
+def test_files_without_metadata_are_refused(tmp_path):
     proto = add_onnx_nms(toy_onnx_model())
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path/'a.onnx')
@@ -113,10 +116,10 @@ def test_files_of_others_are_refused(tmp_path):
     proto = add_trt_nms(toy_onnx_model())
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path/'b.onnx')
-    with pytest.raises(ValueError, match='not a file exported by effdet_nb'): load_detector(tmp_path/'b.onnx')
+    with pytest.raises(ValueError, match='not exported by effdet_nb'): load_detector(tmp_path/'b.onnx')
 
 
-def test_no_tensorflow_on_this_path(tmp_path):
+def test_an_exported_file_runs_without_importing_tensorflow(tmp_path):
     onnx.save(add_onnx_nms(toy_onnx_model()), tmp_path/'a.onnx')
     save_etlt(tmp_path/'b.etlt', add_trt_nms(toy_onnx_model()).SerializeToString(), 'k')
     code = f'''
@@ -133,15 +136,26 @@ print(first, [m for m in ('tensorflow','keras','tf2onnx','tensorrt') if m in sys
 
 
 class HostMemory:
-    "GPU memory that is none: addresses name arrays of bytes."
-    def __init__(self): self.blocks, self.next, self.freed = {}, 1, []
-    def allocate(self, nbytes): self.next += 1; self.blocks[self.next] = np.zeros(nbytes, np.uint8); return self.next
-    def upload(self, address, array): self.blocks[address][:array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
-    def download(self, address, array): array.reshape(-1).view(np.uint8)[:] = self.blocks[address][:array.nbytes]
-    def free(self, address): self.freed.append(address); del self.blocks[address]
+    "A stand-in for GPU memory: addresses name arrays of bytes."
+    def __init__(self): self.blocks, self.last_address, self.freed = {}, 0, []
+
+    def allocate(self, nbytes):
+        self.last_address += 1
+        self.blocks[self.last_address] = np.zeros(nbytes, np.uint8)
+        return self.last_address
+
+    def upload(self, address, array):
+        self.blocks[address][:array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+
+    def download(self, address, array):
+        array.reshape(-1).view(np.uint8)[:] = self.blocks[address][:array.nbytes]
+
+    def free(self, address):
+        self.freed.append(address)
+        del self.blocks[address]
 
 
-def tensorrt_on_onnxruntime(memory, largest):
+def tensorrt_on_onnxruntime(memory, largest_batch):
     "A stand-in for TensorRT whose engines are ONNX files, run by ONNX Runtime."
     import onnxruntime
     kinds = {'tensor(float)': np.float32, 'tensor(int32)': np.int32}
@@ -157,7 +171,11 @@ def tensorrt_on_onnxruntime(memory, largest):
 
     class Context:
         def __init__(self, engine): self.engine, self.address = engine, {}
-        def set_input_shape(self, name, shape): self.shape = shape; return shape[0] <= largest
+
+        def set_input_shape(self, name, shape):
+            self.shape = shape
+            return shape[0] <= largest_batch
+
         def get_tensor_shape(self, name): return (self.shape[0], *self.engine.io[name].shape[1:])
         def set_tensor_address(self, name, address): self.address[name] = address
         def execute_async_v3(self, stream):
@@ -169,42 +187,58 @@ def tensorrt_on_onnxruntime(memory, largest):
     class Logger:
         ERROR = 2
         def __init__(self, level): pass
-    runtime = lambda logger: SimpleNamespace(deserialize_cuda_engine=lambda data: None
-                                             if data.startswith(b'old') else Engine(data))
-    return SimpleNamespace(__version__='10.9', Logger=Logger, Runtime=runtime, nptype=lambda t: t,
+
+    class Runtime:
+        def __init__(self, logger): pass
+        def deserialize_cuda_engine(self, data): return None if data.startswith(b'old') else Engine(data)
+
+    return SimpleNamespace(__version__='10.9', Logger=Logger, Runtime=Runtime, nptype=lambda t: t,
                            init_libnvinfer_plugins=lambda *a: None)
 
 
 @pytest.mark.parametrize('end', [lambda r: r, add_onnx_nms])
-def test_engines_answer_like_their_onnx_file(tmp_path, monkeypatch, end):
-    "The whole of TrtDetector but for the GPU: cutting into batches, memory, shapes, reading the answers."
+def test_an_engine_gives_the_detections_of_its_onnx_file(tmp_path, monkeypatch, end):
+    "All of TrtDetector except the GPU: batches, memory, shapes, decoding."
     proto, memory = end(toy_onnx_model()), HostMemory()
     monkeypatch.setattr(runtime, 'import_tensorrt', lambda: tensorrt_on_onnxruntime(memory, 3))
     (tmp_path/'a.engine').write_bytes(proto.SerializeToString())
     (tmp_path/'a.engine.json').write_text(json.dumps(get_metadata(proto) | dict(max_batch_size=3)))
-    d, o, images = TrtDetector(tmp_path/'a.engine', memory), OnnxDetector(proto.SerializeToString()), noise_images(7)
-    for n in (1, 7, 2): same(d(images[:n]), o(images[:n]), 0)
-    assert len(memory.blocks) == len(d.tensor_names) and memory.freed, 'room is kept from call to call, and made once more when it is too small'
-    (tmp_path/'b.engine').write_bytes(b'old'); (tmp_path/'b.engine.json').write_text(json.dumps(get_metadata(proto)))
+    engine, onnx_file = TrtDetector(tmp_path/'a.engine', memory), OnnxDetector(proto.SerializeToString())
+    images = noise_images(7)
+    for n in (1, 7, 2): assert_same(engine(images[:n]), onnx_file(images[:n]), 0)
+    assert len(memory.blocks) == len(engine.tensor_names)       # memory is kept from call to call,
+    assert memory.freed                                         # and replaced when it is too small
+    (tmp_path/'b.engine').write_bytes(b'old')
+    (tmp_path/'b.engine.json').write_text(json.dumps(get_metadata(proto)))
     with pytest.raises(ValueError, match='build it again here'): TrtDetector(tmp_path/'b.engine', memory)
 
 
-def test_without_tensorrt_one_line_helps(tmp_path, monkeypatch):
+def test_without_tensorrt_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'tensorrt', None)
-    (tmp_path/'a.engine').write_bytes(b'ftrt'); (tmp_path/'a.engine.json').write_text(json.dumps(get_metadata(toy_onnx_model())))
+    (tmp_path/'a.engine').write_bytes(b'ftrt')
+    (tmp_path/'a.engine.json').write_text(json.dumps(get_metadata(toy_onnx_model())))
     with pytest.raises(ImportError, match=r'pip install "effdet_nb\[trt\]"') as e: load_detector(tmp_path/'a.engine')
     assert '\n' not in str(e.value)
 
 
 def test_cuda_calls_have_the_right_arguments(monkeypatch):
-    "The four calls, against a library that writes them down."
+    "The calls, against a library that records them."
     calls = []
-    class Lib:
-        def __getattr__(self, name): return lambda *a: calls.append((name, [getattr(x, 'value', x) for x in a])) or 0
+
+    class RecordingLibrary:
+        def __getattr__(self, name):
+            def call(*args):
+                calls.append((name, [getattr(x, 'value', x) for x in args]))
+                return 0
+            return call
+
     memory = CudaMemory.__new__(CudaMemory)
-    memory.lib = Lib()
+    memory.lib = RecordingLibrary()
     a = np.zeros(5, np.float32)
-    memory.allocate(20); memory.upload(99, a); memory.download(99, a); memory.free(99)
+    memory.allocate(20)
+    memory.upload(99, a)
+    memory.download(99, a)
+    memory.free(99)
     assert [c[0] for c in calls] == ['cudaMalloc', 'cudaMemcpy', 'cudaMemcpy', 'cudaFree']
     assert calls[1][1] == [99, a.ctypes.data, 20, 1] and calls[2][1] == [a.ctypes.data, 99, 20, 2]
     assert calls[3][1] == [99]
@@ -212,8 +246,7 @@ def test_cuda_calls_have_the_right_arguments(monkeypatch):
     with pytest.raises(RuntimeError, match='error 2'): memory.allocate(8)
 
 
-def test_three_lines_of_python(tmp_path):
-    "A sealed file, a picture of any size, and boxes in its own pixels."
+def test_an_image_file_of_any_size_gives_boxes_in_its_own_pixels(tmp_path):
     from PIL import Image
     save_etlt(tmp_path/'model.etlt', add_trt_nms(toy_onnx_model()).SerializeToString(), 'k')
     Image.new('RGB', (256, 200), (90, 20, 20)).save(tmp_path/'street.jpg')
@@ -229,7 +262,7 @@ def test_three_lines_of_python(tmp_path):
     assert not np.array_equal(d.draw(), np.asarray(Image.open(tmp_path/'street.jpg'))) and d[:0].to_kitti() == ''
 
 
-def test_tables_need_pandas_and_say_so(monkeypatch):
+def test_to_pandas_without_pandas_says_what_to_install(monkeypatch):
     from effdet_nb.detector.detections import Detections
     monkeypatch.setitem(sys.modules, 'pandas', None)
     with pytest.raises(ImportError, match='pip install pandas'): Detections([], [], []).to_pandas()
@@ -242,5 +275,5 @@ def test_tables_need_pandas_and_say_so(monkeypatch):
 def test_anchors_of_a_file_without_ending_disturb_nobody():
     from effdet_nb.export.onnx_nms import add_anchors_output
     images = noise_images(3)
-    same(OnnxDetector(add_anchors_output(toy_onnx_model()).SerializeToString())(images),
+    assert_same(OnnxDetector(add_anchors_output(toy_onnx_model()).SerializeToString())(images),
          OnnxDetector(toy_onnx_model().SerializeToString())(images), 0)
