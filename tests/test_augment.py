@@ -134,7 +134,8 @@ def test_any_crop_maps_back_to_what_it_showed_and_conserves_area(hw, canvas, sca
     seen = np.clip(boxes, np.tile(corner, 2), np.tile(corner+size, 2))
     # crop, then map back
     np.testing.assert_allclose(moved/factor + np.tile(corner, 2), seen[left], atol=2e-2)
-    area = lambda b: np.prod(b[:,2:]-b[:,:2], 1)
+    def area(b):
+        return np.prod(b[:,2:]-b[:,:2], 1)
     # what was cut off is all that is lost
     np.testing.assert_allclose(area(moved), area(seen[left])*np.prod(shown/size), rtol=1e-3, atol=.1)
     assert (moved >= 0).all() and (moved <= np.tile(shown, 2)).all() and (moved[:,2:] > moved[:,:2]).all()
@@ -156,7 +157,8 @@ def test_any_flip_twice_is_nothing_and_conserves_area(hw, seed):
 def test_any_draw_keeps_the_box_on_its_pixels(canvas, seed):
     rng = np.random.default_rng(seed)
     h,w = rng.integers(40, 160, 2)
-    y1,x1 = rng.integers(0, (h-20, w-20)); y2,x2 = y1+rng.integers(12, h-y1), x1+rng.integers(12, w-x1)
+    y1,x1 = rng.integers(0, (h-20, w-20))
+    y2,x2 = y1+rng.integers(12, h-y1), x1+rng.integers(12, w-x1)
     image,boxes,labels = marked(h, w, (int(y1),int(x1),int(y2),int(x2)))
     out,moved,left = A.augment(image, boxes, labels, canvas, (seed, 1), True, .5, 2.5)
     found = red_box(out)

@@ -87,9 +87,9 @@ def foreign_spec(folder, records, val=None, more=''):
 faults = {
     'unknown ids': (lambda: [foreign('a', labels=[7]), foreign('b', labels=[0]), foreign('c')], 1,
                     r'2 boxes have category ids that have no channel \(0, 7\), the channels are for 1 to 2. Set num_classes to 8'),
-    # no num_classes is large enough
     'ids from 0': (lambda: [foreign('a', labels=[0]), foreign('b', labels=[1])], 1,
                    r'1 boxes have category ids that have no channel \(0\), the channels are for 1 to 2. Ids below 1'),
+          # no num_classes is large enough
     'all empty': (lambda: [foreign(k, boxes=()) for k in 'abc'], 1, r'none of the 3 pictures has an object'),
     'mostly empty': (lambda: [foreign(k, boxes=() if k != 'a' else ((.1,.2,.5,.6),)) for k in 'abc'], 0,
                      r'2 of 3 pictures \(67%\) have no object'),
@@ -135,7 +135,9 @@ def test_lost_and_changed_shards(drawn, tmp_path):
     assert '1 of 2 shards are missing, such as train-00000-of-00002.tfrecord' in says(look(make_spec(tmp_path)))
     shutil.copy(drawn/'rec'/'train-00000-of-00002.tfrecord', rec)
     shard = rec/'train-00001-of-00002.tfrecord'
-    data = bytearray(shard.read_bytes()); data[-1] ^= 1; shard.write_bytes(data)
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
     assert 'train-00001-of-00002.tfrecord is not the file that was written' in says(look(make_spec(tmp_path),
                                                                                          verify_checksums=True))
 
@@ -159,7 +161,8 @@ def test_best_fit_is_the_iou_of_boxes_on_one_centre():
     from effdet_nb.detector.boxes import iou
     rng = np.random.default_rng(0)
     sides, anchors = rng.uniform(1, 200, (50,2)), rng.uniform(1, 200, (9,2))
-    centred = lambda s: np.concatenate([-s/2, s/2], 1)
+    def centred(s):
+        return np.concatenate([-s/2, s/2], 1)
     np.testing.assert_allclose(best_size_iou(sides, anchors), iou(centred(sides), centred(anchors)).max(1), rtol=1e-4)
     assert len(best_size_iou(np.zeros((0,2)), anchors)) == 0
 

@@ -24,7 +24,8 @@ PUBLISHED = 'd0 d1 d2 d3 d4 d5 d6 d7 d7x lite0 lite1 lite2 lite3 lite3x lite4'.s
 def test_parameter_counts_of_every_variant(shared_dir, v):
     ref = json.loads((shared_dir/'oracle'/'arch.json').read_text())[v]
     model = build(Arch(f'efficientdet_{v}', (128, 128), 90))
-    count = lambda ws: sum(int(np.prod(w.shape)) for w in ws)
+    def count(ws):
+        return sum(int(np.prod(w.shape)) for w in ws)
     assert count(model.trainable_weights) == ref['trainable_params']
     assert count(model.weights) == ref['total_params']
     # ours keeps the weights of a node together, the reference apart

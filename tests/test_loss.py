@@ -19,8 +19,9 @@ def levels(oracle):
         rng, side = np.random.RandomState(100+level), 512//2**level
         logits = (rng.standard_normal((2, side, side, 810))*1.5 - 3).astype('f4')
         boxes = (rng.standard_normal((2, side, side, 36))*.3).astype('f4')
-        part = lambda kind, *shape: np.stack([targets[f'case{case}_{kind}_targets_{level}']
-                                              for case in numbers['case_ids']]).reshape(2, -1, *shape)
+        def part(kind, *shape):
+            return np.stack([targets[f'case{case}_{kind}_targets_{level}']
+                                                      for case in numbers['case_ids']]).reshape(2, -1, *shape)
         made[level] = logits.reshape(2, -1, 90), boxes.reshape(2, -1, 4), part('cls').astype('int32'), part('box', 4)
     np.testing.assert_array_equal(made[7][0].reshape(-1), numbers['logits_level7'].reshape(-1))
     np.testing.assert_allclose(made[3][0].reshape(-1)[:32], numbers['logits_level3_head'], rtol=1e-6)

@@ -122,7 +122,8 @@ def test_fake_data_repeats_the_first_batch(pattern):
 
 def test_the_global_seed_changes_nothing(pattern):
     a = batches(1, make_config(pattern))
-    np.random.seed(5); tf.random.set_seed(5)
+    np.random.seed(5)
+    tf.random.set_seed(5)
     assert same(a, batches(1, make_config(pattern)))
 
 
@@ -206,16 +207,16 @@ def encoded(image, format, **kw):
 smooth = Image.fromarray(np.random.default_rng(5).integers(0, 256, (4,5,3),
                                                            dtype=np.uint8)).resize((60,40), Image.Resampling.BICUBIC)
 kinds = {
-    'grey jpeg': lambda: encoded(smooth.convert('L'),
-                                 'JPEG'), 'CMYK jpeg': lambda: encoded(smooth.convert('CMYK'), 'JPEG',
-                                                                       quality=95), 'grey png': lambda: encoded(smooth.convert('L'), 'PNG'),
-    'png with alpha': lambda: encoded(smooth.convert('RGBA'),
-                                      'PNG'), 'grey png with alpha': lambda: encoded(smooth.convert('LA'),
-                                                                                     'PNG'), 'png with palette': lambda: encoded(smooth.convert('P'), 'PNG'),
-    'one bit png': lambda: encoded(smooth.convert('1'), 'PNG'), 'webp': lambda: encoded(smooth, 'WEBP',
-                                                                                        lossless=True), 'bmp': lambda: encoded(smooth, 'BMP'), 'gif': lambda: encoded(smooth.convert('P'), 'GIF'),
-    '16 bit png': lambda: encoded(Image.fromarray((np.asarray(smooth.convert('L')).astype(np.uint16)*257)),
-                                  'PNG'), 'progressive jpeg': lambda: encoded(smooth, 'JPEG', progressive=True),
+    'grey jpeg': lambda: encoded(smooth.convert('L'), 'JPEG'),
+         'CMYK jpeg': lambda: encoded(smooth.convert('CMYK'), 'JPEG', quality=95),
+         'grey png': lambda: encoded(smooth.convert('L'), 'PNG'),
+    'png with alpha': lambda: encoded(smooth.convert('RGBA'), 'PNG'),
+         'grey png with alpha': lambda: encoded(smooth.convert('LA'), 'PNG'),
+         'png with palette': lambda: encoded(smooth.convert('P'), 'PNG'),
+    'one bit png': lambda: encoded(smooth.convert('1'), 'PNG'), 'webp': lambda: encoded(smooth, 'WEBP', lossless=True),
+         'bmp': lambda: encoded(smooth, 'BMP'), 'gif': lambda: encoded(smooth.convert('P'), 'GIF'),
+    '16 bit png': lambda: encoded(Image.fromarray(np.asarray(smooth.convert('L')).astype(np.uint16)*257), 'PNG'),
+         'progressive jpeg': lambda: encoded(smooth, 'JPEG', progressive=True),
 }
 
 

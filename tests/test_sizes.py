@@ -15,9 +15,7 @@ from effdet_nb.detector import efficientdet as detector
 from effdet_nb.detector.anchors import all_anchors, feature_size
 from effdet_nb.detector.bifpn import nearest_indices
 from effdet_nb.weights.model_file import load_keras_detector
-from effdet_nb.weights.model_file import save_detector
 from effdet_nb.detector.efficientdet import Arch, arch_anchors, match_channels, build
-from effdet_nb.weights.import_weights import default_class_table
 from effdet_nb.detector.images import to_channels
 from effdet_nb.train.spec import Spec
 
@@ -50,7 +48,8 @@ def test_odd_and_grey_go_all_the_way(small_network, records, tmp_path, name, siz
                             num_classes=4, image_size=size, num_channels=channels, max_instances_per_image=20),
         training_config=dict(train_batch_size=2, num_epochs=1, learning_rate=.01,
                              lr_warmup_epoch=0), eval_config=dict(eval_batch_size=2,
-                                                                  eval_epoch_cycle=1), model_config=dict(model_name=name))
+                                                                  eval_epoch_cycle=1),
+                          model_config=dict(model_name=name))
     history = T.train(spec, tmp_path/'run')
     assert np.isfinite(history[0]['loss']) and 'AP' in history[0]
     path = next((tmp_path/'run').glob('model.step-*.tlt'))
