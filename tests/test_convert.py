@@ -1,4 +1,4 @@
-"Tests of validation and conversion: every fault is named and counted, nothing is lost, half-written or done twice."
+"Conversion: every fault is named and counted, nothing is lost, half-written or done twice."
 import hashlib
 import io
 import json
@@ -32,7 +32,7 @@ finite = st.floats(-1e6, 1e6)
 
 
 @given(st.tuples(finite, finite, finite, finite), st.booleans())
-def test_judged_boxes_lie_inside(bbox, clip):
+def test_kept_boxes_lie_inside_their_image(bbox, clip):
     box, wrong = validate_box(bbox, (100, 150), clip)
     if box is None: assert wrong
     else:
@@ -53,7 +53,7 @@ def test_boxes_with_a_fault_are_left_out(bbox, fault): assert validate_box(bbox,
 
 @given(st.integers(1, 400), st.integers(1, 400), st.data())
 @settings(max_examples=40, deadline=None)
-def test_a_mask_is_what_was_drawn(h, w, data):
+def test_a_mask_png_has_the_pixels_of_the_mask(h, w, data):
     from pycocotools import mask as M
     y, x = data.draw(st.integers(0, h)), data.draw(st.integers(0, w))
     pixels = np.zeros((h, w), np.uint8, order='F')
@@ -79,7 +79,8 @@ def test_every_kind_of_jpeg_keeps_its_bytes(tmp_path, options):
 
 @pytest.mark.parametrize('options', jpeg_options)
 def test_jpegs_are_probed_alike_with_and_without_pillow(tmp_path, monkeypatch, options):
-    Image.new(options.get('mode', 'RGB'), (37, 23), 90).save(tmp_path/'a.jpg', **{k: v for k, v in options.items() if k != 'mode'})
+    Image.new(options.get('mode', 'RGB'), (37, 23), 90).save(tmp_path/'a.jpg',
+                                                             **{k: v for k, v in options.items() if k != 'mode'})
     fast = probe_image(tmp_path/'a.jpg')
     monkeypatch.setattr(validate, 'plain_jpeg_hw', lambda data: None)
     assert probe_image(tmp_path/'a.jpg') == fast
@@ -101,12 +102,12 @@ def test_a_damaged_jpeg_header_is_read_or_has_a_fault(tmp_path_factory, data):
 # --- conversion ---
 
 @pytest.fixture(scope='session')
-def drawn_once(tmp_path_factory): return make_toy_dataset(tmp_path_factory.mktemp('drawn'), 14, 4)
+def toy_dataset_once(tmp_path_factory): return make_toy_dataset(tmp_path_factory.mktemp('toy_dataset'), 14, 4)
 
 
 @pytest.fixture
-def drawn(tmp_path, drawn_once):
-    folder = Path(shutil.copytree(drawn_once, tmp_path/'drawn'))
+def toy_dataset(tmp_path, toy_dataset_once):
+    folder = Path(shutil.copytree(toy_dataset_once, tmp_path/'toy_dataset'))
     return folder/'train', folder/'train.json', tmp_path/'out'
 
 
@@ -121,8 +122,8 @@ def listing(folder):
     return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob('*')) if Path(folder).exists() else None
 
 
-def test_every_picture_and_box_arrives(drawn):
-    images, annotations, out = drawn
+def test_every_image_and_box_is_in_the_records(toy_dataset):
+    images, annotations, out = toy_dataset
     truth = json.loads(annotations.read_text())
     summary = dataset_convert(images, annotations, out, tag='t', num_shards=3)
     assert listing(out) == ['t-00000-of-00003.tfrecord', 't-00001-of-00003.tfrecord', 't-00002-of-00003.tfrecord',
@@ -146,8 +147,8 @@ def test_every_picture_and_box_arrives(drawn):
     assert raw['image/key/sha256'] == [hashlib.sha256(raw['image/encoded'][0]).hexdigest().encode()]
 
 
-def test_workers_and_repeats_give_the_same_bytes(drawn, tmp_path):
-    images, annotations, out = drawn
+def test_workers_and_repeats_give_the_same_bytes(toy_dataset, tmp_path):
+    images, annotations, out = toy_dataset
     digests = []
     for i, num_workers in enumerate((1, 2, 3, 1)):
         dataset_convert(images, annotations, tmp_path/str(i), num_shards=5, include_masks=True, workers=num_workers)
@@ -156,8 +157,8 @@ def test_workers_and_repeats_give_the_same_bytes(drawn, tmp_path):
     assert digests[0] == digests[1] == digests[2] == digests[3] and len(digests[0]) == 9
 
 
-def test_a_script_without_main_guard_may_use_workers(drawn, tmp_path):
-    images, annotations, out = drawn
+def test_a_script_without_main_guard_may_use_workers(toy_dataset, tmp_path):
+    images, annotations, out = toy_dataset
     script = tmp_path/'script.py'
     script.write_text(f'''
 from effdet_nb.data.convert import dataset_convert
@@ -169,8 +170,8 @@ print(summary.num_images)
     assert done.stdout.split() == ['once', '14'], done.stderr
 
 
-def test_masks_come_back(drawn):
-    images, annotations, out = drawn
+def test_masks_are_in_the_records(toy_dataset):
+    images, annotations, out = toy_dataset
     summary = dataset_convert(images, annotations, out, include_masks=True, num_shards=1)
     for e in examples(summary.files):
         assert len(e['masks']) == len(e['boxes'])
@@ -181,10 +182,10 @@ def test_masks_come_back(drawn):
     assert not summary.masks_outside_box
 
 
-def test_warnings_log_is_taos(drawn):
-    images, annotations, out = drawn
+def test_the_warnings_log_has_the_form_of_tao(toy_dataset):
+    images, annotations, out = toy_dataset
 
-    def spoil(d):
+    def damage(d):
         d['images'][0]['id'] = 200365
         for a in d['annotations']:
             if a['image_id'] == 1: a['image_id'] = 200365
@@ -192,7 +193,7 @@ def test_warnings_log_is_taos(drawn):
         first['bbox'][0] = -4
         d['annotations'][1] |= dict(segmentation=[[5, 5, 100, 5, 100, 100]], bbox=[5, 5, 20, 95])
         d['annotations'].append(first | dict(id=918, bbox=[120, 5, 9, 9]))
-    edit(annotations, spoil)
+    edit(annotations, damage)
     summary = dataset_convert(images, annotations, out, include_masks=True, num_shards=2)
     log = json.loads((out/'train_warnings.json').read_text())
     assert log['200365'] == {'box': [1, 918], 'mask': [2]} and set(log) == {'200365', '4'} and log['4']['mask'] == []
@@ -202,8 +203,8 @@ def test_warnings_log_is_taos(drawn):
     assert 'masks outside their box (kept)' in repr(summary)
 
 
-def test_no_log_without_warnings_and_an_old_one_goes(drawn):
-    images, annotations, out = drawn
+def test_without_warnings_there_is_no_log_and_an_old_one_is_removed(toy_dataset):
+    images, annotations, out = toy_dataset
     dataset_convert(images, annotations, out, num_shards=2)
     assert (out/'train_warnings.json').exists()
     edit(annotations,
@@ -212,16 +213,16 @@ def test_no_log_without_warnings_and_an_old_one_goes(drawn):
     assert not (out/'train_warnings.json').exists()
 
 
-def test_missing_crowd_and_area_are_derived(drawn):
-    images, annotations, out = drawn
+def test_missing_crowd_and_area_are_derived(toy_dataset):
+    images, annotations, out = toy_dataset
     edit(annotations, lambda d: [a.pop(k) for a in d['annotations'] for k in ('area', 'iscrowd')])
     for e in examples(dataset_convert(images, annotations, out, num_shards=1).files):
         np.testing.assert_allclose(e['area'], np.prod(e['boxes'][:, 2:] - e['boxes'][:, :2], -1), rtol=1e-4)
         assert not e['is_crowd'].any()
 
 
-def test_other_formats_and_oddities_are_told(drawn):
-    images, annotations, out = drawn
+def test_other_formats_and_unusual_images_are_noted(toy_dataset):
+    images, annotations, out = toy_dataset
     with Image.open(images/'000001.jpg') as im:
         im.save(images/'a.bmp'), im.convert('L').save(images/'g.jpg'), im.resize((64, 64)).save(images/'s.jpg')
         exif = Image.Exif()
@@ -246,10 +247,10 @@ nan, inf = float('nan'), float('inf')
 
 def box(i=0, **kw): return lambda images, d: d['annotations'][i].update(kw)
 def entry(i=0, **kw): return lambda images, d: d['images'][i].update(kw)
-def lost(name): return lambda images, d: (images/name).unlink()
+def remove_file(name): return lambda images, d: (images/name).unlink()
 def file(name, change): return lambda images, d: change(images/name)
 def copy(part, i=0, **kw): return lambda images, d: d[part].append({**d[part][i], **kw})
-def lacks(part, key, i=0): return lambda images, d: d[part][i].pop(key)
+def drop_key(part, key, i=0): return lambda images, d: d[part][i].pop(key)
 
 
 def shrink(path):
@@ -257,7 +258,7 @@ def shrink(path):
     small.save(path)
 
 
-def lie_down(path):
+def add_exif_rotation(path):
     exif = Image.Exif()
     exif[0x112] = 6
     with Image.open(path) as im: im.load()
@@ -282,7 +283,7 @@ faults = {
     'NaN': (box(bbox=[nan, 5, 9, 9]), 'dropped_boxes', 'not finite', [(1, 1)]),
     'infinite': (box(bbox=[5, 5, inf, 9]), 'dropped_boxes', 'not finite', [(1, 1)]),
     'three numbers': (box(bbox=[5, 5, 9]), 'dropped_boxes', 'not four numbers', [(1, 1)]),
-    'no bbox': (lacks('annotations', 'bbox'), 'dropped_boxes', 'incomplete', [(1, 1)]),
+    'no bbox': (drop_key('annotations', 'bbox'), 'dropped_boxes', 'incomplete', [(1, 1)]),
     'annotation twice': (copy('annotations'), 'dropped_boxes', 'annotation stands twice', [(1, 1)]),
     'annotation id shared': (copy('annotations', bbox=[5, 5, 9, 9]), 'notes', 'annotation id of different objects',
                              [1]),
@@ -291,9 +292,9 @@ faults = {
     'unknown image': (box(image_id=99), 'dropped_boxes', 'unknown image', [(99, 1)]),
     'image id twice': (copy('images', 1, file_name='000001.jpg'), 'dropped_images', 'image id used twice',
                        [(2, '000001.jpg')]),
-    'image without file name': (lacks('images', 'file_name', 1), 'dropped_images', 'incomplete', [(2, None)]),
+    'image without file name': (drop_key('images', 'file_name', 1), 'dropped_images', 'incomplete', [(2, None)]),
     'file name is a number': (entry(1, file_name=3), 'dropped_images', 'file name is no text', [(2, 3)]),
-    'missing picture': (lost('000002.jpg'), 'dropped_images', 'file missing', [(2, '000002.jpg')]),
+    'missing picture': (remove_file('000002.jpg'), 'dropped_images', 'file missing', [(2, '000002.jpg')]),
     'not a picture': (file('000002.jpg', lambda p: p.write_bytes(b'hello')), 'dropped_images', 'not a picture',
                       [(2, '000002.jpg')]),
     'empty picture': (file('000002.jpg', lambda p: p.write_bytes(b'')), 'dropped_images', 'not a picture',
@@ -301,17 +302,18 @@ faults = {
     'broken jpeg': (file('000002.jpg', truncate), 'dropped_images', 'file damaged', [(2, '000002.jpg')]),
     'broken png': (file('000005.png', truncate), 'dropped_images', 'file damaged', [(5, '000005.png')]),
     'size disagrees': (file('000002.jpg', shrink), 'notes', 'JSON and file disagree about the size', ['000002.jpg']),
-    'size missing': (lacks('images', 'width', 1), 'notes', 'size missing in the JSON', ['000002.jpg']),
+    'size missing': (drop_key('images', 'width', 1), 'notes', 'size missing in the JSON', ['000002.jpg']),
     'size is text': (entry(1, height='128'), 'notes', 'size missing in the JSON', ['000002.jpg']),
-    'EXIF': (file('000002.jpg', lie_down), 'notes', 'turned by an EXIF flag, which is ignored', ['000002.jpg']),
+    'EXIF': (file('000002.jpg', add_exif_rotation), 'notes', 'turned by an EXIF flag, which is ignored',
+             ['000002.jpg']),
     'grey': (file('000002.jpg', as_mode('L')), 'notes', 'L instead of RGB, converted when read', ['000002.jpg']),
     'CMYK': (file('000002.jpg', as_mode('CMYK')), 'notes', 'CMYK instead of RGB, converted when read', ['000002.jpg']),
     '16 bit': (file('000005.png', as_mode('I;16')), 'notes', 'I;16 instead of RGB, converted when read',
                ['000005.png']),
     'BMP': (file('000002.jpg', as_mode('RGB', format='BMP')), 'notes', 'BMP turned into PNG', ['000002.jpg']),
     'WebP': (file('000002.jpg', as_mode('RGB', format='WEBP')), 'notes', 'WEBP turned into PNG', ['000002.jpg']),
-    'no crowd flag': (lacks('annotations', 'iscrowd'), 'notes', 'iscrowd missing, taken as 0', [1]),
-    'no area': (lacks('annotations', 'area'), 'notes', 'area missing, taken from the box', [1]),
+    'no crowd flag': (drop_key('annotations', 'iscrowd'), 'notes', 'iscrowd missing, taken as 0', [1]),
+    'no area': (drop_key('annotations', 'area'), 'notes', 'area missing, taken from the box', [1]),
     'area is NaN': (box(area=nan), 'notes', 'area missing, taken from the box', [1]),
     'no mask': (box(3, segmentation=[]), 'notes', 'no usable mask, an empty one written', [4]),
     'odd mask': (box(3, segmentation='x'), 'notes', 'no usable mask, an empty one written', [4]),
@@ -323,13 +325,13 @@ faults = {
 }
 
 
-@pytest.mark.parametrize('spoil,where,reason,items', faults.values(), ids=faults)
-def test_every_fault_costs_what_it_must_and_is_named(drawn, spoil, where, reason, items):
-    images, annotations, out = drawn
-    # without the drawn oddity
+@pytest.mark.parametrize('damage,where,reason,items', faults.values(), ids=faults)
+def test_every_fault_is_reported_and_costs_no_more_than_it_must(toy_dataset, damage, where, reason, items):
+    images, annotations, out = toy_dataset
+    # without the toy_dataset oddity
     edit(annotations,
          lambda d: d.update(annotations=[a for a in d['annotations'] if a['bbox'][0] + a['bbox'][2] <= 128]))
-    edit(annotations, lambda d: spoil(images, d))
+    edit(annotations, lambda d: damage(images, d))
     summary = dataset_convert(images, annotations, out, num_shards=2, include_masks=True)
     assert getattr(summary, where) == {reason: items}
     lost_images = len(items) if where == 'dropped_images' and reason != 'image id used twice' else 0
@@ -366,22 +368,22 @@ hopeless = {
 }
 
 
-@pytest.mark.parametrize('spoil,error,message', hopeless.values(), ids=hopeless)
+@pytest.mark.parametrize('damage,error,message', hopeless.values(), ids=hopeless)
 @pytest.mark.parametrize('earlier', [False, True], ids=['fresh', 'over-an-earlier-one'])
-def test_the_hopeless_leave_everything_as_it_was(drawn, spoil, error, message, earlier):
-    images, annotations, out = drawn
+def test_a_conversion_that_fails_leaves_everything_as_it_was(toy_dataset, damage, error, message, earlier):
+    images, annotations, out = toy_dataset
     out = out/'deep'/'er'
     if earlier: dataset_convert(images, annotations, out, num_shards=3, include_masks=True)
     before = {n: (out/n).read_bytes() for n in listing(out)} if earlier else None
-    spoil(images, annotations)
+    damage(images, annotations)
     with pytest.raises(error, match=message):
         dataset_convert(images, annotations, out, num_shards=2, include_masks=True)
     if earlier: assert {n: (out/n).read_bytes() for n in listing(out)} == before
     else: assert not out.parents[0].exists()
 
 
-def test_many_faults_at_once_are_all_known_also_by_workers(drawn):
-    images, annotations, out = drawn
+def test_workers_report_all_faults(toy_dataset):
+    images, annotations, out = toy_dataset
     for n in (1, 6, 9): (images/f'{n:06d}.jpg').write_bytes(b'x')
     (images/'000003.jpg').unlink()
     edit(annotations,
@@ -396,13 +398,13 @@ def test_many_faults_at_once_are_all_known_also_by_workers(drawn):
     assert 'not a picture' in repr(summary) and summary.counts['images_left_out'] == 4
 
 
-def test_the_picture_of_the_worst_is_the_worst(drawn):
-    images, annotations, out = drawn
+def test_the_report_shows_the_image_with_the_most_faults(toy_dataset):
+    images, annotations, out = toy_dataset
     edit(annotations, lambda d: [a.update(bbox=[-20, -20, 30, 30]) for a in d['annotations'] if a['image_id'] == 9])
     many = dataset_convert(images, annotations, out, num_shards=1)
     assert worst_image_id(many.report) == 9
-    drawn_png = np.asarray(Image.open(out/'train_report.png')).astype(int)
-    red = (drawn_png[..., 0] > 180) & (drawn_png[..., 1] < 80)
+    report_png = np.asarray(Image.open(out/'train_report.png')).astype(int)
+    red = (report_png[..., 0] > 180) & (report_png[..., 1] < 80)
     # outlines in the margin, where the boxes are
     assert red[:19].any() and red[:, :19].any()
     edit(annotations,
@@ -412,8 +414,8 @@ def test_the_picture_of_the_worst_is_the_worst(drawn):
     assert not (out/'train_report.png').exists()
 
 
-def test_clip_keeps_what_remains_and_is_not_held_against_you(drawn):
-    images, annotations, out = drawn
+def test_clip_keeps_what_remains_of_a_box_and_strict_accepts_it(toy_dataset):
+    images, annotations, out = toy_dataset
     edit(annotations, lambda d: d['annotations'][0].update(bbox=[-5, 110, 30, 40]))
     summary = dataset_convert(images, annotations, out, num_shards=1, clip=True, strict=True)
     assert (1, 1) in summary.clipped_boxes and len(summary.clipped_boxes) == 2 and not summary.dropped_boxes
@@ -425,13 +427,13 @@ def test_clip_keeps_what_remains_and_is_not_held_against_you(drawn):
 @pytest.mark.parametrize('kw,message',
                          [(dict(num_shards=0), 'num_shards: 0'), (dict(tag='a/b'), 'tag'), (dict(tag=''), 'tag'),
                           (dict(tag='a*'), 'tag'), (dict(workers=0), 'workers: 0')])
-def test_bad_arguments(drawn, kw, message):
-    with pytest.raises(ValueError, match=message): dataset_convert(*drawn, **kw)
-    assert not drawn[2].exists()
+def test_bad_arguments_are_rejected_before_anything_is_written(toy_dataset, kw, message):
+    with pytest.raises(ValueError, match=message): dataset_convert(*toy_dataset, **kw)
+    assert not toy_dataset[2].exists()
 
 
-def test_output_path_is_a_file(drawn):
-    images, annotations, out = drawn
+def test_an_output_path_that_is_a_file_is_rejected(toy_dataset):
+    images, annotations, out = toy_dataset
     out.write_text('mine')
     for path in (out, out/'deeper'):
         with pytest.raises(ValueError, match='is a file'): dataset_convert(images, annotations, path)
@@ -440,8 +442,8 @@ def test_output_path_is_a_file(drawn):
         dataset_convert(images/'no', annotations, out.parent/'o')
 
 
-def test_number_of_shards(drawn, capsys):
-    images, annotations, out = drawn
+def test_the_number_of_shards_follows_the_images_unless_given(toy_dataset, capsys):
+    images, annotations, out = toy_dataset
     assert len(dataset_convert(images, annotations, out, tag='auto').files) == 14
     assert 'fewer than 256 pictures' in capsys.readouterr().err
     given = dataset_convert(images, annotations, out, tag='given', num_shards=20)
@@ -450,8 +452,8 @@ def test_number_of_shards(drawn, capsys):
     assert load_sidecar(out/'given-*').num_images == 14
 
 
-def test_other_shard_counts_do_not_mix(drawn):
-    images, annotations, out = drawn
+def test_shards_of_two_conversions_do_not_mix(toy_dataset):
+    images, annotations, out = toy_dataset
     dataset_convert(images, annotations, out, num_shards=6)
     dataset_convert(images, annotations, out, num_shards=2)                 # ours: replaced
     assert [n for n in listing(out) if n.endswith('tfrecord')] == ['train-00000-of-00002.tfrecord',
@@ -462,8 +464,8 @@ def test_other_shard_counts_do_not_mix(drawn):
     assert (out/'train-00000-of-00009.tfrecord').exists() and load_sidecar(out/'train-*-of-00002*').num_images == 14
 
 
-def test_sidecar(drawn):
-    images, annotations, out = drawn
+def test_the_sidecar_describes_the_shards(toy_dataset):
+    images, annotations, out = toy_dataset
     summary = dataset_convert(images, annotations, out, num_shards=3)
     known = load_sidecar(out/'train*')
     assert known.num_images == 14
@@ -482,8 +484,8 @@ def test_sidecar(drawn):
     assert load_sidecar(out/'train*') is None and load_sidecar(out/'nothing*') is None
 
 
-def test_two_conversions_one_pattern(drawn):
-    images, annotations, out = drawn
+def test_two_conversions_can_share_a_pattern_if_their_classes_agree(toy_dataset):
+    images, annotations, out = toy_dataset
     for tag in ('a', 'b'): dataset_convert(images, annotations, out, tag=tag, num_shards=2)
     assert load_sidecar(out/'[ab]-*').num_images == 28
     edit(annotations, lambda d: d['categories'][0].update(name='disc'))
@@ -491,8 +493,8 @@ def test_two_conversions_one_pattern(drawn):
     with pytest.raises(ValueError, match='different categories'): load_sidecar(out/'[ab]-*')
 
 
-def test_status_tells_success_and_failure(drawn, tmp_path):
-    images, annotations, out = drawn
+def test_status_json_has_success_and_failure(toy_dataset, tmp_path):
+    images, annotations, out = toy_dataset
     dataset_convert(images, annotations, out, num_shards=2, results_dir=tmp_path/'res')
     events = [json.loads(o) for o in (tmp_path/'res'/'status.json').read_text().splitlines()]
     assert [e['status'] for e in events] == ['STARTED', 'RUNNING', 'SUCCESS']
@@ -516,8 +518,8 @@ def copies(annotations, n):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='signals differ')
 @pytest.mark.parametrize('how', ['SIGINT', 'SIGKILL'])
-def test_a_killed_conversion_goes_on_and_ends_the_same(drawn, tmp_path, how, capsys):
-    images, annotations, out = drawn
+def test_an_interrupted_conversion_continues_to_the_same_bytes(toy_dataset, tmp_path, how, capsys):
+    images, annotations, out = toy_dataset
     copies(annotations, 1500)
     code = f'''
 from effdet_nb.data.convert import dataset_convert
@@ -544,7 +546,7 @@ dataset_convert({str(images)!r}, {str(annotations)!r}, {str(out)!r}, workers=2, 
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='signals differ')
-def test_workers_end_with_a_killed_parent():
+def test_workers_end_when_their_parent_is_killed():
     code = '''
 import os, time
 from effdet_nb.data.workers import worker_pool
@@ -559,9 +561,9 @@ with worker_pool(2) as pool:
     assert run.communicate(timeout=20)[0] == ''
 
 
-def begin(drawn, num_shards, first):
+def interrupt_after(toy_dataset, num_shards, first):
     "A conversion that was stopped after its first shards."
-    images, annotations, out = drawn
+    images, annotations, out = toy_dataset
     started = []
     whole = workers.write_shard
     def write_first_shards(job):
@@ -573,13 +575,14 @@ def begin(drawn, num_shards, first):
         with pytest.raises(KeyboardInterrupt): dataset_convert(images, annotations, out, num_shards=num_shards)
 
 
-@pytest.mark.parametrize('change', ['picture', 'lost picture', 'note', 'shard', 'shard of zeros', 'json', 'shards'])
-def test_what_has_changed_since_is_done_again(drawn, tmp_path, change):
-    images, annotations, out = drawn
-    begin(drawn, 4, 2)
+@pytest.mark.parametrize('change',
+                         ['picture', 'missing image', 'note', 'shard', 'shard of zeros', 'json', 'shards'])
+def test_a_shard_is_written_again_if_its_input_has_changed(toy_dataset, tmp_path, change):
+    images, annotations, out = toy_dataset
+    interrupt_after(toy_dataset, 4, 2)
     part, count = out/'.train.part', 4
     if change == 'picture': file('000001.jpg', as_mode('L'))(images, None)
-    if change == 'lost picture': (images/'000001.jpg').unlink()
+    if change == 'missing image': (images/'000001.jpg').unlink()
     if change == 'note': (part/'train-00000-of-00004.json').write_text('{"shard":')
     if change == 'shard': truncate(part/'train-00000-of-00004.tfrecord')
     # a power cut before the disk had it
@@ -592,8 +595,8 @@ def test_what_has_changed_since_is_done_again(drawn, tmp_path, change):
     assert (out/'train_records.json').read_bytes() == (tmp_path/'straight'/'train_records.json').read_bytes()
 
 
-def test_a_full_disk_keeps_what_was_done(drawn, monkeypatch, capsys):
-    images, annotations, out = drawn
+def test_a_full_disk_keeps_finished_shards(toy_dataset, monkeypatch, capsys):
+    images, annotations, out = toy_dataset
     whole = shards.write_records
     def full(path, records, **kw):
         if '00002' in path.name[:12]: raise OSError(28, 'No space left on device')
@@ -608,9 +611,9 @@ def test_a_full_disk_keeps_what_was_done(drawn, monkeypatch, capsys):
 # --- beyond one machine ---
 
 @pytest.mark.slow
-def test_beam_writes_identical_records_with_two_workers(drawn, tmp_path):
+def test_beam_writes_identical_records_with_two_workers(toy_dataset, tmp_path):
     pytest.importorskip('apache_beam', reason='needs the extra [beam]')
-    images, annotations, out = drawn
+    images, annotations, out = toy_dataset
     (images/'000003.jpg').unlink()
     here = dataset_convert(images, annotations, tmp_path/'here', num_shards=5, include_masks=True, workers=1)
     beam = dataset_convert(images, annotations, out, num_shards=5, include_masks=True, workers=2, runner='local')
@@ -618,10 +621,10 @@ def test_beam_writes_identical_records_with_two_workers(drawn, tmp_path):
     for n in listing(out): assert (out/n).read_bytes() == (tmp_path/'here'/n).read_bytes(), n
 
 
-def test_without_beam_its_absence_is_told(drawn, monkeypatch):
+def test_without_beam_an_error_says_how_to_install_it(toy_dataset, monkeypatch):
     monkeypatch.setitem(sys.modules, 'apache_beam', None)
     with pytest.raises(ImportError, match=r'Apache Beam is not installed .* pip install "effdet_nb\[beam\]"'):
-        dataset_convert(*drawn, num_shards=2, runner='FlinkRunner')
+        dataset_convert(*toy_dataset, num_shards=2, runner='FlinkRunner')
     assert workers._beam_options('FlinkRunner', ['--flink_master=h:1'], None) == ['--runner=FlinkRunner',
                                                                                   '--flink_master=h:1']
 
@@ -629,7 +632,7 @@ def test_without_beam_its_absence_is_told(drawn, monkeypatch):
 # --- real pictures ---
 
 @pytest.mark.parametrize('split,image,annotation,kept', [('train', '171', 2288, 2804), ('val', '274', 3692, 1137)])
-def test_bccd_loses_one_box_and_says_which(shared_dir, tmp_path, split, image, annotation, kept):
+def test_bccd_loses_one_box_and_names_it(shared_dir, tmp_path, split, image, annotation, kept):
     data = shared_dir/'data'/'bccd'
     summary = dataset_convert(data/'images', data/f'{split}.json', tmp_path, num_shards=4)
     assert json.loads((tmp_path/f'{split}_warnings.json').read_text()) == {image: {'box': [annotation], 'mask': []}}
@@ -638,7 +641,7 @@ def test_bccd_loses_one_box_and_says_which(shared_dir, tmp_path, split, image, a
 
 
 @pytest.mark.parametrize('split,images,objects', [('train', 35, 425), ('val', 32, 359)])
-def test_coco_mini_with_masks(shared_dir, tmp_path, split, images, objects):
+def test_coco_mini_converts_with_masks(shared_dir, tmp_path, split, images, objects):
     data = shared_dir/'data'/'coco_mini'
     summary = dataset_convert(data/'images', data/f'{split}.json', tmp_path, include_masks=True, num_shards=4)
     assert summary.num_images == images and sum(summary.boxes_by_name.values()) == objects

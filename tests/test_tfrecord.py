@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.detector.toy_data import make_toy_dataset
-from effdet_nb.data.tfrecord import FEATURE_TYPES, make_example, masked_crc, parse_example, decode_example, read_records, write_records
+from effdet_nb.data.tfrecord import (
+    FEATURE_TYPES, decode_example, make_example, masked_crc, parse_example, read_records, write_records)
 
 
 # --- the format ---
@@ -111,5 +112,6 @@ def test_tensorflow_reads_the_same(tmp_path):
 
 
 def test_no_tensorflow_is_imported():
-    code = 'import sys, effdet_nb.data.convert; sys.exit(any(m in sys.modules for m in ("tensorflow", "keras", "matplotlib", "pycocotools")))'
+    code = ('import sys, effdet_nb.data.convert; '
+            'sys.exit(any(m in sys.modules for m in ("tensorflow", "keras", "matplotlib", "pycocotools")))')
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0

@@ -54,7 +54,8 @@ def anchor_spec_text(
     return f'aspect_ratios: "[{pairs}]" num_scales: {setting["num_scales"]} anchor_scale: {setting["anchor_scale"]:g}'
 
 # %% ../../nbs/data/15_anchor_fit.ipynb #0e53d9c0
-SIZE_RANGES = dict(small=(0, 32**2), medium=(32**2, 96**2), large=(96**2, np.inf)) # area, square pixels of the network input
+# area, square pixels of the network input
+SIZE_RANGES = dict(small=(0, 32**2), medium=(32**2, 96**2), large=(96**2, np.inf))
 MATCH_IOU = .5 # from here on an anchor is positive
 
 @dataclass(repr=False)
@@ -118,7 +119,8 @@ def measure_anchor_fit(
 )->AnchorFit:                 # prints as a table with a suggestion
     "Measures how many boxes find an anchor with an IoU of one half, and whether another setting would find more."
     boxes = as_boxes(boxes)
-    if not len(boxes): raise ValueError('anchor_fit: no boxes. Give the boxes of a data set, scaled to the network input')
+    if not len(boxes):
+        raise ValueError('anchor_fit: no boxes. Give the boxes of a data set, scaled to the network input')
     def ious(boxes, setting): return best_iou(boxes, all_anchors(image_hw, levels=levels, **setting))
     def share(boxes, setting): return float((ious(boxes, setting)>=MATCH_IOU).mean())
     setting = dict(aspects=tuple(map(tuple, aspects)), num_scales=num_scales, anchor_scale=anchor_scale)

@@ -8,7 +8,7 @@ __all__ = ['NUM_CLASSES_FIELD', 'MIN_SIDE', 'FEW', 'JSON_FIELD', 'SPLITS', 'Data
            'check_shards', 'check_epoch_size', 'DataCheck', 'check_records', 'check_before_training']
 
 # %% ../../nbs/data/17_check.ipynb #5658a00f
-import hashlib, os
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from .coco import load_coco
 from .pipeline import DataConfig, load_class_table
 from .record_index import Records, explain_no_match
 from .scan import SplitScan, scan_records
+from .shards import sha256_of
 from .tfrecord import find_record_files, load_sidecar, shards_by_sidecar
 
 # %% ../../nbs/data/17_check.ipynb #b528bc56
@@ -89,8 +90,9 @@ def check_box_counts(
         yield _error(split, f'none of the {num_empty:,} pictures has an object. '
                             'Were the annotations of another set converted?')
     elif num_empty*2>num_images:
-        yield _note(split, f'{num_empty:,} of {num_images:,} pictures ({num_empty/num_images:.0%}) have no object. They '
-                           'slow training down more than they teach; keep as many as there are pictures with objects')
+        yield _note(split,
+                    f'{num_empty:,} of {num_images:,} pictures ({num_empty/num_images:.0%}) have no object. They '
+                    'slow training down more than they teach; keep as many as there are pictures with objects')
 
 # %% ../../nbs/data/17_check.ipynb #c1990fe5
 def check_boxes(
@@ -146,7 +148,8 @@ def _small_note(small, sizes, shapes):
     median = np.median(np.sqrt(sizes[small].prod(1)))
     return _note('dataset_config.image_size',
                  f'{_share(small)} are smaller than half of the smallest anchor ({shapes.min():.0f} pixels) and match '
-                 f'only by force; the median is {median:.0f} pixels. Raise image_size, or lower model_config.anchor_scale')
+                 f'only by force; the median is {median:.0f} pixels. '
+                 'Raise image_size, or lower model_config.anchor_scale')
 
 def _thin_note(thin, sizes):
     ratio = np.exp(np.median(_elongation(sizes[thin])))
@@ -182,7 +185,8 @@ def _check_image_ids(scan, file_ids, file_name):
         yield _error(JSON_FIELD, f'{len(unknown):,} of {scan.num_images:,} validation pictures are not in {file_name}, '
                                  f'such as image {unknown[0]}. Give the file the records were made from')
     elif num_absent and scan.is_complete:
-        yield _note(JSON_FIELD, f'{num_absent:,} of its {len(file_ids):,} pictures have no record; they are not evaluated')
+        yield _note(JSON_FIELD,
+                    f'{num_absent:,} of its {len(file_ids):,} pictures have no record; they are not evaluated')
     if num_repeated:
         yield _error('validation', f'{num_repeated:,} pictures have the image id of another one. Evaluation would mix '
                                    'them up; make ids unique and convert again')
@@ -198,10 +202,12 @@ def check_split_overlap(
         shared = train_sums & {*val.checksums}
         if shared:
             example = val.image_ids[val.checksums.index(min(shared))]
-            yield _note('validation', f'{len(shared):,} of {val.num_images:,} pictures are in the training set as well, '
-                                      f'such as image {example}. Scores will be too good; remove them from one of the two')
+            yield _note('validation',
+                        f'{len(shared):,} of {val.num_images:,} pictures are in the training set as well, '
+                        f'such as image {example}. Scores will be too good; remove them from one of the two')
     num_copies = train.num_images-len(train_sums)
-    if num_copies: yield _note('training', f'{num_copies:,} of {train.num_images:,} pictures are exact copies of others')
+    if num_copies:
+        yield _note('training', f'{num_copies:,} of {train.num_images:,} pictures are exact copies of others')
 
 # %% ../../nbs/data/17_check.ipynb #8609679c
 def check_shards(
@@ -218,22 +224,21 @@ def check_shards(
         return
     shards = {path:shard for part in by_sidecar.values() for path,shard in part.items()}
     present = {os.path.abspath(path) for path in records.files}
-    absent = sorted({*shards}-present)
+    yield from _check_absent(sorted({*shards}-present), shards, f'"{pattern_name(pattern)}" matches {len(present)}',
+                             source)
+    if not verify_checksums: return
+    for path in sorted(present & {*shards}):
+        if sha256_of(path)!=shards[path]['sha256']:
+            yield _error(source, f'{Path(path).name} is not the file that was written, its checksum differs. '
+                                 'Copy or convert it again')
+
+def _check_absent(absent, shards, matches, source):
+    "Problems of shards that were written but not found: missing, or not matched by the pattern."
     missing = [path for path in absent if not os.path.isfile(path)]
     if missing:
         yield _error(source, f'{len(missing)} of {len(shards)} shards are missing, such as {Path(missing[0]).name}. '
                              'Copy them, or convert again')
-    elif absent:
-        yield _note(source, f'"{pattern_name(pattern)}" matches {len(present)} of {len(shards)} shards')
-    if verify_checksums: yield from _check_checksums({path:shards[path] for path in sorted(present & {*shards})}, source)
-
-def _check_checksums(shards, source):
-    "Problems of files whose bytes are not those that were written."
-    for path,shard in shards.items():
-        with open(path, 'rb') as f: checksum = hashlib.file_digest(f, 'sha256').hexdigest()
-        if checksum!=shard['sha256']:
-            yield _error(source, f'{Path(path).name} is not the file that was written, its checksum differs. '
-                                 'Copy or convert it again')
+    elif absent: yield _note(source, f'{matches} of {len(shards)} shards')
 
 # %% ../../nbs/data/17_check.ipynb #39e0d590
 def check_epoch_size(
@@ -249,7 +254,8 @@ def check_epoch_size(
                     f'{epoch_size:,}, but there are {num_train:,} training pictures: an epoch shows each '
                     f'{epoch_size/num_train:.1f} times. Leave it out to have them counted')
     if batch_size and batch_size>num_train:
-        yield _note('training_config.train_batch_size', f'{batch_size} is more than the {num_train:,} training pictures')
+        yield _note('training_config.train_batch_size',
+                    f'{batch_size} is more than the {num_train:,} training pictures')
     if eval_samples and num_val is not None and eval_samples>num_val:
         yield _note('eval_config.eval_samples',
                     f'{eval_samples:,}, but there are {num_val:,} validation pictures; all are used')
@@ -331,7 +337,8 @@ def check_records(
     if train and anchors is not None: problems += check_anchors(train, config.image_hw, anchors)
     if val and config.validation_json_file: problems += check_annotation_file(val, config.validation_json_file)
     if train and limit is None: problems += check_split_overlap(train, val)
-    if train: problems += check_epoch_size(train.num_records, val and val.num_records, epoch_size, batch_size, eval_samples)
+    if train:
+        problems += check_epoch_size(train.num_records, val and val.num_records, epoch_size, batch_size, eval_samples)
     errors_first = sorted(dict.fromkeys(problems), key=lambda p: not p.is_error)
     return DataCheck(errors_first, scans, config.image_hw, _category_names(config), anchors)
 

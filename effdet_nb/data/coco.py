@@ -194,7 +194,8 @@ def _unusable_category_ids(lists):
         value = category['id']
         if isinstance(value, int) and not isinstance(value, bool) and value>=0: continue
         yield AnnotationIssue('categories', (i,), Fault.UNUSABLE_ID,
-                              f'categories[{i}] ({category["name"]}): id is {value!r}; need a whole number, best from 1')
+                              f'categories[{i}] ({category["name"]}): id is {value!r}; '
+                              'need a whole number, best from 1')
 
 def _unusable_ids(lists):
     "Finds ids that are neither numbers nor text."
@@ -243,7 +244,8 @@ def _indices_by_unknown_id(annotations, key, known):
 
 def _dangling_ids(lists, all_image_ids=frozenset()):
     "Finds references to entries that are not there; `all_image_ids` had entries before some were taken out."
-    for key,name,fault in (('image_id','images',Fault.UNKNOWN_IMAGE), ('category_id','categories',Fault.UNKNOWN_CATEGORY)):
+    for key,name,fault in (('image_id','images',Fault.UNKNOWN_IMAGE),
+                           ('category_id','categories',Fault.UNKNOWN_CATEGORY)):
         known = {entry['id'] for _,entry in _remaining(lists[name])}
         values = [a[key] for _,a in _remaining(lists['annotations'])]
         if {*map(type, values)}<={int,str} and known.issuperset(values): continue

@@ -122,7 +122,8 @@ def _category_rows(boxes_by_name, limit=12):
 
 @patch
 def __repr__(self:ConversionResult):
-    rows = [('images', self.num_images), ('  of them without objects', self.num_empty_images), ('boxes', self.num_boxes)]
+    rows = [('images', self.num_images), ('  of them without objects', self.num_empty_images),
+            ('boxes', self.num_boxes)]
     rows += [(f'  {name}', count) for name,count in _category_rows(self.boxes_by_name)]
     lines = [f'{self.tag}: {len(self.files)} shards', *(f'  {name:<44}{count:>9,}' for name,count in rows)]
     return '\n'.join([*lines, *_issue_lines(self.report), f'  all ids and cures: {self.report_file.name}'])
@@ -134,7 +135,8 @@ def tao_warnings(
 )->dict:                      # image id -> {'box': annotation ids, 'mask': annotation ids}
     "Lists boxes out of bounds or without size, and masks outside their box, as TAO does."
     boxes,masks = {*report.clipped_boxes},{*report.masks_outside_box}
-    for fault in (Fault.OUT_OF_BOUNDS, Fault.NO_SIZE, Fault.NOT_FINITE): boxes.update(report.dropped_boxes.get(fault, ()))
+    for fault in (Fault.OUT_OF_BOUNDS, Fault.NO_SIZE, Fault.NOT_FINITE):
+        boxes.update(report.dropped_boxes.get(fault, ()))
     image_ids = {image_id for image_id,_ in boxes|masks}
     warnings = {}
     for image_id,annotations in conversion.coco.annotations.items():
@@ -335,10 +337,11 @@ def dataset_convert(
     workers:int=None,          # processes; None is one for each core, or just this one for a small annotation file
     results_dir=None,          # folder for status.json; None writes none
     strict:bool=False,         # write nothing if anything is wrong
-    runner:str=None,           # Apache Beam runner: 'local', or 'FlinkRunner', 'SparkRunner', 'DataflowRunner', ...; None does without Beam
+    # Apache Beam runner: 'local', or 'FlinkRunner', 'SparkRunner', 'DataflowRunner', ...; None does without Beam
+    runner:str=None,
     runner_options:tuple=(),   # for that runner, such as '--flink_master=host:8081'
 )->ConversionResult:           # what was written, left out and noticed
-    "Converts images and a COCO file to TFRecord shards `<tag>-00000-of-00256.tfrecord`, with a report of everything left out."
+    "Converts images and a COCO file to TFRecord shards, with a report of everything left out."
     tag = Path(annotations_file).stem if tag is None else tag
     with ExitStack() as stack:
         status = stack.enter_context(Status(results_dir or '', 'dataset_convert', enabled=results_dir is not None))

@@ -45,7 +45,8 @@ def record_files(
     split:str='training',  # training or validation
 )->list:                   # paths, sorted
     "Lists the record files of one split."
-    if split not in ('training','validation'): raise ValueError(f"split: {split!r}; 'training' and 'validation' are allowed")
+    if split not in ('training','validation'):
+        raise ValueError(f"split: {split!r}; 'training' and 'validation' are allowed")
     field = f'{split}_file_pattern'
     return require_record_files(getattr(self, field), field)
 
@@ -73,7 +74,8 @@ def read_training_example(
     if skip_crowd: _drop_crowds(example)
     name,count = f"{records.record_name(i)}, image {example['source_id']}",len(example['boxes'])
     if count>max_instances:
-        raise ValueError(f'{name}: {count} objects, max_instances_per_image is {max_instances}. Raise it in dataset_config')
+        raise ValueError(f'{name}: {count} objects, max_instances_per_image is {max_instances}. '
+                         'Raise it in dataset_config')
     try: channels = [classes.channel(int(k)) for k in example['labels']]
     except ValueError as e: raise ValueError(f'{name}: {e}') from None
     return dict(example, channels=np.array(channels, np.int32))
@@ -224,7 +226,9 @@ def _training_example(number, loader):
     key = tf.stack([tf.constant(config.seed, tf.int64), number])
     scale,_ = sample_scale_jitter(key, *scales)
     image,boxes,classes = tf.py_function(_recording_failures(loader), [number, scale], (tf.uint8, tf.float32, tf.int32))
-    image,boxes,classes = tf.ensure_shape(image, (None,None,3)),tf.ensure_shape(boxes, (None,4)),tf.ensure_shape(classes, (None,))
+    image,boxes,classes = tf.ensure_shape(image, (None,None,3)),tf.ensure_shape(boxes,
+                                                                                (None,
+                                                                                 4)),tf.ensure_shape(classes, (None,))
     image,boxes,classes = augment(image, boxes, classes, config.image_hw, key, config.hflip, *scales)
     return dict(images=image, **_pad_objects(boxes, classes, config.max_instances))
 
@@ -287,9 +291,9 @@ def train_dataset(
 ):                       # endless tf.data.Dataset of dicts, see below
     """Makes training batches: shuffled, augmented, endless, and the same for the same seed from any step on.
 
-    A batch has images uint8 [N,H,W,3]; gt_boxes [N,M,4] yxyx pixels and gt_classes [N,M] channels, padded with -1; num_boxes [N].
-    `assign_fn(gt_boxes, gt_classes)` gets these of one image as NumPy arrays and returns class targets, box targets and the number of positives;
-    a batch then has cls_targets, box_targets and num_positives as well."""
+    A batch has images uint8 [N,H,W,3]; gt_boxes [N,M,4] yxyx pixels and gt_classes [N,M] channels, padded with -1;
+    num_boxes [N]. `assign_fn(gt_boxes, gt_classes)` gets these of one image as NumPy arrays and returns class targets,
+    box targets and the number of positives; a batch then has cls_targets, box_targets and num_positives as well."""
     if not 0<config.min_scale<=config.max_scale:
         raise ValueError(f'augmentation_config: random_crop_min_scale {config.min_scale}, random_crop_max_scale '
                          f'{config.max_scale}; 0 < min <= max is needed')

@@ -97,20 +97,27 @@ def encode(
     report = ConversionReport() if report is None else report
     image_id,file_name = image_info['id'],image_info['file_name']
     try: image = probe_image(os.path.join(self.image_dir, file_name))
-    except Exception as e:
-        report.dropped_images[image_fault(e)].append((image_id, file_name))
-        report.dropped_boxes[Fault.IMAGE_LEFT_OUT] += [(image_id, a['id']) for a in annotations]
-        return None
+    except Exception as e: return _drop_image(image_info, annotations, image_fault(e), report)
     h,w = image.original_hw
     hw = int(image_info['height'] or h), int(image_info['width'] or w)
     for fault,detail in image.warnings: report.add_note(fault, file_name, detail)
     if hw!=image.original_hw: report.add_note(Fault.SIZE_DIFFERS, file_name)
     objects = self.encode_objects(annotations, hw, image_id, report)
     _count_image(report, len(objects['image/object/area']))
-    return make_example({
-        'image/height':hw[0], 'image/width':hw[1], 'image/filename':file_name, 'image/source_id':str(image_id),
-        'image/key/sha256':hashlib.sha256(image.data).hexdigest(), 'image/encoded':image.data,
-        'image/format':image.file_format, **objects})
+    return make_example({**_image_features(image, hw, image_id, file_name), **objects})
+
+def _drop_image(image_info, annotations, fault, report):
+    "Reports an image that cannot be used, and its boxes."
+    image_id = image_info['id']
+    report.dropped_images[fault].append((image_id, image_info['file_name']))
+    report.dropped_boxes[Fault.IMAGE_LEFT_OUT] += [(image_id, a['id']) for a in annotations]
+
+def _image_features(image, hw, image_id, file_name):
+    "The part of a record about the image."
+    height,width = hw
+    return {'image/height':height, 'image/width':width, 'image/filename':file_name, 'image/source_id':str(image_id),
+            'image/key/sha256':hashlib.sha256(image.data).hexdigest(), 'image/encoded':image.data,
+            'image/format':image.file_format}
 
 def _count_image(report, num_objects):
     "Counts one image that was written."

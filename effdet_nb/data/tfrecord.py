@@ -187,8 +187,8 @@ def decode_example(
 )->dict:                      # see below
     """Decodes one record into the types and units used everywhere else.
 
-    image (encoded bytes), format, height, width, filename, source_id, sha256; for N objects: boxes [N, 4] yxyx pixels, labels [N] (category ids),
-    names, is_crowd [N], area [N] (square pixels), masks (PNG files)."""
+    image (encoded bytes), format, height, width, filename, source_id, sha256; for N objects: boxes [N, 4]
+    yxyx pixels, labels [N] (category ids), names, is_crowd [N], area [N] (square pixels), masks (PNG files)."""
     try: features = parse_example(data)
     except ValueError as e: raise ValueError(f'{record_name}: {e}') from None
     missing = [key for key in REQUIRED_FEATURES if not features.get(key)]
@@ -280,8 +280,8 @@ def _check_sizes(files, shards):
     for file in files:
         size,written = os.path.getsize(file),shards[file]['size']
         if size!=written:
-            raise ValueError(f'{file}: {size:,} bytes, but {written:,} were written. The file was changed or not copied '
-                             'completely; copy or convert it again')
+            raise ValueError(f'{file}: {size:,} bytes, but {written:,} were written. The file was changed or not '
+                             'copied completely; copy or convert it again')
 
 def _check_same_classes(file_pattern, contents):
     "Rejects conversions with different categories."

@@ -36,10 +36,13 @@ def validate_box(
     if x>=0 and y>=0 and w>SURE_SIZE and h>SURE_SIZE and x+w<=W<65536 and y+h<=H<65536: return box, None # most boxes
     if not math.isfinite(x+y+w+h): return None, Fault.NOT_FINITE
     if not _has_size(box): return None, Fault.NO_SIZE
-    is_inside = min(x, y)>=-SLACK and y+h<=H+SLACK and x+w<=W+SLACK
-    cut = max(y, 0.), max(x, 0.), min(y+h, float(H)), min(x+w, float(W))
-    if is_inside: return cut, None
+    cut = _cut_at_edges(box, H, W)
+    if max(abs(a-b) for a,b in zip(box, cut))<=SLACK: return cut, None
     return (cut if clip and _has_size(cut) else None), Fault.OUT_OF_BOUNDS
+
+def _cut_at_edges(box, height, width):
+    y1,x1,y2,x2 = box
+    return max(y1, 0.), max(x1, 0.), min(y2, float(height)), min(x2, float(width))
 
 # %% ../../nbs/data/05_validate.ipynb #aebe5148
 def draw_invalid_boxes(

@@ -81,7 +81,8 @@ def _beam_options(runner, options, num_workers):
     "Command line options for Beam; 'local' is this machine, with a process for each worker."
     if runner!='local': return [f'--runner={runner}', *options]
     processes = num_workers or os.cpu_count() or 1
-    return ['--runner=FnApiRunner', f'--direct_num_workers={processes}', '--direct_running_mode=multi_processing', *options]
+    return ['--runner=FnApiRunner', f'--direct_num_workers={processes}', '--direct_running_mode=multi_processing',
+            *options]
 
 def _write_saved_shard(path):
     "Does the job saved beside a shard, on whatever machine this is."
