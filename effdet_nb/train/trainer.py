@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEP_METRICS', 'enable_determinism', 'amp_policy', 'dtype_policy_scope', 'with_loss_scaling', 'freeze_backbone',
-           'build_trainable', 'build_optimizer', 'squared_gradient_norms', 'scale_tensors', 'Trainer', 'worker_dataset',
-           'training_batches']
+           'build_trainable', 'build_optimizer', 'build_ema', 'gradient_group', 'squared_gradient_norms',
+           'scale_tensors', 'Trainer', 'worker_dataset', 'training_batches']
 
 # %% ../../nbs/train/06_trainer.ipynb #bb01337c
 import keras, re, tensorflow as tf
@@ -101,6 +101,21 @@ def build_optimizer(
     optimizer.build(model.trainable_variables)
     return optimizer
 
+def build_ema(
+    config:TrainingConfig, # moving_average_decay
+    model:keras.Model,     # the model to train
+)->Ema:                    # None if the decay is 0
+    "Builds the moving average of a model's weights."
+    decay = config.moving_average_decay
+    return Ema(model.weights, decay) if decay else None
+
+# %% ../../nbs/train/06_trainer.ipynb #f436c1ed
+def gradient_group(
+    path:str, # path of a variable, such as `block3a_bn/gamma`
+)->str:       # stem, block1 to block7, fpn, class or box: parts of the names of metrics
+    "Returns the group in which the gradient of a variable is measured: its component."
+    return component_of(path).removesuffix('_net')
+
 # %% ../../nbs/train/06_trainer.ipynb #2e082e38
 def squared_gradient_norms(
     gradients,   # list of tensors
@@ -132,14 +147,13 @@ class Trainer:
         self.strategy = strategy or tf.distribute.get_strategy()
         self.num_replicas = self.strategy.num_replicas_in_sync
         self.step = 0                        # steps done
-        policy, decay = amp_policy() if self.config.amp else 'float32', self.config.moving_average_decay
-        with self.strategy.scope(), dtype_policy_scope(policy):
+        with self.strategy.scope(), dtype_policy_scope(amp_policy() if self.config.amp else 'float32'):
             self.model = build_trainable(arch, plan, synchronized=self.num_replicas > 1)
             self.lr_schedule = make_lr_schedule(self.config, plan.steps_per_epoch)
             self.optimizer = build_optimizer(self.config, self.lr_schedule, self.model)
-            self.ema = Ema(self.model.weights, decay) if decay else None
+            self.ema = build_ema(self.config, self.model)
         self.forward = training_forward(self.model, arch)      # images -> raw outputs, fast on a CPU
-        self.gradient_groups = [component_of(v.path).removesuffix('_net') for v in self.model.trainable_variables]
+        self.gradient_groups = [gradient_group(v.path) for v in self.model.trainable_variables]
         self.gradient_group_names = list(dict.fromkeys(self.gradient_groups))
         self.metric_names = [*STEP_METRICS, *(f'gradient_{name}' for name in self.gradient_group_names)]
         self.compiled_gradients = self._compile_gradients()
