@@ -7,8 +7,9 @@ __all__ = ['tf_on_cpu', 'flatten_spatial', 'pointwise_conv2d', 'bias_activation'
            'depthwise_conv2d', 'has_static_same_padding', 'fast_depthwise_conv', 'fast_separable_conv',
            'fused_norm_kernel', 'update_statistics', 'norm_affine', 'train_batch_norm', 'FusedBatchNorm',
            'FusedNormLayers', 'swish_grad', 'xla_compile', 'memory_efficient_swish', 'norm_swish', 'covariance',
-           'pointwise_batch_stats', 'affine_swish', 'fused_conv_affine_swish', 'fused_conv_norm_swish',
-           'multiply_affine_swish', 'memory_efficient_excite', 'learns_from_batch', 'FastLayers', 'training_forward']
+           'pointwise_batch_stats', 'affine_swish', 'conv_affine_grad', 'fused_conv_affine_swish',
+           'fused_conv_norm_swish', 'multiply_affine_swish', 'memory_efficient_excite', 'learns_from_batch',
+           'FastLayers', 'training_forward']
 
 # %% ../../nbs/accel/01_cpu_layers.ipynb #087372f5
 from dataclasses import dataclass
@@ -289,6 +290,21 @@ def affine_swish(
     y = x*ops.cast(scale, x.dtype)+ops.cast(shift, x.dtype)
     return y*ops.sigmoid(y)
 
+# %% ../../nbs/accel/01_cpu_layers.ipynb #dade1f96
+def conv_affine_grad(
+    x,     # [N,H,W,C]
+    w,     # [C,D] kernel
+    scale, # [D]
+    d,     # [N,H,W,D] gradient of conv(x)*scale + shift
+)->tuple:  # gradients of x, of the kernel [1,1,C,D], of scale and of shift
+    "The gradients of a 1x1 convolution and the affine function after it, from two matrix products. TensorFlow only."
+    import tensorflow as tf
+    rows = flatten_spatial(d)
+    dx = tf.matmul(rows, w*scale, transpose_b=True)
+    dw = tf.matmul(flatten_spatial(x), rows, transpose_a=True)
+    dscale, dshift = tf.reduce_sum(dw*w, 0), tf.reduce_sum(d, (0,1,2))
+    return tf.reshape(dx, tf.shape(x)), (dw*scale)[None,None], dscale, dshift
+
 # %% ../../nbs/accel/01_cpu_layers.ipynb #142ea9b8
 def fused_conv_affine_swish(
     x,     # [N,H,W,C]
@@ -303,10 +319,7 @@ def fused_conv_affine_swish(
         y = tf.nn.conv2d(x, w, 1, 'VALID')
         def grad(dz):
             with tf.control_dependencies([dz]): d = xla_compile(swish_grad)(y, scale, shift, dz)
-            dx = tf.matmul(flatten_spatial(d), w[0,0]*scale, transpose_b=True)
-            dw = tf.matmul(flatten_spatial(x), flatten_spatial(d), transpose_a=True)
-            dscale, dshift = tf.reduce_sum(dw*w[0,0], 0), tf.reduce_sum(d, (0,1,2))
-            return tf.reshape(dx, tf.shape(x)), (dw*scale)[None,None], dscale, dshift
+            return conv_affine_grad(x, w[0,0], scale, d)
         return xla_compile(affine_swish)(y, scale, shift), grad
     return act(x, tf.convert_to_tensor(w), scale, shift)
 

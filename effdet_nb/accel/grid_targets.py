@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AnchorGrid', 'level_starts', 'level_grid', 'grid_of_locations', 'rebuild_anchors', 'anchor_grid', 'elementwise_iou',
-           'nearest_iou', 'anchor_windows', 'unroll_windows', 'candidate_anchors', 'best_object_of_anchors',
-           'best_anchor_of_objects', 'match_on_grid', 'assign_on_grid']
+           'nearest_iou', 'max_center_distance', 'anchor_windows', 'unroll_windows', 'candidate_anchors',
+           'best_object_of_anchors', 'best_anchor_of_objects', 'match_on_grid', 'assign_on_grid']
 
 # %% ../../nbs/accel/02_grid_targets.ipynb #8d5e703e
 import numpy as np
@@ -124,6 +124,17 @@ def nearest_iou(
     return elementwise_iou(boxes[:, None, None], grid.anchors[index])
 
 # %% ../../nbs/accel/02_grid_targets.ipynb #1ba0dd6d
+def max_center_distance(
+    box_hw,    # [W, 2] height and width of boxes, pixels
+    anchor_hw, # [W, 2] height and width of anchors, pixels
+    ious,      # [W] IoU to reach, above 0
+):             # [W, 2] vertical and horizontal distance, pixels
+    "How far apart the centres of a box and an anchor may be for an IoU, with a hundredth of a pixel to spare."
+    intersection = ious/(1+ious) * (box_hw.prod(1)+anchor_hw.prod(1))           # square pixels, at least
+    shared_hw = intersection[:, None]/np.minimum(box_hw, anchor_hw)[:, ::-1]     # height and width, at least
+    return (box_hw+anchor_hw)/2 - shared_hw + .01
+
+# %% ../../nbs/accel/02_grid_targets.ipynb #468db7fb
 def anchor_windows(
     grid:AnchorGrid, # the anchors
     boxes,           # [W, 4] yxyx pixels, float32
@@ -133,12 +144,10 @@ def anchor_windows(
 )->tuple:            # first [W, 2] and last [W, 2] (row, column); last < first where there is none
     "The rows and columns outside of which no anchor of a shape reaches an IoU with a box."
     centers = (boxes[:, :2].astype(float)+boxes[:, 2:])/2
-    box_hw, anchor_hw = boxes[:, 2:].astype(float)-boxes[:, :2], grid.anchor_hw[levels, shapes]
-    intersection = ious/(1+ious) * (box_hw.prod(1)+anchor_hw.prod(1))                # square pixels, at least
-    shared_hw = intersection[:, None]/np.minimum(box_hw, anchor_hw)[:, ::-1]          # height and width, at least
-    distance = (box_hw+anchor_hw)/2 - shared_hw + .01                                 # of the centres, at most
-    first = np.ceil((centers-distance-grid.origin[levels])/grid.stride[levels])
-    last = np.floor((centers+distance-grid.origin[levels])/grid.stride[levels])
+    box_hw = boxes[:, 2:].astype(float)-boxes[:, :2]
+    distance = max_center_distance(box_hw, grid.anchor_hw[levels, shapes], ious)
+    origin, stride = grid.origin[levels], grid.stride[levels]
+    first, last = np.ceil((centers-distance-origin)/stride), np.floor((centers+distance-origin)/stride)
     return np.maximum(first, 0).astype(int), np.minimum(last, grid.grid_hw[levels]-1).astype(int)
 
 # %% ../../nbs/accel/02_grid_targets.ipynb #19d96564

@@ -51,14 +51,14 @@ class LayerFactory:
 
     def conv(self, x, filters, name, kernel=1, stride=1, use_bias=False, init=CONV_INIT, activation=None):
         "A convolution with `same` padding."
-        conv = self.layer(layers.Conv2D, name, filters=self.num_filters(name, filters), kernel_size=kernel, strides=stride,
-            padding='same', use_bias=use_bias, kernel_initializer=copy_initializer(init), activation=activation)
+        conv = self.layer(layers.Conv2D, name, filters=self.num_filters(name, filters), kernel_size=kernel,
+            strides=stride, padding='same', use_bias=use_bias, kernel_initializer=copy_initializer(init), activation=activation)
         return conv(x)
 
     def depthwise_conv(self, x, kernel, stride, name):
         "A convolution of each channel on its own."
-        conv = self.layer(layers.DepthwiseConv2D, name, kernel_size=kernel, strides=stride, padding='same', use_bias=False,
-            depthwise_initializer=copy_initializer(CONV_INIT))
+        conv = self.layer(layers.DepthwiseConv2D, name, kernel_size=kernel, strides=stride, padding='same',
+            use_bias=False, depthwise_initializer=copy_initializer(CONV_INIT))
         return conv(x)
 
     def separable_conv(self, filters, name, init='glorot_uniform', bias_init='zeros'):

@@ -17,7 +17,7 @@ def nearest_indices(
     input_size:int,  # entries along the axis
     output_size:int, # entries wanted
 )->np.ndarray:       # [output_size] int32
-    "Which entry of an axis each entry of the resized axis copies: the one at or before its position, as TensorFlow counts."
+    "Which entry each entry of a resized axis copies: the one at or before its position, as TensorFlow counts."
     positions = np.arange(output_size, dtype=np.float32)*np.float32(input_size/output_size)
     return np.minimum(np.floor(positions), input_size-1).astype(np.int32)
 

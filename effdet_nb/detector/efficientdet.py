@@ -87,7 +87,7 @@ def pixel_mean_std(
     lite:bool,          # whether the variant is a lite one
     num_channels:int=3, # 3 for colour, 1 for grey
 )->tuple:               # (mean, standard deviation), one number per channel, on the scale 0..255
-    "The scale of the pixels that the published weights of a family expect; grey has the luma-weighted mean of the colours."
+    "The pixel scale that the published weights of a family expect; grey has the luma-weighted mean of the colours."
     mean, std = ((127.,)*3, (128.,)*3) if lite else (IMAGENET_MEAN_RGB, IMAGENET_STD_RGB)
     if num_channels == 3: return mean, std
     return (float(np.dot(LUMA_WEIGHTS, mean)),), (float(np.dot(LUMA_WEIGHTS, std)),)

@@ -116,7 +116,7 @@ def assign(
     gt_boxes,         # [M, 4] yxyx pixels; M may change from image to image, and be 0
     gt_classes,       # [M] channel of each object, -1 marks padding
     iou_threshold=.5, # an anchor with this IoU or more is positive
-):                    # cls_targets [A] int32 (-1 = background), box_targets [A, 4] float32 (0 = background), num_positives int32
+):                    # cls_targets [A] int32, -1 for background; box_targets [A, 4] float32; num_positives int32
     "The training targets of every anchor of one image."
     anchors = ops.convert_to_tensor(anchors, 'float32')
     boxes, classes = append_background(gt_boxes, gt_classes)
@@ -137,7 +137,8 @@ def positives_per_level(
     "Counts the positive anchors of each pyramid level."
     num_anchors = [anchors_per_location*prod(feature_size(image_hw, level)) for level in levels]
     if len(cls_targets) != sum(num_anchors):
-        raise ValueError(f'positives_per_level: {len(cls_targets):,} anchors, but {image_hw[0]} by {image_hw[1]} pixels '
+        height, width = image_hw
+        raise ValueError(f'positives_per_level: {len(cls_targets):,} anchors, but {height} by {width} pixels '
                          f'have {sum(num_anchors):,}. Pass the size the anchors were made for')
     parts = np.split(np.asarray(cls_targets) >= 0, np.cumsum(num_anchors))
     return {f'P{level}': int(part.sum()) for level,part in zip(levels, parts)}
