@@ -194,7 +194,8 @@ def is_wide_norm(op): return op.type == 'FusedBatchNormV3' and op.outputs[0].sha
 def test_the_input_of_swish_is_not_kept():
     model = make_block()
     graph = step_graph(fast_block(model), model.trainable_weights)
-    assert readers(graph, is_wide_norm) == [['Mul', 'Sigmoid']]      # of two norms; the one after the expansion is not computed
+    # of two norms; the one after the expansion is not computed
+    assert readers(graph, is_wide_norm) == [['Mul', 'Sigmoid']]
     graph = step_graph(partial(model, training=True), model.trainable_weights)
     found = readers(graph, is_wide_norm)
     assert len(found) == 2 and all(len(types) > 2 or 'SiluGrad' in types for types in found), found

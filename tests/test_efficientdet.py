@@ -1,4 +1,6 @@
-"The network against the reference: every number of every variant. (The forward pass is in test_import_weights.py, on imported weights.)"
+"""The network against the reference: every number of every variant.
+
+The forward pass is in test_import_weights.py, on imported weights."""
 import json
 
 import keras
@@ -114,5 +116,5 @@ def test_every_layer_of_a_pruned_description_gets_its_width():
     assert model.get_layer('block2b_dwconv').output.shape[-1] == 48
 
 
-def test_the_pyramid_listens_to_levels_that_exist():
+def test_inputs_of_pyramid_nodes_exist():
     for i, (level, inputs) in enumerate(FPN_NODES): assert max(inputs) < i+5 and 3 <= level <= 7

@@ -1,4 +1,4 @@
-"Guards of the targets chapter: the exam sheet of a peer implementation, digit by digit, and a slow and plain second opinion."
+"Targets: the numbers of a peer implementation, digit by digit, and a slow and plain second implementation."
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -10,12 +10,13 @@ from effdet_nb.detector.anchors import all_anchors
 
 def plain_assign(anchors, boxes, classes):
     "The rule as one would tell it, one object at a time."
-    area = lambda b: (b[:, 2]-b[:, 0]) * (b[:, 3]-b[:, 1])
+    def area(b): return (b[:, 2]-b[:, 0]) * (b[:, 3]-b[:, 1])
     best, row = np.full(len(anchors), -1., 'float32'), np.full(len(anchors), -1)
     forced = {}
     for i, (box, channel) in enumerate(zip(boxes, classes)):
         if channel < 0 or (box[2:] <= box[:2]).any(): continue
-        overlap = np.prod(np.maximum(np.minimum(anchors[:, 2:], box[2:]) - np.maximum(anchors[:, :2], box[:2]), 0), axis=1)
+        shared = np.minimum(anchors[:, 2:], box[2:]) - np.maximum(anchors[:, :2], box[:2])
+        overlap = np.prod(np.maximum(shared, 0), axis=1)
         iou = overlap / (area(anchors) + area(box[None]) - overlap)
         row[(iou >= .5) & (iou > best)] = i
         best = np.maximum(best, iou)
@@ -32,18 +33,24 @@ def oracle(shared_dir):
     return np.load(shared_dir/'oracle/targets_512.npz'), np.load(shared_dir/'oracle/anchors_512x512.npz')['anchors']
 
 
+def all_levels(numbers, case, kind, width):
+    "The peer's targets of an image, level after level."
+    parts = [numbers[f'case{case}_{kind}_targets_{level}'] for level in range(3, 8)]
+    return np.concatenate([part.reshape(-1, width) for part in parts])
+
+
 @pytest.mark.parametrize('case', range(6))
 @pytest.mark.parametrize('padding', [0, 79])
 def test_targets_equal_the_peers(oracle, case, padding):
     numbers, anchors = oracle
-    part = lambda kind, width: np.concatenate([numbers[f'case{case}_{kind}_targets_{level}'].reshape(-1, width) for level in range(3, 8)])
     boxes, classes = numbers[f'case{case}_gt_boxes_abs_yxyx'], numbers[f'case{case}_gt_classes_1based']-1
     boxes = np.pad(boxes, [(0, padding), (0, 0)], constant_values=-1)
-    cls, box, count = run(anchors, boxes, np.pad(classes, (0, padding), constant_values=-1))
-    np.testing.assert_array_equal(cls, part('cls', 1)[:, 0])
-    np.testing.assert_allclose(box, part('box', 4), atol=2e-5)
+    padded_classes = np.pad(classes, (0, padding), constant_values=-1)
+    cls, box, count = run(anchors, boxes, padded_classes)
+    np.testing.assert_array_equal(cls, all_levels(numbers, case, 'cls', 1)[:, 0])
+    np.testing.assert_allclose(box, all_levels(numbers, case, 'box', 4), atol=2e-5)
     assert count == numbers[f'case{case}_num_positives']
-    np.testing.assert_array_equal(cls, plain_assign(anchors, boxes, np.pad(classes, (0, padding), constant_values=-1))[0])
+    np.testing.assert_array_equal(cls, plain_assign(anchors, boxes, padded_classes)[0])
 
 
 side = st.sampled_from([0., 4., 8., 12., 16., 24., 32.])        # a coarse grid, so that ties are common
@@ -68,7 +75,7 @@ def test_any_boxes_give_what_the_plain_rule_gives(anchors, objects):
         np.testing.assert_allclose(np.concatenate([centre-half, centre+half]), boxes[row[i]], atol=1e-3)
 
 
-def test_an_object_nobody_sees_makes_no_anchor_positive():
+def test_an_object_that_overlaps_no_anchor_makes_none_positive():
     anchors = np.float32([[0, 0, 8, 8], [8, 8, 16, 16]])
     for box in [4, 4, 4, 9], [100, 100, 120, 120], [-50, -50, -20, -20], [9, 9, 3, 3], [9, 1, 1, 9]:     # the last would have the area -64
         cls, box, count = run(anchors, np.float32([box]), np.int32([2]))
@@ -124,7 +131,7 @@ def sizes_and_places(draw, hw):
 
 
 @pytest.mark.parametrize('hw', [(256, 256), (128, 192), (200, 333)])
-def test_looking_only_where_objects_are_misses_nothing(hw):
+def test_targets_on_the_grid_equal_those_of_the_table(hw):
     anchors = all_anchors(hw)
     grid = G.anchor_grid(anchors)
     for draw in range(40):
@@ -135,13 +142,12 @@ def test_looking_only_where_objects_are_misses_nothing(hw):
 
 
 @pytest.mark.parametrize('case', range(6))
-def test_the_quick_way_equals_the_peers_too(oracle, case):
+def test_targets_on_the_grid_equal_the_peers(oracle, case):
     numbers, anchors = oracle
     boxes, classes = numbers[f'case{case}_gt_boxes_abs_yxyx'], numbers[f'case{case}_gt_classes_1based']-1
     cls, box, count = G.assign_on_grid(G.anchor_grid(anchors), boxes, classes)
-    part = lambda kind, width: np.concatenate([numbers[f'case{case}_{kind}_targets_{level}'].reshape(-1, width) for level in range(3, 8)])
-    np.testing.assert_array_equal(cls, part('cls', 1)[:, 0])
-    np.testing.assert_allclose(box, part('box', 4), atol=2e-5)
+    np.testing.assert_array_equal(cls, all_levels(numbers, case, 'cls', 1)[:, 0])
+    np.testing.assert_allclose(box, all_levels(numbers, case, 'box', 4), atol=2e-5)
     assert count == numbers[f'case{case}_num_positives']
 
 

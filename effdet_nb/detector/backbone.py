@@ -52,7 +52,8 @@ class LayerFactory:
     def conv(self, x, filters, name, kernel=1, stride=1, use_bias=False, init=CONV_INIT, activation=None):
         "A convolution with `same` padding."
         conv = self.layer(layers.Conv2D, name, filters=self.num_filters(name, filters), kernel_size=kernel,
-            strides=stride, padding='same', use_bias=use_bias, kernel_initializer=copy_initializer(init), activation=activation)
+            strides=stride, padding='same', use_bias=use_bias, activation=activation,
+            kernel_initializer=copy_initializer(init))
         return conv(x)
 
     def depthwise_conv(self, x, kernel, stride, name):
