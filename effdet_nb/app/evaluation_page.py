@@ -10,12 +10,12 @@ __all__ = ['ERROR_ADVICE', 'METRIC_DESCRIPTIONS', 'HEADLINE_METRICS', 'suggest_i
            'evaluate_files']
 
 # %% ../../nbs/app/06_evaluation_page.ipynb #d12f2b5e
-import json, re
+import re
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
 from ..core.console import Status
-from ..core.files import atomic_write, to_jsonable
+from ..core.files import write_json
 from ..data.classes import ClassTable
 from ..data.coco import load_coco
 from ..data.tfrecord import load_sidecar
@@ -300,20 +300,21 @@ def write_evaluation_report(
     "Writes metrics.json, detections.json and report.html."
     folder,is_comparison = Path(folder), len(evaluations)>1
     metrics = [e.to_dict() for e in evaluations]
-    paths = {'metrics': _write_json(folder/'metrics.json', metrics if is_comparison else metrics[0])}
+    paths = {'metrics': folder/'metrics.json'}
+    write_json(paths['metrics'], metrics if is_comparison else metrics[0])
     for e in evaluations:
         what = f'detections of {e.name}' if is_comparison else 'detections'
         own_folder = folder/re.sub(r'[^\w.-]', '-', e.name) if is_comparison else folder
-        paths[what] = _write_json(own_folder/'detections.json', coco_results(e.metrics.results, e.metrics.classes))
-    sections = comparison_sections(evaluations, samples) if is_comparison else single_model_sections(evaluations[0], samples)
-    subtitle = ' and '.join(e.name for e in evaluations)
-    paths['report'] = write_html_page(folder/'report.html', title, sections, subtitle, TABLE_SORT_JS)
+        paths[what] = own_folder/'detections.json'
+        write_json(paths[what], coco_results(e.metrics.results, e.metrics.classes))
+    paths['report'] = _write_report_page(folder/'report.html', evaluations, samples, title)
     return paths
 
-def _write_json(path, data):
-    "Writes plain data and returns the path."
-    with atomic_write(path, 'w') as f: json.dump(to_jsonable(data), f)
-    return path
+def _write_report_page(path, evaluations, samples, title):
+    "Writes the page about one model or several."
+    if len(evaluations)>1: sections = comparison_sections(evaluations, samples)
+    else: sections = single_model_sections(evaluations[0], samples)
+    return write_html_page(path, title, sections, ' and '.join(e.name for e in evaluations), TABLE_SORT_JS)
 
 # %% ../../nbs/app/06_evaluation_page.ipynb #947900ce
 def evaluate_files(

@@ -8,13 +8,13 @@ __all__ = ['NMS_METHOD_BY_FLAG', 'images_per_second', 'describe_nms', 'model_dis
            'evaluation_warnings', 'evaluate_model_file', 'open_detector', 'write_testdev_detections']
 
 # %% ../../nbs/app/05_model_evaluation.ipynb #ea5173d0
-import json, os, time, warnings
+import os, time, warnings
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 import numpy as np
 from ..core.console import progress_bar
-from ..core.files import atomic_write
+from ..core.files import write_json
 from ..data.classes import ClassTable
 from ..evaluate.predict import letterbox_sample, load_coco_results, predict_samples
 from ..evaluate.evaluate import Metrics, coco_metrics, coco_results, evaluate, markdown_table, text_table
@@ -259,6 +259,6 @@ def write_testdev_detections(
     results = predict_samples(detector, islice(samples, eval_samples), batch_size)
     results = list(progress_bar(results, num_images, 'detect'))
     rows = coco_results(results, detector.classes)
-    with atomic_write(path, 'w') as f: json.dump(rows, f)
+    write_json(path, rows)
     return (f'{path}: {len(rows):,} detections in {len(results):,} images. '
             'dataset_config.testdev_dir is set, so nothing is scored; leave it out for AP')

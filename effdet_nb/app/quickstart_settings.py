@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Template
 from fastcore.basics import patch
 from .. import __version__
-from ..core.files import atomic_write
+from ..core.files import write_json
 from ..train.fields import parse_image_size
 from ..train.spec import Spec
 
@@ -126,7 +126,7 @@ def prepare_folder(
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f'{folder}: this folder holds other files, and a quickstart needs one for itself. '
                              'Give a new name')
-        with atomic_write(settings_path, 'w') as f: json.dump(own, f, indent=1)
+        write_json(settings_path, own, indent=1)
     stored = json.loads(settings_path.read_text(encoding='utf-8'))
     different = [f'{name} {stored.get(name)}' for name,value in own.items() if stored.get(name)!=value]
     if not different: return folder
