@@ -214,17 +214,21 @@ def boxes_figure(
 )->Html:
     "Makes a figure of an image with boxes over it."
     height,width = np.shape(image)[:2]
-    boxes = as_boxes(boxes)
-    labels = [None]*len(boxes) if labels is None else labels
-    scores = [None]*len(boxes) if scores is None else scores
-    outlines = []
-    for box,label,score in zip(boxes, labels, scores):
-        caption = box_caption(label, score, names)
-        outlines.append(_svg_box(box, label_color(0 if label is None else label), caption, max(height, width)/15))
     pixels = html_tag('image', href=data_uri(image), width=width, height=height)
+    outlines = _outline_boxes(as_boxes(boxes), labels, scores, names, max(height, width)/15)
     view = dict(viewBox=f'0 0 {width} {height}', width=200, role='img', aria_label=title or 'image with boxes')
     figcaption = html_tag('figcaption', title) if title else None
     return html_tag('figure', html_tag('svg', pixels, *outlines, **view), figcaption, class_='picture')
+
+def _outline_boxes(boxes, labels, scores, names, font_size):
+    "All boxes with their captions, as SVG."
+    if labels is None: labels = [None]*len(boxes)
+    if scores is None: scores = [None]*len(boxes)
+    outlines = []
+    for box,label,score in zip(boxes, labels, scores):
+        color = label_color(0 if label is None else label)
+        outlines.append(_svg_box(box, color, box_caption(label, score, names), font_size))
+    return outlines
 
 # %% ../../nbs/app/03_html.ipynb #7b6f356c
 def figure_pairs(
