@@ -10,7 +10,7 @@ __all__ = ['alias_action', 'Option', 'format_error', 'Tee', 'tee_output', 'Termi
 import argparse, importlib.abc, importlib.util, os, signal, sys, threading, warnings
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
-from fastcore.script import Param, anno_parser, call_parse
+from fastcore.script import Param, call_parse
 
 # %% ../../nbs/app/09_command.ipynb #3ac7ded4
 def alias_action(
@@ -37,16 +37,16 @@ def alias_action(
 class Option(Param):
     "An option of a command, with all its names."
     def __init__(self,
-        help:str,          # its meaning
+        help_text:str,     # its meaning
         *aliases,          # further names, such as '-m' or '--model'
-        type=str,          # converts the text to the value
         flag:bool=False,   # an option without a value
         metavar:str=None,  # name of the value in the help
-        **argparse_kwargs, # for argparse: required, nargs, choices
+        **argparse_kwargs, # for argparse: type (text if absent), required, nargs, choices
     ):
         action = alias_action(aliases, flag, metavar)
-        super().__init__(help, None if flag else type, action=action, **argparse_kwargs)
-        self._help_text = help
+        value_type = argparse_kwargs.pop('type', None if flag else str)
+        super().__init__(help_text, value_type, action=action, **argparse_kwargs)
+        self._help_text = help_text
 
     def set_default(self, d):
         "Takes the default from the signature, and adds it to the help unless it is empty."

@@ -32,7 +32,8 @@ def split_charts(
                      'an anchor reaches IoU 0.5 with boxes in the shaded area',
                      (5, 3.4), vector=False, math_text=True),
         chart_figure(lambda figure: plot_aspect_ratios(scan, check.anchors, figure.subplots()),
-                     'Aspect ratios of the boxes; lines are the ratios of the anchors, shaded is their reach', (5, 2.6)),
+                     'Aspect ratios of the boxes; lines are the ratios of the anchors, shaded is their reach',
+                     (5, 2.6)),
     ]
 
 def _count_categories(check, split):
@@ -51,7 +52,8 @@ def sample_figures(
     figures = []
     for image,boxes,labels,image_id in sample_images(check.scans[split], num_images):
         title = f'image {image_id}, {len(boxes)} boxes'
-        figures.append(boxes_figure(*thumbnail(image, boxes, max_side), labels, names=check.category_names, title=title))
+        figures.append(boxes_figure(*thumbnail(image, boxes, max_side), labels, names=check.category_names,
+                                    title=title))
     return figures
 
 # %% ../../nbs/app/04_dataset_page.ipynb #b4b63d6e

@@ -136,7 +136,8 @@ def most_different_figures(
         figures = [ground_truth_figure(images[image_id], truth, classes, f'image {image_id}: ground truth')]
         for e,result,ap in zip(evaluations, results, aps):
             title,threshold = f'{e.name}, AP {ap:.2f}', display_score_threshold(e)
-            figures.append(detections_figure(images[image_id], result[image_id][1], e.metrics.classes, threshold, title))
+            figures.append(detections_figure(images[image_id], result[image_id][1], e.metrics.classes, threshold,
+                                             title))
         columns = f'grid-template-columns: repeat({len(figures)}, 1fr)'
         rows.append(html_tag('div', *figures, class_='pair', style=columns))
     return rows
@@ -164,7 +165,8 @@ def error_cost_figure(
 
     def draw(figure): plot_errors(analysis['errors'], figure.subplots())
     iou = f'{analysis["iou_threshold"]:g}'
-    return chart_figure(draw, f'{evaluation.name}: AP at IoU {iou} that each kind of error costs, and its count', (5, 2.6))
+    return chart_figure(draw, f'{evaluation.name}: AP at IoU {iou} that each kind of error costs, and its count',
+                        (5, 2.6))
 
 # %% ../../nbs/app/06_evaluation_page.ipynb #5fa3c90e
 def calibration_figure(
@@ -242,7 +244,8 @@ def single_model_sections(
             'Each bar is the gain in AP at this IoU if this kind of error were never made; the bars do not add up, '
             'since correcting one kind uncovers another.'],
         'Worst images': [
-            f'Sorted by the average precision of the image; boxes with a score of {threshold:.2f} or more are drawn.', worst],
+            f'Sorted by the average precision of the image; boxes with a score of {threshold:.2f} or more are drawn.',
+                         worst],
         'Classes': [
             'Click a heading to sort. The threshold is the one with the best F1, a balance of precision and recall.',
             html_table(evaluation.per_class_rows(), sortable=True)],
@@ -321,7 +324,8 @@ def evaluate_files(
     spec:Spec,                  # the experiment: validation files, eval_config
     model_paths,                # a model file, or several to compare; .json files are detections
     key:str='',                 # key of the model files
-    results_dir=None,           # folder for metrics.json, detections.json, report.html and status.json; none are written if absent
+    results_dir=None,
+                   # folder for metrics.json, detections.json, report.html and status.json; none are written if absent
     nms:str=None,               # 'soft' or 'hard'; as the file specifies if absent, hard if it leaves the choice
     iou_threshold:float=.5,     # how tight a box must be, for the error analysis
     score_threshold:float=None, # for the confusion matrix; eval_config's min_score_thresh if absent

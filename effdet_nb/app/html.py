@@ -128,7 +128,8 @@ def _render_chart(draw, figsize, file_format, math_text):
     from matplotlib.figure import Figure
     out = io.BytesIO()
     metadata = {'Date': None} if file_format=='svg' else None    # the same chart is the same file
-    with rc_context({**CHART_STYLE, 'svg.hashsalt': 'effdet_nb', 'text.parse_math': math_text}), warnings.catch_warnings():
+    with rc_context({**CHART_STYLE, 'svg.hashsalt': 'effdet_nb',
+                     'text.parse_math': math_text}), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Glyph')   # a script that matplotlib's font lacks is drawn by the browser
         figure = Figure(figsize=figsize, dpi=110, layout='constrained')
         draw(figure)
@@ -199,7 +200,8 @@ def _svg_box(box, color, caption, font_size):
     size = dict(width=f'{max(x2-x1, 0):.1f}', height=f'{max(y2-y1, 0):.1f}')
     rect = html_tag('rect', x=f'{x1:.1f}', y=f'{y1:.1f}', **size, **outline)
     if not caption: return rect
-    halo = dict(fill='white', stroke=color, stroke_width=f'{font_size/4:.1f}', paint_order='stroke', stroke_linejoin='round')
+    halo = dict(fill='white', stroke=color, stroke_width=f'{font_size/4:.1f}', paint_order='stroke',
+                stroke_linejoin='round')
     corner = dict(x=f'{max(x1, 1):.1f}', y=f'{max(y1-font_size/4, font_size):.1f}')
     return rect + html_tag('text', caption, **corner, font_size=f'{font_size:.1f}', **halo)
 
@@ -301,7 +303,8 @@ figure { margin: 0 }
 svg { width: 100%; height: auto; display: block }
 .picture svg { border-radius: 3px }
 figcaption { font-size: .85rem; margin: .2rem 0 }
-.row { display: grid; gap: 1rem 2rem; margin: 1rem 0; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
+.row { display: grid; gap: 1rem 2rem; margin: 1rem 0;
+  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)) }
 .grid { display: grid; gap: 1.2rem; grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem }
 pre { overflow-x: auto; padding: .6rem .8rem; border: 1px solid var(--rule); border-radius: 4px; margin: .3rem 0 .9rem }

@@ -84,7 +84,8 @@ class ModelEvaluation:
         "Returns a dict for each class: counts, AP, and the best threshold."
         rows = []
         for row,best in zip(self.metrics.per_class, self.error_analysis['thresholds']):
-            counts = {'id': row['id'], 'class': row['name'], 'boxes': row['num_boxes'], 'detections': row['num_detections']}
+            counts = {'id': row['id'], 'class': row['name'], 'boxes': row['num_boxes'],
+                      'detections': row['num_detections']}
             scores = {name: none_if_undefined(row[name]) for name in ('AP', 'AP50', 'AR')}
             rows.append(counts | scores | {name: best[name] for name in ('threshold', 'precision', 'recall', 'F1')})
         return rows
@@ -213,7 +214,8 @@ def evaluate_model_file(
     "Evaluates one model file, or one file of detections."
     path,speed = Path(model_path), None
     if path.suffix.lower()=='.json':
-        metrics,nms_description = _evaluate_detections_file(path, samples, classes, eval_samples, pycocotools), 'done before'
+        metrics,nms_description = _evaluate_detections_file(path, samples, classes, eval_samples,
+                                                            pycocotools), 'done before'
     else:
         detector = open_detector(path, key, nms)
         for message in evaluation_warnings(detector, path, image_hw, classes): warnings.warn(message)

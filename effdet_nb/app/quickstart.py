@@ -211,7 +211,8 @@ def _summary_section(run):
     cards = metric_cards({f'AP50, {name}': metrics['AP50'] for name,metrics in run.metrics.items()})
     note = ('AP is the mean over IoU thresholds from 0.5 to 0.95, AP50 that at 0.5, both on validation images that no '
             'model was trained on. The sizes of the trained and the retrained model are those of checkpoints, which '
-            "also hold averaged weights and the optimizer's state; the pruned and the exported file hold the weights alone.")
+            "also hold averaged weights and the optimizer's state; the pruned and the exported file hold "
+            'the weights alone.')
     return [cards, html_table(run.summary_rows()), note]
 
 def _prediction_section(run):
@@ -228,7 +229,8 @@ def _speed_section(run, settings, stage_seconds):
     stages = []
     for name,seconds in stage_seconds.items():
         stages.append({'stage': STAGE_DESCRIPTIONS[name], 'time': format_duration(seconds)})
-    return [html_table(speeds, f'at {settings.size} x {settings.size} pixels, from pixels to boxes'), html_table(stages)]
+    return [html_table(speeds, f'at {settings.size} x {settings.size} pixels, from pixels to boxes'),
+            html_table(stages)]
 
 # %% ../../nbs/app/08_quickstart.ipynb #22751996
 def run_data_stages(
@@ -341,7 +343,8 @@ def _describe_run(settings, seconds):
 
 # %% ../../nbs/app/08_quickstart.ipynb #09c78c70
 def quickstart(
-    folder='effdet_quickstart', # for everything that is made: new, empty, or of a run with the same settings, which is then continued
+    folder='effdet_quickstart',
+               # for everything that is made: new, empty, or of a run with the same settings, which is then continued
     key:str='',                 # encrypts the models; empty leaves them open
     **kwargs,                   # fields of `QuickstartSettings`
 )->QuickstartRun:
