@@ -128,12 +128,12 @@ def test_eval_samples_apply_to_detection_files_and_are_reported(work, spec):
     (dict(image_id='100'), "such as image '100'"),
     (dict(category_id=7),
      '1 of 18 detections have a category the classes do not include; these are 2, 1 to 2 .such as cat'),
-    (dict(score=float('nan')), '1 of 18 detections are not whole'),
-    (dict(bbox=[0, 0, float('inf'), 1]), '1 of 18 detections are not whole'),
-    (dict(bbox=[0, 0, 1]), '1 of 18 detections are not whole'),
-    (dict(score=None), '1 of 18 detections are not whole'),
-    ('no score', '1 of 18 detections are not whole'),
-    ('no dict', '1 of 18 detections are not whole'),
+    (dict(score=float('nan')), '1 of 18 detections are not complete'),
+    (dict(bbox=[0, 0, float('inf'), 1]), '1 of 18 detections are not complete'),
+    (dict(bbox=[0, 0, 1]), '1 of 18 detections are not complete'),
+    (dict(score=None), '1 of 18 detections are not complete'),
+    ('no score', '1 of 18 detections are not complete'),
+    ('no dict', '1 of 18 detections are not complete'),
 ])
 def test_faults_in_a_detection_file_are_counted(work, spec, tmp_path, wrong, message):
     rows = read_json(work/'good.json')

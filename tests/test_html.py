@@ -106,7 +106,7 @@ def test_a_chart_draws_any_history(losses):
     history = []
     for epoch, loss in enumerate(losses, 1):
         loss = loss%1e6 if math.isfinite(loss) else loss
-        history.append(dict(epoch=epoch, loss=loss, cls_loss=loss, box_loss=loss, AP=.5))
+        history.append(dict(epoch=epoch, loss=loss, cls_loss=loss, box_loss=loss, AP=.5, AP50=.7))
     svg = svg_of(chart_figure(lambda figure: plot_history(history, figure), 'loss'))
     paths = [element.get('d') for element in svg.iter('{http://www.w3.org/2000/svg}path')]
     assert paths and not any(re.search('nan|inf', path) for path in paths if path)
