@@ -25,7 +25,7 @@ from effdet_nb.weights.model_file import load_model_file
 # Blocks are dropped at random in training, others on other devices: here none are.
 # The detections of the last evaluation are kept.
 SCRIPT = '''
-import dataclasses, sys, numpy as np, tensorflow as tf
+import sys, numpy as np, tensorflow as tf
 how, spec, folder = sys.argv[1:4]
 if how == 'mirrored':
     cpu, two = tf.config.list_physical_devices('CPU')[0], [tf.config.LogicalDeviceConfiguration()]*2
@@ -33,8 +33,7 @@ if how == 'mirrored':
 from effdet_nb.detector import efficientdet
 from effdet_nb.train import fit
 from effdet_nb.train.spec import Spec
-get_variant = efficientdet.get_variant
-efficientdet.get_variant = lambda name: dataclasses.replace(get_variant(name), drop_connect=0.)
+efficientdet.Variant.drop_connect = 0.
 evaluate, results = fit.evaluate_data, []
 def evaluate_and_keep(*args, **kwargs):
     results.append(evaluate(*args, **kwargs))
