@@ -1,4 +1,5 @@
 "Copying weights into a model: all that fits, nothing else, and nothing at all if something is wrong."
+
 import re
 
 import keras
@@ -14,13 +15,14 @@ ARCH = Arch(image_hw=HW, num_classes=90)
 
 
 @pytest.fixture(scope='module')
-def model(): return build(ARCH)
+def model():
+    return build(ARCH)
 
 
 @pytest.fixture(scope='module')
 def google_arrays(shared_dir):
     "Google's D0 with random weights, by the names of its published checkpoint."
-    data = np.load(shared_dir/'oracle'/'d0_weights.npz', allow_pickle=False)
+    data = np.load(shared_dir / 'oracle' / 'd0_weights.npz', allow_pickle=False)
     return {re.sub('^efficientnet-b0', 'backbone', name.replace('|', '/')): data[name] for name in data.files}
 
 
@@ -38,7 +40,8 @@ def test_greyscale_networks_load_colour_weights():
     np.testing.assert_allclose(found[:, :-1, :-1], expected[:, :-1, :-1], atol=2e-3)
 
 
-def stem_output(model, images): return np.array(keras.Model(model.input, model.get_layer('stem_bn').output)(images))
+def stem_output(model, images):
+    return np.array(keras.Model(model.input, model.get_layer('stem_bn').output)(images))
 
 
 @pytest.mark.slow
@@ -49,9 +52,17 @@ def test_another_number_of_anchors_reinitialises_both_predictors(model):
     assert '9 anchors per cell there, 6 here' in report.notes[0]
 
 
-@pytest.mark.parametrize('name, value, message', [
-    ('class_net/class-0/bias', np.full(64, np.inf, 'f4'), 'class-0/bias first'),
-    ('box_net/box-1/pointwise_kernel', np.zeros((1, 1, 64, 88), 'f4'), r'\(1, 1, 64, 88\) there, \(1, 1, 64, 64\) here')])
+@pytest.mark.parametrize(
+    'name, value, message',
+    [
+        ('class_net/class-0/bias', np.full(64, np.inf, 'f4'), 'class-0/bias first'),
+        (
+            'box_net/box-1/pointwise_kernel',
+            np.zeros((1, 1, 64, 88), 'f4'),
+            r'\(1, 1, 64, 88\) there, \(1, 1, 64, 64\) here',
+        ),
+    ],
+)
 def test_a_wrong_value_or_shape_leaves_the_model_unchanged(model, google_arrays, name, value, message):
     check_refused(model, SourceWeights('bad', 'google', 'google', google_arrays | {name: value}), message)
 
@@ -62,6 +73,8 @@ def test_a_file_without_known_names_leaves_the_model_unchanged(model):
 
 def check_refused(model, weights, message):
     before = weights_by_path(model)
-    with pytest.raises(ValueError, match=message) as error: load_pretrained(model, weights, ARCH)
+    with pytest.raises(ValueError, match=message) as error:
+        load_pretrained(model, weights, ARCH)
     assert '\n' not in str(error.value)
-    for path, a in weights_by_path(model).items(): np.testing.assert_array_equal(a, before[path])
+    for path, a in weights_by_path(model).items():
+        np.testing.assert_array_equal(a, before[path])

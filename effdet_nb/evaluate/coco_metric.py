@@ -156,7 +156,7 @@ def _sort_by_round(detections, num_classes, pairs):
     return take_rows(pairs, order), np.cumsum(np.bincount(match_round))
 
 def _choose(dt, is_free, is_counted):
-    "First pair of each detection, and the pair it chooses [detections, A, T], -1 for none: the last free one, counted ones first."
+    "First pair of each detection, and its choice [detections, A, T], -1 for none: the last free pair, counted first."
     first = np.flatnonzero(np.r_[True, dt[1:] != dt[:-1]])
     num_pairs = np.int32(len(dt))
     priority = np.arange(num_pairs, dtype=np.int32)[:,None,None] + num_pairs*is_counted[:,:,None]

@@ -11,8 +11,8 @@ __all__ = ['ERROR_KINDS', 'DetectionMatches', 'match_detections', 'num_gt_per_cl
 from typing import NamedTuple
 import numpy as np
 from .coco_metric import (
-    AREA_RANGES, CandidatePairs, DetectionColumns, GroundTruthColumns, candidate_matches, coco_match, precision_at_recalls,
-    rank_detections, rank_in_group, rows_by_class, take_rows, tp_and_counted)
+    AREA_RANGES, CandidatePairs, DetectionColumns, GroundTruthColumns, candidate_matches, coco_match,
+    precision_at_recalls, rank_detections, rank_in_group, rows_by_class, take_rows, tp_and_counted)
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #ccfbe3e3
 class DetectionMatches(NamedTuple):
@@ -52,8 +52,9 @@ def num_gt_per_class(
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #8701c438
 ERROR_KINDS = dict(
-    location='right class, box too loose', classification='right box, wrong class', both='box too loose and wrong class',
-    duplicate='object already detected', background='nothing is there', missed='not detected')
+    location='right class, box too loose', classification='right box, wrong class',
+    both='box too loose and wrong class', duplicate='object already detected',
+    background='nothing is there', missed='not detected')
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #a464b9b3
 def _ignore_classes(columns): return columns._replace(class_index=np.zeros(len(columns.class_index), int))
@@ -75,7 +76,7 @@ def _nearest_gt(pairs, num_detections):
 def classify_errors(
     matches:DetectionMatches, # as `match_detections` returned it
     background_iou:float=.1,  # a box that overlaps less with all true boxes is on the background
-)->tuple:                     # [N] kind of each detection, '' if it is right or not counted; [N] the intended true box, -1 for none
+)->tuple:                     # [N] kind of error, '' if right or not counted; [N] intended true box, -1 for none
     "Classifies each wrong detection, and finds the true box it was meant for."
     wrong, pairs = _wrong_pairs(matches, background_iou)
     is_same_class = matches.detections.class_index[pairs.dt] == matches.ground_truth.class_index[pairs.gt]
@@ -121,7 +122,7 @@ def _ap_with_missed(m, is_missed, num_gt):
                    np.r_[m.is_tp[m.is_counted], np.ones(num_missed, bool)], num_gt)
 
 def _correctable(m, rows, intended):
-    "Of some wrong detections those to be corrected: for each intended box, if it is unmatched, the one with the highest score."
+    "Of some wrong detections those to correct: for each unmatched intended box the one with the highest score."
     rows = rows[intended[rows] >= 0]
     rows = rows[np.lexsort((-m.detections.score[rows], intended[rows]))]
     is_first = rank_in_group(intended[rows]) == 0
@@ -201,7 +202,7 @@ def best_thresholds(
 def confusion_matrix(
     matches:DetectionMatches, # as `match_detections` returned it
     score_threshold:float=.4, # detections with lower scores do not count
-)->np.ndarray:                # [classes+1, classes+1] counts: row true class or background, column detected class or missed
+)->np.ndarray:                # [classes+1, classes+1] counts: row true class or background, column detected or missed
     "Counts which class was taken for which."
     detected, true = matches.detections.class_index, matches.ground_truth.class_index
     is_strong = matches.is_counted & (matches.detections.score >= score_threshold)
@@ -252,7 +253,7 @@ def plot_confusion_matrix(
 def calibration_curve(
     matches:DetectionMatches, # as `match_detections` returned it
     bins:int=10,              # number of equal parts of the scores from 0 to 1
-)->dict:                      # bins: a dict each with low, high, count, score (mean), right (share); error: mean gap between the two, by count
+)->dict:                      # bins: dicts of low, high, count, score (mean), right (share); error: mean gap of the two
     "Compares scores with the share of correct detections."
     score, is_tp = matches.detections.score[matches.is_counted], matches.is_tp[matches.is_counted]
     bin_index = np.clip((score*bins).astype(int), 0, bins-1)
@@ -285,7 +286,7 @@ def analyze_errors(
     num_classes:int,                 # number of classes
     iou_threshold:float=.5,          # IoU of a correct box
     score_threshold:float=.4,        # for the confusion matrix
-)->dict:                             # iou_threshold, score_threshold, errors, thresholds, confusion, calibration: plain data
+)->dict:                             # plain data: both thresholds, errors, thresholds, confusion, calibration
     "Analyses how a detector is wrong, what that costs, and which score threshold is best."
     matches = match_detections(detections, ground_truth, num_classes, iou_threshold)
     return dict(iou_threshold=iou_threshold, score_threshold=score_threshold,

@@ -13,10 +13,8 @@ from itertools import chain, islice
 from fastcore.basics import patch
 from ..core.console import progress_bar
 from ..data.classes import ClassTable
-from ..detector.detections import Detections
 from .coco_metric import (COCO_STAT_NAMES, DetectionColumns, GroundTruthColumns, average_precision,
                                             mean_valid, pycocotools_average_precision)
-from .ground_truth import GroundTruth
 from .predict import bbox_and_scores64, channels_to_category_ids, predict_samples
 
 # %% ../../nbs/evaluate/05_evaluate.ipynb #fa35aed7
@@ -45,7 +43,8 @@ class Metrics(dict):
         return dict(metrics=dict(self), per_class=self.per_class) | {name: getattr(self, name) for name in names}
 
 # %% ../../nbs/evaluate/05_evaluate.ipynb #6d430ccf
-PER_CLASS_COLUMNS = dict(id='id', name='class', num_boxes='boxes', num_detections='detections', AP='AP', AP50='AP50', AR='AR')
+PER_CLASS_COLUMNS = dict(id='id', name='class', num_boxes='boxes', num_detections='detections',
+                         AP='AP', AP50='AP50', AR='AR')
 
 def format_metric(
     value, # a number or text; -1 where there is no number
@@ -144,17 +143,17 @@ def _check_category_ids(results, classes):
     ids = np.concatenate([truth.category_ids for truth,_ in results])
     unknown = ids[~np.isin(ids, classes.ids)]
     if len(unknown):
-        raise ValueError(f'evaluate: {len(unknown):,} of {len(ids):,} boxes have a category id that the model does not know '
-                         f'(such as {unknown[0]}); it knows {len(classes.ids)}, {classes.ids[0]} to {classes.ids[-1]}. '
-                         'Evaluate with the categories the model was trained on')
+        raise ValueError(f'evaluate: {len(unknown):,} of {len(ids):,} boxes have a category id that the model does not '
+                         f'know (such as {unknown[0]}); it knows {len(classes.ids)}, {classes.ids[0]} to '
+                         f'{classes.ids[-1]}. Evaluate with the categories the model was trained on')
 
 def _check_finite(results):
     scores = np.concatenate([d.scores for _,d in results])
     boxes = np.concatenate([d.boxes for _,d in results])
     num_bad = int((~np.isfinite(scores)).sum() + (~np.isfinite(boxes).all(-1)).sum())
     if num_bad:
-        raise ValueError(f'evaluate: {num_bad:,} scores or boxes of {len(scores):,} detections are not finite; numbers are '
-                         'needed. The weights have diverged: evaluate an earlier checkpoint')
+        raise ValueError(f'evaluate: {num_bad:,} scores or boxes of {len(scores):,} detections are not finite; '
+                         'numbers are needed. The weights have diverged: evaluate an earlier checkpoint')
 
 def _check_results(results, classes):
     "Refuses results that cannot be counted."

@@ -83,7 +83,7 @@ def samples_from_coco(
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #5e78796a
 def samples_from_records(
-    examples,  # iterable of dicts as read from records: image (bytes), source_id, boxes, labels (category ids), is_crowd, area
+    examples,  # dicts as read from records: image (bytes), source_id, boxes, labels (category ids), is_crowd, area
     coco=None, # COCO file with the ground truth, or its `CocoDataset`; None: the records' own
 )->Iterator:   # of (image bytes, GroundTruth)
     "Yields pairs of image and ground truth from records, with the ground truth of a COCO file if there is one."
@@ -143,7 +143,8 @@ def _mismatch_error(matcher, first, others, num_before):
         file_height, file_width = _size(matcher.images[str(first['source_id'])])
         problem = (f'image {first["source_id"]} has {height} x {width} pixels in the records and {file_height} x '
                    f'{file_width} in {matcher.name} ({len(mismatches):,} of {total:,} differ)')
-    return ValueError(f'{problem}; the two must belong together. Give the file the records were converted from, or none')
+    return ValueError(f'{problem}; the two must belong together. '
+                      'Give the file the records were converted from, or none')
 
 def _number_if_numeric(name):
     "Records keep ids as text; an id that was a number becomes one again."

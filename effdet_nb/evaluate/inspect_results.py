@@ -66,7 +66,8 @@ class ErrorAnalysis(dict):
         "Both tables with their titles."
         return '\n\n'.join([
             f'What each kind of error costs, in AP at IoU {self["iou_threshold"]:g}', table(self.error_rows()),
-            'The score threshold with the best F1 (the harmonic mean of precision and recall)', table(self.threshold_rows())])
+            'The score threshold with the best F1 (the harmonic mean of precision and recall)',
+            table(self.threshold_rows())])
 
     def __repr__(self): return self.format(text_table)
     def _repr_markdown_(self): return self.format(markdown_table)

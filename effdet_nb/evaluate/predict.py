@@ -18,7 +18,7 @@ from ..detector.boxes import xywh_to_yxyx
 from ..detector.images import LetterboxedImage, boxes_to_original, letterbox, read_letterboxed, threaded_map
 from ..detector.detections import Detections
 from ..data.classes import ClassTable
-from .ground_truth import GroundTruth, yxyx_to_xywh64
+from .ground_truth import yxyx_to_xywh64
 
 # %% ../../nbs/evaluate/04_predict.ipynb #fdda814c
 def letterbox_sample(
@@ -103,14 +103,14 @@ def _is_complete(row):
 def _refuse_rows(rows, bad, problem, example, name):
     "Raises an error about some rows of a file, if there are any."
     if bad:
-        raise ValueError(f'{name}: {len(bad):,} of {len(rows):,} detections {problem} (such as {example(bad[0])[:80]}). '
-                         'Give the detections that belong to these annotations')
+        raise ValueError(f'{name}: {len(bad):,} of {len(rows):,} detections {problem} '
+                         f'(such as {example(bad[0])[:80]}). Give the detections that belong to these annotations')
 
 def _check_rows(rows, image_ids, classes, name):
     "Refuses a list of detections that cannot be evaluated, with the number of wrong ones."
     if not isinstance(rows, list):
-        raise ValueError(f'{name}: holds {type(rows).__name__}, but detections are a list of image_id, category_id, bbox, '
-                         'score. An annotation file is not a file of detections')
+        raise ValueError(f'{name}: holds {type(rows).__name__}, but detections are a list of image_id, category_id, '
+                         'bbox, score. An annotation file is not a file of detections')
     _refuse_rows(rows, [r for r in rows if not _is_complete(r)],
                  'are not complete: image_id, category_id, bbox of four finite numbers, and a finite score are needed',
                  str, name)
@@ -123,7 +123,7 @@ def _check_rows(rows, image_ids, classes, name):
 
 # %% ../../nbs/evaluate/04_predict.ipynb #066da3f9
 def load_coco_results(
-    detections,         # file in COCO's results format, or its list of dicts: image_id, category_id, bbox (x y width height), score
+    detections,         # file in COCO's results format, or its list of dicts: image_id, category_id, bbox, score
     ground_truths,      # iterable of GroundTruth, of all images that were evaluated
     classes:ClassTable, # category ids and channels
 )->list:                # (GroundTruth, LoadedDetections) pairs for `coco_metrics`

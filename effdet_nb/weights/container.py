@@ -9,7 +9,7 @@ __all__ = ['ARRAY_GROUPS', 'ZIP_MAGIC', 'FILE_SIGNATURES', 'READ_ERRORS', 'meta_
            'read_array']
 
 # %% ../../nbs/weights/02_container.ipynb #d92b11ae
-import io, json, numpy as np, os, struct
+import json, numpy as np, os, struct
 from contextlib import contextmanager
 from errno import EINVAL
 from pathlib import Path
@@ -156,8 +156,8 @@ def reject_unneeded_key(
 ):
     "Raises an error if a key was given for a file that is not encrypted."
     if key:
-        raise WrongKeyError(f'{path}: not encrypted, but a key was given, and nothing proves that its content is genuine. '
-                            'If you trust the file, leave the key out (-k, EFFDET_KEY, key=)')
+        raise WrongKeyError(f'{path}: not encrypted, but a key was given, and nothing proves that its content is '
+                            'genuine. If you trust the file, leave the key out (-k, EFFDET_KEY, key=)')
 
 # %% ../../nbs/weights/02_container.ipynb #b29be4fe
 def read_manifest(

@@ -117,8 +117,8 @@ def _parse_header(header, name):
         raise ModelFileError(f'{name}: format version {fields.version}, this effdet_nb reads version 1. '
                              'Install a newer effdet_nb')
     if not _is_affordable(fields):
-        raise DamagedFileError(f'{name}: the header asks for scrypt 2^{fields.log_n},{fields.r},{fields.p} and chunks of '
-                               f'{fields.chunk_size} bytes, beyond what this package writes. Do not trust this file')
+        raise DamagedFileError(f'{name}: the header asks for scrypt 2^{fields.log_n},{fields.r},{fields.p} and chunks '
+                               f'of {fields.chunk_size} bytes, beyond what this package writes. Do not trust this file')
     return fields
 
 def _is_affordable(fields):
@@ -202,8 +202,8 @@ class DecryptingReader(io.RawIOBase):
         try: self.chunk_data = self.cipher.decrypt(chunk_nonce(self.nonce_base, i, is_last), data, self.header)
         except InvalidTag:
             change = 'the end is missing, changed or followed by more' if is_last else 'changed or moved'
-            raise DamagedFileError(f'{self.name}: chunk {i+1} of {self.num_chunks} is not as it was encrypted ({change}). '
-                                   'Copy the file again from where it was made') from None
+            raise DamagedFileError(f'{self.name}: chunk {i+1} of {self.num_chunks} is not as it was encrypted '
+                                   f'({change}). Copy the file again from where it was made') from None
         self.chunk_index = i
 
     def readinto(self, out):

@@ -53,7 +53,8 @@ def arch_for_weights(
 
 def _variant_of(weights):
     names = [weights.arch.name] if weights.arch else matching_variants(weights)
-    if not names: raise WeightsError(f'{weights.path}: fits none of the variants built here. Name one with --model_name')
+    if not names:
+        raise WeightsError(f'{weights.path}: fits none of the variants built here. Name one with --model_name')
     return names[0]
 
 def _num_classes(weights):

@@ -131,7 +131,7 @@ def imagenet_weights(
     try: model = _keras_model(b, weights='imagenet', include_top=False)
     except Exception as e:
         raise WeightsError(
-            f'checkpoint "imagenet": Keras could not fetch EfficientNet{b} ({_first_line(e, 160)}). On a machine with a '
-            f'network, save keras.applications.EfficientNet{b}(weights="imagenet", include_top=False) as a .weights.h5 '
-            'and give its path') from None
+            f'checkpoint "imagenet": Keras could not fetch EfficientNet{b} ({_first_line(e, 160)}). On a machine with '
+            f'a network, save keras.applications.EfficientNet{b}(weights="imagenet", include_top=False) as a '
+            '.weights.h5 and give its path') from None
     return weights_from_keras_model(model, 'imagenet')

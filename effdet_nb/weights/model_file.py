@@ -15,7 +15,8 @@ from pathlib import Path
 from ..core.files import atomic_write
 from ..data.classes import ClassTable
 from ..detector.nms import NmsOptions
-from .encryption import CHUNK_SIZE, ENCRYPTED_MAGIC, DamagedFileError, ModelFileError, decrypting_stream, output_stream
+from .encryption import (CHUNK_SIZE, ENCRYPTED_MAGIC, DamagedFileError, ModelFileError,
+                                          decrypting_stream, output_stream)
 from .container import (ARRAY_GROUPS, open_container, read_array, reject_unneeded_key, require_file,
                                          unknown_format_error, write_container, zip_path)
 
@@ -152,7 +153,8 @@ def load_etlt(
 
 def _check_frame(data, path):
     "Refuses what does not start with the four zero bytes of an ONNX model in an .etlt."
-    if is_onnx(data): raise ModelFileError(f'{path}: a plain ONNX file, not an .etlt. Open it as it is, or name it .onnx')
+    if is_onnx(data):
+        raise ModelFileError(f'{path}: a plain ONNX file, not an .etlt. Open it as it is, or name it .onnx')
     if len(data) < 4:
         raise DamagedFileError(f'{path}: ends after {len(data)} bytes; an .etlt has at least 4. Copy the file again')
     name_length = int.from_bytes(data[:4], 'little', signed=True)
@@ -226,7 +228,7 @@ def load_keras_model(
 @patch
 def build_detector(self:ModelFile,
     nms_options:NmsOptions=None, # how to suppress, and how much to keep; None: the default
-)->'KerasDetector':              # images -> detections
+):                               # a `KerasDetector`: images -> detections
     "Builds the detector that the file describes, with its averaged weights."
     from effdet_nb.accel.cpu_session import predict_with_tensorflow
     from effdet_nb.detector.predictor import KerasDetector
@@ -237,6 +239,6 @@ def load_keras_detector(
     path,                        # a model file
     key:str='',                  # the key it was saved with; empty for a file without encryption
     nms_options:NmsOptions=None, # how to suppress, and how much to keep; None: the default
-)->'KerasDetector':              # images -> detections
+):                               # a `KerasDetector`: images -> detections
     "Opens a model file as a detector."
     return load_model_file(path, key, groups=('weights', 'ema')).build_detector(nms_options)

@@ -143,8 +143,8 @@ def _check_backbone(weights, arch):
     here, there = len(blocks_by_name(arch)), weights.num_blocks()
     if there in (0, here): return
     names = ', '.join(matching_variants(weights)) or 'none of the variants built here'
-    raise WeightsError(f'{weights.path}: {weights.description}, whose backbone has {there} blocks ({names}); {arch.name} '
-                       f'has {here}. Set model_config.model_name, or give weights of {arch.name}')
+    raise WeightsError(f'{weights.path}: {weights.description}, whose backbone has {there} blocks ({names}); '
+                       f'{arch.name} has {here}. Set model_config.model_name, or give weights of {arch.name}')
 
 def _check_shapes(weights, arch, arrays, shapes):
     "Raises an error if shapes differ where no change of classes or anchors explains it."
@@ -152,8 +152,8 @@ def _check_shapes(weights, arch, arrays, shapes):
     wrong = [path for path in arrays if is_wrong(path) and not path.startswith(('class-predict', 'box-predict'))]
     if not wrong: return
     first = wrong[0]
-    raise WeightsError(f'{weights.path}: {len(wrong)} weights have another shape than {arch.name} needs, {first} first: '
-                       f'{arrays[first].shape} there, {shapes[first]} here. {_advise(weights, arch)}')
+    raise WeightsError(f'{weights.path}: {len(wrong)} weights have another shape than {arch.name} needs, {first} '
+                       f'first: {arrays[first].shape} there, {shapes[first]} here. {_advise(weights, arch)}')
 
 def _advise(weights, arch):
     "What to do about weights of other shapes."

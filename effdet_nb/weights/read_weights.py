@@ -89,9 +89,9 @@ def read_checkpoint(
         raise WeightsError(f'{name}: the checkpoint cannot be read ({problem}). '
                            'Are all its files there, .index and .data-...? Copy or unpack it again') from None
     if not arrays:
-        raise WeightsError(f'{name}: a TensorFlow checkpoint without a single name of an EfficientDet ({len(variables)} '
-                           f"variables, such as {', '.join(variables[:3])}). Give one of google/automl's or of TAO's "
-                           'efficientdet')
+        raise WeightsError(f'{name}: a TensorFlow checkpoint without a single name of an EfficientDet '
+                           f"({len(variables)} variables, such as {', '.join(variables[:3])}). "
+                           "Give one of google/automl's or of TAO's efficientdet")
     return _identify_checkpoint(name, variables, arrays)
 
 def _select_variables(variables):
@@ -154,7 +154,8 @@ def _extract(path, folder, pattern):
             if re.search(pattern, target.name): _copy_member(open_member(), target, size, path)
 
 # %% ../../nbs/weights/07_read_weights.ipynb #308bd5a7
-ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError)
+ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError,
+                  RuntimeError)
 WEIGHT_FILES = r'(^checkpoint$|\.index$|\.data-\d+-of-\d+$|\.h5$|\.hdf5$|\.keras$)'
 
 @contextmanager
