@@ -175,20 +175,22 @@ def coco_match(
     iou_thresholds = np.minimum(iou_thresholds, 1-1e-10)
     candidates = candidate_matches(detections, ground_truth, num_classes, iou_thresholds.min())
     pairs, ends = _sort_by_round(detections, num_classes, candidates)
-    is_close = pairs.iou[:,None,None] >= iou_thresholds
     is_counted = ~ignored_ground_truth(ground_truth, area_ranges)
     num_matchings = len(area_ranges), len(iou_thresholds)
     is_taken = np.zeros((len(ground_truth.area), *num_matchings), bool)
     matches = np.full((len(detections.score), *num_matchings), -1, np.int32)
     for start,stop in zip(np.r_[0, ends], ends):
-        dt, gt = pairs.dt[start:stop], pairs.gt[start:stop]
-        is_free = is_close[start:stop] & (~is_taken[gt] | ground_truth.is_crowd[gt,None,None])
-        first, pair = _choose(dt, is_free, is_counted[gt])
+        dt, gt, iou = take_rows(pairs, slice(start, stop))
+        is_available = ~is_taken[gt] | ground_truth.is_crowd[gt,None,None]
+        first, pair = _choose(dt, is_available & (iou[:,None,None] >= iou_thresholds), is_counted[gt])
         matched = np.where(pair >= 0, gt[pair], -1)
         matches[dt[first]] = matched
-        n,a,t = np.nonzero(matched >= 0)
-        is_taken[matched[n,a,t],a,t] = True
+        _mark_taken(is_taken, matched)
     return matches
+
+def _mark_taken(is_taken, matched):
+    n,a,t = np.nonzero(matched >= 0)
+    is_taken[matched[n,a,t],a,t] = True
 
 # %% ../../nbs/evaluate/01_coco_metric.ipynb #0b6c3cf4
 def precision_at_recalls(

@@ -205,20 +205,25 @@ def confusion_matrix(
 )->np.ndarray:                # [classes+1, classes+1] counts: row true class or background, column detected or missed
     "Counts which class was taken for which."
     detected, true = matches.detections.class_index, matches.ground_truth.class_index
-    is_strong = matches.is_counted & (matches.detections.score >= score_threshold)
-    correct, wrong = np.flatnonzero(is_strong & matches.is_tp), np.flatnonzero(is_strong & ~matches.is_tp)
-    is_free = ~matches.ground_truth.is_crowd
-    is_free[matches.matched_gt[correct]] = False
-    gt_of_wrong = _match_any_class(matches, wrong, np.flatnonzero(is_free))
-    confused, confused_gt = wrong[gt_of_wrong >= 0], gt_of_wrong[gt_of_wrong >= 0]
-    is_free[confused_gt] = False
-    background = wrong[gt_of_wrong < 0]
+    matched, matched_gt, background = _match_strong(matches, score_threshold)
+    is_missed = ~matches.ground_truth.is_crowd
+    is_missed[matched_gt] = False
     counts = np.zeros((matches.num_classes+1, matches.num_classes+1), int)
-    np.add.at(counts, (true[matches.matched_gt[correct]], detected[correct]), 1)
-    np.add.at(counts, (true[confused_gt], detected[confused]), 1)
+    np.add.at(counts, (true[matched_gt], detected[matched]), 1)
     np.add.at(counts[-1], detected[background], 1)
-    np.add.at(counts[:,-1], true[is_free], 1)
+    np.add.at(counts[:,-1], true[is_missed], 1)
     return counts
+
+def _match_strong(m, score_threshold):
+    "Detections above a score: those that take a true box, the boxes they take, and those on the background."
+    is_strong = m.is_counted & (m.detections.score >= score_threshold)
+    correct, wrong = np.flatnonzero(is_strong & m.is_tp), np.flatnonzero(is_strong & ~m.is_tp)
+    is_free = ~m.ground_truth.is_crowd
+    is_free[m.matched_gt[correct]] = False
+    gt_of_wrong = _match_any_class(m, wrong, np.flatnonzero(is_free))
+    has_box = gt_of_wrong >= 0
+    matched_gt = np.r_[m.matched_gt[correct], gt_of_wrong[has_box]]
+    return np.r_[correct, wrong[has_box]], matched_gt, wrong[~has_box]
 
 def _match_any_class(m, rows, gt_rows):
     "Matches some detections with some true boxes, whatever the classes: row of the true box, -1 for none."
