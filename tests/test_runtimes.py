@@ -179,7 +179,8 @@ def tensorrt_on_onnxruntime(memory, largest_batch):
         def get_tensor_shape(self, name): return (self.shape[0], *self.engine.io[name].shape[1:])
         def set_tensor_address(self, name, address): self.address[name] = address
         def execute_async_v3(self, stream):
-            pixels = memory.blocks[self.address['input']].view(np.float32)[:int(np.prod(self.shape))].reshape(self.shape)
+            pixels = memory.blocks[self.address['input']].view(np.float32)
+            pixels = pixels[:int(np.prod(self.shape))].reshape(self.shape)
             for o, a in zip(self.engine.session.get_outputs(), self.engine.session.run(None, {'input': pixels})):
                 memory.upload(self.address[o.name], a)
             return True

@@ -23,7 +23,6 @@ from ..detector.nms import NmsOptions, postprocess_batch, sigmoid
 from ..detector.toy_data import make_toy_image
 from ..weights.encryption import resolve_key
 from ..weights.model_file import ModelFile, load_model_file, save_etlt
-from ..train.experiment import export_nms_settings
 from ..train.spec import Spec
 from .formats import (
     RAW_OUTPUTS, check_saved_model_path, raw_forward, run_saved_model, run_tflite, write_saved_model, write_tflite)
@@ -287,6 +286,7 @@ def saved_nms_settings(
     kind:str,             # 'onnx', 'efficient_nms_trt' or 'none'
 )->dict:                  # score_threshold and max_detections, where its spec sets them
     "Reads the thresholds that the spec inside a model file sets."
+    from effdet_nb.train.experiment import export_nms_settings # imports TensorFlow
     text = model_file.meta.get('spec')
     return export_nms_settings(Spec.parse(text), kind) if text else {}
 

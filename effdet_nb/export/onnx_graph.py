@@ -16,8 +16,6 @@ from collections import Counter
 import numpy as np
 from .. import __version__
 from ..detector.anchors import all_anchors
-from ..detector.bifpn import nearest_indices
-from .formats import raw_forward
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #cd3eaa5f
 DUMMY_BATCH = 7 # the batch size while tracing; stands for "any"
@@ -28,6 +26,7 @@ def trace_to_onnx(
 ):                # onnx.ModelProto with outputs cls_logits and box_deltas, batch `DUMMY_BATCH`
     "Converts a Keras detector to ONNX, as the converter gives it."
     import tensorflow as tf, tf2onnx
+    from effdet_nb.export.formats import raw_forward
     spec = [tf.TensorSpec((DUMMY_BATCH, *model.input.shape[1:]), tf.float32, name='input')]
     function = tf.function(lambda pixels: raw_forward(model, pixels), input_signature=spec)
     proto = tf2onnx.convert.from_function(function, input_signature=spec, opset=opset)[0]
@@ -91,6 +90,7 @@ def resize_nodes(
     scales,      # its factors, one for each axis
 )->list:         # `Gather` nodes with the same result
     "Writes a resize as gathers of rows and columns."
+    from effdet_nb.detector.bifpn import nearest_indices # imports Keras, which running a file does not need
     from onnx.helper import make_node
     nodes, x, output = [], node.input[0], node.output[0]
     for axis,(size,scale) in enumerate(zip(shape, scales)):
