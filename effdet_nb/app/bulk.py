@@ -108,8 +108,10 @@ def _import_beam():
 def _make_jobs(paths, source, results, draw):
     "For each image its path and where its annotated copy and its labels go, as text."
     writer = make_output_writer(paths, source, results/'images_annotated' if draw else None, results/'labels')
-    jobs = [(path, writer.image_paths[path], writer.label_paths[path]) for path in paths]
-    return [tuple(path and str(path) for path in job) for job in jobs]
+    image_paths,label_paths = writer.image_paths, writer.label_paths
+    return [(str(path), _text(image_paths[path]), _text(label_paths[path])) for path in paths]
+
+def _text(path): return None if path is None else str(path)
 
 def _run_pipeline(beam, jobs, rows, options, model_path, names, limits):
     "Runs `predict_and_save` on all jobs and writes its rows to one file."

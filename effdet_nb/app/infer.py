@@ -358,8 +358,7 @@ def infer(
     "Finds objects in images and writes annotated images and KITTI labels."
     outputs = _output_folders(out_image_path, out_label_path, results_dir)
     check_score_threshold(score_threshold)
-    status = Status(results_dir, 'inference', secrets=(key,)) if results_dir is not None else nullcontext()
-    with status:
+    with _status(results_dir, key) as status:
         paths = find_images(in_image_path, recursive)
         writer = make_output_writer(paths, in_image_path, *outputs)
         names = read_label_map(label_map) if label_map else {}     # before the model is opened, which takes long
@@ -374,6 +373,10 @@ def infer(
         return summary
 
 # %% ../../nbs/app/01_infer.ipynb #46f1f35f
+def _status(results_dir, key):
+    "The `Status` of a run that has a results folder."
+    return nullcontext() if results_dir is None else Status(results_dir, 'inference', secrets=(key,))
+
 def _output_folders(image_path, label_path, results_dir):
     "Where images and labels go: as named, or into the results folder."
     if results_dir is not None:

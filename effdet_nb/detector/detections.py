@@ -101,9 +101,11 @@ def to_coco(self:Detections,
     image_id=0, # the id of the image in an annotation file
 )->list:        # dicts of image_id, category_id, bbox (left, top, width, height) and score
     "Converts detections to COCO's result format."
-    rows = zip(self.category_ids, yxyx_to_xywh(self.boxes).tolist(), self.scores.tolist())
-    return [dict(image_id=image_id, category_id=category_id, bbox=[round(v, 3) for v in xywh], score=round(score, 6))
-            for category_id,xywh,score in rows]
+    results = []
+    for category_id,xywh,score in zip(self.category_ids, yxyx_to_xywh(self.boxes).tolist(), self.scores.tolist()):
+        bbox = [round(v, 3) for v in xywh]
+        results.append(dict(image_id=image_id, category_id=category_id, bbox=bbox, score=round(score, 6)))
+    return results
 
 # %% ../../nbs/detector/09_detections.ipynb #747195ef
 def kitti_line(

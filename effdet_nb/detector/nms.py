@@ -163,17 +163,24 @@ def postprocess(
 
 def _check_outputs(cls_logits, box_deltas, anchors):
     "The three arrays as float32, if they belong together and hold numbers."
-    arrays = [np.asarray(o, np.float32) for o in (cls_logits, box_deltas, anchors)]
-    shapes = [o.shape for o in arrays]
-    a = len(arrays[2])
-    if len(shapes[0])!=2 or shapes[0][0]!=a or shapes[1]!=(a,4) or shapes[2]!=(a,4):
-        raise ValueError(f'postprocess: cls_logits {shapes[0]}, box_deltas {shapes[1]}, anchors {shapes[2]}; '
-                         'must be (A, C), (A, 4), (A, 4) with one A. Were the anchors made for another image size?')
-    for name,x in zip(('cls_logits','box_deltas'), arrays):
-        if np.isnan(x.max(initial=0)):
-            raise ValueError(f'postprocess: {np.isnan(x).sum():,} of {x.size:,} {name} are NaN; numbers are needed. '
-                             'The weights have diverged: go back to an earlier checkpoint and lower the learning rate')
-    return arrays
+    cls_logits,box_deltas,anchors = (np.asarray(x, np.float32) for x in (cls_logits, box_deltas, anchors))
+    _check_shapes(cls_logits.shape, box_deltas.shape, anchors.shape)
+    _check_no_nan(cls_logits, 'cls_logits')
+    _check_no_nan(box_deltas, 'box_deltas')
+    return cls_logits, box_deltas, anchors
+
+def _check_shapes(cls_shape, box_shape, anchor_shape):
+    "Refuses outputs and anchors whose numbers of rows differ."
+    expected = (*anchor_shape[:1], 4)
+    if len(cls_shape)==2 and cls_shape[0]==anchor_shape[0] and box_shape==anchor_shape==expected: return
+    raise ValueError(f'postprocess: cls_logits {cls_shape}, box_deltas {box_shape}, anchors {anchor_shape}; '
+                     'must be (A, C), (A, 4), (A, 4) with one A. Were the anchors made for another image size?')
+
+def _check_no_nan(x, name):
+    "Refuses the outputs of a network that has diverged."
+    if not np.isnan(x.max(initial=0)): return
+    raise ValueError(f'postprocess: {np.isnan(x).sum():,} of {x.size:,} {name} are NaN; numbers are needed. '
+                     'The weights have diverged: go back to an earlier checkpoint and lower the learning rate')
 
 # %% ../../nbs/detector/10_nms.ipynb #546daf7b
 def postprocess_batch(

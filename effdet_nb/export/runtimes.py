@@ -164,7 +164,7 @@ class ExportedDetector:
         fixed_size = self.meta['batch_size']
         batches = pad_batches(images, fixed_size or self.meta.get('max_batch_size'), pad_last=bool(fixed_size))
         parts = [_first_rows(self.run(np.asarray(batch, np.float32)), count) for batch,count in batches]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        return _join(parts)
 
     def decode(self,
         outputs:dict, # as `forward` returned them
@@ -178,6 +178,12 @@ class ExportedDetector:
     ):                      # one `Detections` per image, boxes in network pixels; for a path one, in the image's pixels
         if isinstance(images, (str, Path)): return predict_image(self, images, threshold)
         return self.decode(self.forward(images))
+
+def _join(parts):
+    "The outputs of several batches as one."
+    if not parts: return {}
+    columns = {name: [part[name] for part in parts] for name in parts[0]}
+    return dict(zip(columns, map(np.concatenate, columns.values())))
 
 def _first_rows(outputs, count):
     "The outputs for the first `count` images of a batch."
@@ -213,7 +219,8 @@ def _session_metadata(session):
     return json.loads(text) if text else None
 
 # %% ../../nbs/export/06_runtimes.ipynb #11d7c2c7
-INSTALL_TRT = 'It needs an NVIDIA GPU and: pip install "effdet_nb[trt]" (in a clone of the project: pip install -e ".[trt]")'
+INSTALL_TRT = ('It needs an NVIDIA GPU and: pip install "effdet_nb[trt]" '
+               '(in a clone of the project: pip install -e ".[trt]")')
 
 def import_tensorrt():
     "The module `tensorrt`, or an error with instructions."
@@ -231,7 +238,8 @@ class CudaMemory:
     def check(self, code):
         "Raises an error for a code that is not 0."
         if not code: return
-        raise RuntimeError(f'CUDA runtime: error {code}. Is another program using all of the GPU? nvidia-smi shows it')
+        raise RuntimeError(f'CUDA runtime: error {code}. Is another program using all of the GPU? '
+                           'nvidia-smi shows it')
 
     def allocate(self, nbytes):
         "The address of so many bytes on the GPU."
