@@ -36,4 +36,5 @@ def keep_freed_memory()->bool: # True if the C library accepts the settings; onl
     try: mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError): return False
     no_mmap, no_trim, grow = (-4, 0), (-1, 2**31-1), (-2, 2**26)
-    return all([mallopt(*option) for option in (no_mmap, no_trim, grow)])
+    accepted = [mallopt(*option) for option in (no_mmap, no_trim, grow)]
+    return all(accepted)
