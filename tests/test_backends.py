@@ -22,7 +22,8 @@ def other_python(backend):
         if subprocess.run([python, '-c', f'import {backend}, keras, fastcore'], env=env,
                           capture_output=True).returncode == 0:
             return python, env
-    pytest.skip(f'needs {backend}, keras and fastcore, here or in the interpreter that PEER_PYTHON names (pip install {backend} keras fastcore)')
+    pytest.skip(f'needs {backend}, keras and fastcore, here or in the interpreter that PEER_PYTHON names '
+                f'(pip install {backend} keras fastcore)')
 
 
 CODE = '''
@@ -42,7 +43,8 @@ grad = float('nan')
 if sys.argv[1] == 'torch':
     loss['total'].backward()
     grad = float(model.get_layer('class-predict').bias.value.grad.abs().sum())
-np.savez(sys.argv[4], cls=keras.ops.convert_to_numpy(out['cls_logits']), box=keras.ops.convert_to_numpy(out['box_deltas']), loss=float(loss['total']), grad=grad)
+cls, box = (keras.ops.convert_to_numpy(out[k]) for k in ('cls_logits', 'box_deltas'))
+np.savez(sys.argv[4], cls=cls, box=box, loss=float(loss['total']), grad=grad)
 assert 'tensorflow' not in sys.modules
 '''
 

@@ -1,4 +1,4 @@
-"Guards for effdet_nb.data.check: each mistake, put into records or a spec, is found with its number and a cure; good data passes."
+"The data check finds each mistake in records or a spec, with its number and a cure; good data passes."
 import json
 import re
 
@@ -26,7 +26,9 @@ def drawn(tmp_path_factory):
 
 
 def make_spec(folder, more='', training='', rec='rec'):
-    return Spec.parse(f'''training_config {{ train_batch_size: 4 {training} }} dataset_config {{ num_classes: 4  image_size: "256,320"  training_file_pattern: "{folder}/{rec}/train-*"
+    return Spec.parse(f'''
+        training_config {{ train_batch_size: 4 {training} }}
+        dataset_config {{ num_classes: 4  image_size: "256,320"  training_file_pattern: "{folder}/{rec}/train-*"
         validation_file_pattern: "{folder}/{rec}/val-*"  validation_json_file: "{folder}/val.json" {more} }}''')
 
 
@@ -50,9 +52,12 @@ def test_good_data_passes(drawn):
 mistakes = {
     'too few channels': (dict(more='num_classes: 2'), 1, r'num_classes 2: 3 categories do not fit'),
     'too many objects': (dict(more='max_instances_per_image: 2'), 1,
-                         r'\d+ training pictures have more than 2 objects, the most is (\d+) in image \d+. Set it to \1'),
+                         r'\d+ training pictures have more than 2 objects, '
+                         r'the most is (\d+) in image \d+. Set it to \1'),
     'no such records': (dict(rec='nowhere'), 2, r'training_file_pattern: no file matches'),
-    'records of another set': (dict(more='validation_json_file: "{}/train.json" validation_file_pattern: "{}/rec/train-*"'), 0, r'20 of 20 pictures are in the training set as well'),
+    'records of another set': (
+        dict(more='validation_json_file: "{}/train.json" validation_file_pattern: "{}/rec/train-*"'), 0,
+        r'20 of 20 pictures are in the training set as well'),
     'file of another set': (dict(more='validation_file_pattern: "{}/rec/train-*"'), 1,
                             r'12 of 20 validation pictures are not in val.json, such as image'),
     'a part of the validation': (dict(more='validation_file_pattern: "{}/rec/val-00000*"'), 0,
@@ -81,12 +86,17 @@ def test_mistakes_of_the_spec(drawn, change, serious, message):
 def foreign_spec(folder, records, val=None, more=''):
     write(folder, records, 1)
     if val: write(folder, val, 1, 'val')
-    return Spec.parse(f'''training_config {{ train_batch_size: 1 }} dataset_config {{ num_classes: 3 image_size: "128,128" training_file_pattern: "{folder}/train-*" {f'validation_file_pattern: "{folder}/val-*"' if val else ''} {more} }}''')
+    validation = f'validation_file_pattern: "{folder}/val-*"' if val else ''
+    return Spec.parse(f'''
+        training_config {{ train_batch_size: 1 }}
+        dataset_config {{ num_classes: 3 image_size: "128,128" training_file_pattern: "{folder}/train-*"
+        {validation} {more} }}''')
 
 
 faults = {
     'unknown ids': (lambda: [foreign('a', labels=[7]), foreign('b', labels=[0]), foreign('c')], 1,
-                    r'2 boxes have category ids that have no channel \(0, 7\), the channels are for 1 to 2. Set num_classes to 8'),
+                    r'2 boxes have category ids that have no channel \(0, 7\), the channels are for 1 to 2. '
+                    r'Set num_classes to 8'),
     'ids from 0': (lambda: [foreign('a', labels=[0]), foreign('b', labels=[1])], 1,
                    r'1 boxes have category ids that have no channel \(0\), the channels are for 1 to 2. Ids below 1'),
           # no num_classes is large enough
@@ -124,7 +134,8 @@ def test_damaged_records_are_no_problem_where_they_are_skipped(tmp_path):
 def test_pictures_are_decoded_if_asked(tmp_path):
     spec = foreign_spec(tmp_path, [foreign('a'), foreign('b', encoded=picture(2)[:200])])
     assert not look(spec).errors
-    assert '1 of 2 records are damaged: train-00000-of-00001, record 1: its picture cannot be decoded' in says(look(spec, decode_images=True))
+    found = says(look(spec, decode_images=True))
+    assert '1 of 2 records are damaged: train-00000-of-00001, record 1: its picture cannot be decoded' in found
 
 
 def test_lost_and_changed_shards(drawn, tmp_path):

@@ -12,20 +12,21 @@ from effdet_nb.data import pipeline as D, record_index
 from effdet_nb.detector.images import read_image
 
 
-def picture(seed, hw=(40,60), format='jpeg'):
+def picture(seed, hw=(40,60), file_format='jpeg'):
     small = np.random.default_rng(seed).integers(0, 256, (4,5,3), dtype=np.uint8)
     out = io.BytesIO()
-    Image.fromarray(small).resize(hw[::-1], Image.Resampling.BICUBIC).save(out, format)
+    Image.fromarray(small).resize(hw[::-1], Image.Resampling.BICUBIC).save(out, file_format)
     return out.getvalue()
 
 
-def foreign(id, boxes=((.1,.2,.5,.6),), labels=None, hw=(40,60), crowd=None, encoded=None):
+def foreign(source_id, boxes=((.1,.2,.5,.6),), labels=None, hw=(40,60), crowd=None, encoded=None):
     "A record as the TF Object Detection API writes it: no area, no is_crowd unless given, any text as id."
-    F = tf.train.Feature
-    ints, floats, text = (lambda v: F(int64_list=tf.train.Int64List(value=v))), (lambda v: F(float_list=tf.train.FloatList(value=v))), (lambda v: F(bytes_list=tf.train.BytesList(value=v)))
-    features = {'image/encoded':text([picture(hash(id)%1000, hw) if encoded is None else encoded]),
-                'image/height':ints([hw[0]]), 'image/width':ints([hw[1]]), 'image/source_id':text([str(id).encode()]),
-        'image/object/class/label':ints([1]*len(boxes) if labels is None else labels)}
+    def ints(v): return tf.train.Feature(int64_list=tf.train.Int64List(value=v))
+    def floats(v): return tf.train.Feature(float_list=tf.train.FloatList(value=v))
+    def text(v): return tf.train.Feature(bytes_list=tf.train.BytesList(value=v))
+    features = {'image/encoded':text([picture(hash(source_id)%1000, hw) if encoded is None else encoded]),
+                'image/height':ints([hw[0]]), 'image/width':ints([hw[1]]), 'image/source_id':text([str(source_id).encode()]),
+                'image/object/class/label':ints([1]*len(boxes) if labels is None else labels)}
     for k,edge in enumerate(('ymin','xmin','ymax','xmax')):
         features[f'image/object/bbox/{edge}'] = floats([b[k] for b in boxes])
     if crowd is not None: features['image/object/is_crowd'] = ints(crowd)
@@ -133,9 +134,9 @@ def test_without_jitter_boxes_are_scaled_letterbox_boxes(tmp_path):
     assert np.allclose(batch['gt_boxes'][0,0], np.array([8,32,40,96])*.8, atol=1e-3)
 
 
-@pytest.mark.parametrize('format', ['jpeg', 'png', 'webp', 'bmp'])
-def test_training_decodes_like_evaluation(format):
-    data = picture(3, (61,83), format)
+@pytest.mark.parametrize('file_format', ['jpeg', 'png', 'webp', 'bmp'])
+def test_training_decodes_like_evaluation(file_format):
+    data = picture(3, (61,83), file_format)
     assert np.abs(D.decode_image(data).numpy().astype(int)-read_image(data)).mean() < 1.5
     for shrink in (2,4,8): assert D.decode_image(data, shrink).shape == (-(-61//shrink), -(-83//shrink), 3)
 
@@ -156,7 +157,9 @@ def test_exactly_max_instances_fit_and_one_more_is_named(tmp_path):
     assert batches(1, make_config(pattern, **NO_JITTER), 1)[0]['num_boxes'] == 5
     pattern = write(tmp_path, [foreign('crowded', five(6))], 1)
     with pytest.raises(Exception) as e: batches(1, make_config(pattern), 1)
-    assert D.pipeline_error_message(e.value) == 'train-00000-of-00001, record 0, image crowded: 6 objects, max_instances_per_image is 5. Raise it in dataset_config'
+    assert D.pipeline_error_message(e.value) == (
+        'train-00000-of-00001, record 0, image crowded: 6 objects, max_instances_per_image is 5. '
+        'Raise it in dataset_config')
 
 
 def test_the_spec_decides_whether_crowds_are_trained_on(tmp_path):
@@ -176,7 +179,8 @@ def test_an_id_without_a_channel_is_an_error(tmp_path, label):
 def test_a_damaged_picture_is_named(tmp_path):
     pattern = write(tmp_path, [foreign('7', encoded=picture(1)[:100])], 1)
     with pytest.raises(Exception) as e: batches(1, make_config(pattern), 1)
-    assert D.pipeline_error_message(e.value).startswith('train-00000-of-00001, record 0, image 7: not readable as an image')
+    message = D.pipeline_error_message(e.value)
+    assert message.startswith('train-00000-of-00001, record 0, image 7: not readable as an image')
 
 
 def test_real_pictures_make_batches_with_targets(shared_dir, tmp_path):
@@ -198,9 +202,9 @@ def test_real_pictures_make_batches_with_targets(shared_dir, tmp_path):
 
 # --- what the pictures are
 
-def encoded(image, format, **kw):
+def encoded(image, file_format, **kw):
     out = io.BytesIO()
-    image.save(out, format, **kw)
+    image.save(out, file_format, **kw)
     return out.getvalue()
 
 
@@ -225,9 +229,9 @@ def test_every_kind_of_picture_is_seen_as_evaluation_sees_it(kind, tmp_path):
     data = kinds[kind]()
     seen, meant = D.decode_image(data).numpy().astype(int), read_image(data).astype(int)
     assert seen.shape == (40,60,3) and np.abs(seen-meant).mean() < 3
-    assert np.abs(seen-np.asarray(smooth.convert('1') if kind.startswith('one') else smooth.convert('L')
-                                  if 'grey' in kind or '16' in kind else smooth).reshape(40,60,
-                                                                                         -1)*(255 if kind.startswith('one') else 1)).mean() < 18
+    mode = '1' if kind.startswith('one') else 'L' if 'grey' in kind or '16' in kind else smooth.mode
+    drawn = np.asarray(smooth.convert(mode)).reshape(40,60,-1)*(255 if mode == '1' else 1)
+    assert np.abs(seen-drawn).mean() < 18
     pattern = write(tmp_path, [foreign('a', encoded=data)], 1)
     batch, = batches(1, make_config(pattern, **NO_JITTER), 1)
     assert batch['num_boxes'] == 1 and batch['images'].std() > 5
@@ -289,7 +293,7 @@ def test_training_verifies_the_counts_of_the_conversion(tmp_path):
     from effdet_nb.data.convert import dataset_convert
     from effdet_nb.detector.toy_data import make_toy_dataset
     data = make_toy_dataset(tmp_path/'s', 6, 4)
-    summary = dataset_convert(data/'train', data/'train.json', tmp_path, num_shards=2)
+    dataset_convert(data/'train', data/'train.json', tmp_path, num_shards=2)
     config = make_config(tmp_path/'train-*', num_classes=4, max_instances=100)
     assert len(D.make_sample_loader(config).records) == 6
     side = json.loads((tmp_path/'train_records.json').read_text())
