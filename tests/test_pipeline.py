@@ -25,7 +25,8 @@ def foreign(source_id, boxes=((.1,.2,.5,.6),), labels=None, hw=(40,60), crowd=No
     def floats(v): return tf.train.Feature(float_list=tf.train.FloatList(value=v))
     def text(v): return tf.train.Feature(bytes_list=tf.train.BytesList(value=v))
     features = {'image/encoded':text([picture(hash(source_id)%1000, hw) if encoded is None else encoded]),
-                'image/height':ints([hw[0]]), 'image/width':ints([hw[1]]), 'image/source_id':text([str(source_id).encode()]),
+                'image/height':ints([hw[0]]), 'image/width':ints([hw[1]]),
+                'image/source_id':text([str(source_id).encode()]),
                 'image/object/class/label':ints([1]*len(boxes) if labels is None else labels)}
     for k,edge in enumerate(('ymin','xmin','ymax','xmax')):
         features[f'image/object/bbox/{edge}'] = floats([b[k] for b in boxes])
