@@ -75,7 +75,8 @@ def test_batch_norms_have_the_references_constants(shared_dir):
 def test_a_p8_is_one_level_more(monkeypatch):
     monkeypatch.setitem(VARIANTS, 'efficientdet-d7x', Variant(128, .35, .3, 16, 2, 1, 'sum', max_level=8))
     arch = Arch('efficientdet-d7x', (300, 260), 2)
-    assert build(arch).output['box_deltas'].shape[1] == len(arch_anchors(arch)) == 9*sum(np.prod(feature_size((300, 260), l)) for l in range(3, 9))
+    num_anchors = 9*sum(np.prod(feature_size((300, 260), level)) for level in range(3, 9))
+    assert build(arch).output['box_deltas'].shape[1] == len(arch_anchors(arch)) == num_anchors
     assert not [w.path for w in build(arch).weights if 'weighted_fusion' in w.path]
 
 

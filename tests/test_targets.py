@@ -55,7 +55,8 @@ def test_targets_equal_the_peers(oracle, case, padding):
 
 side = st.sampled_from([0., 4., 8., 12., 16., 24., 32.])        # a coarse grid, so that ties are common
 boxes_and_classes = st.lists(st.tuples(side, side, side, side, st.integers(-1, 3)), max_size=8)
-anchors_drawn = st.lists(st.tuples(side, side, st.sampled_from([4., 8., 16.]), st.sampled_from([4., 8., 16.])), min_size=1, max_size=12)
+anchors_drawn = st.lists(st.tuples(side, side, st.sampled_from([4., 8., 16.]), st.sampled_from([4., 8., 16.])),
+                         min_size=1, max_size=12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,7 +78,8 @@ def test_any_boxes_give_what_the_plain_rule_gives(anchors, objects):
 
 def test_an_object_that_overlaps_no_anchor_makes_none_positive():
     anchors = np.float32([[0, 0, 8, 8], [8, 8, 16, 16]])
-    for box in [4, 4, 4, 9], [100, 100, 120, 120], [-50, -50, -20, -20], [9, 9, 3, 3], [9, 1, 1, 9]:     # the last would have the area -64
+    # the last would have the area -64
+    for box in [4, 4, 4, 9], [100, 100, 120, 120], [-50, -50, -20, -20], [9, 9, 3, 3], [9, 1, 1, 9]:
         cls, box, count = run(anchors, np.float32([box]), np.int32([2]))
         assert count == 0 and (cls == -1).all() and np.isfinite(box).all()
         np.testing.assert_array_equal(T.anchor_iou(np.float32([box]), anchors), 0)
@@ -93,7 +95,8 @@ def test_works_inside_tf_data_with_a_changing_number_of_objects():
     anchors = np.float32([[y, x, y+16, x+16] for y in range(0, 64, 8) for x in range(0, 64, 8)])
     images = [(np.float32([[8, 8, 24, 24]]*n).reshape(-1, 4), np.arange(n, dtype='int32')) for n in (2, 0, 1)]
     kinds = tf.TensorSpec([None, 4], tf.float32), tf.TensorSpec([None], tf.int32)
-    data = tf.data.Dataset.from_generator(lambda: iter(images), output_signature=kinds).map(lambda b, c: T.assign(anchors, b, c))
+    data = tf.data.Dataset.from_generator(lambda: iter(images),
+                                          output_signature=kinds).map(lambda b, c: T.assign(anchors, b, c))
     for (boxes, classes), made in zip(images, data):
         for got, want in zip(made, run(anchors, boxes, classes)): np.testing.assert_array_equal(got, want)
 
@@ -104,10 +107,12 @@ def test_a_compiled_batch_equals_its_images(jit):
     rng = np.random.default_rng(1)
     anchors = np.float32([[y, x, y+16, x+16] for y in range(0, 64, 8) for x in range(0, 64, 8)])
     start = rng.uniform(0, 40, (3, 5, 2))
-    boxes, classes = np.concatenate([start, start+rng.uniform(4, 24, (3, 5, 2))], -1).astype('float32'), rng.integers(-1, 4, (3, 5)).astype('int32')
+    boxes, classes = np.concatenate([start, start+rng.uniform(4, 24, (3, 5, 2))],
+                                    -1).astype('float32'), rng.integers(-1, 4, (3, 5)).astype('int32')
     batch = tf.function(lambda b, c: T.assign_batch(anchors, b, c), jit_compile=jit)(boxes, classes)
     for i in range(3):
-        for got, want in zip(batch, run(anchors, boxes[i], classes[i])): np.testing.assert_allclose(got[i], want, atol=1e-6)
+        for got, want in zip(batch, run(anchors, boxes[i], classes[i])):
+            np.testing.assert_allclose(got[i], want, atol=1e-6)
 
 
 def test_chapter_needs_no_tensorflow_by_name():
@@ -124,7 +129,9 @@ def sizes_and_places(draw, hw):
     if draw%5 == 2: size[:, 0] = np.exp(rng.uniform(-3, 3, count))
     boxes = np.concatenate([centre-size/2, centre+size/2], 1)
     if draw%5 != 3: boxes = np.clip(boxes, 0, [height, width]*2)
-    if draw%5 == 4: boxes = np.round(boxes/8)*8; boxes[:count//2] = boxes[count//2:count//2*2]
+    if draw%5 == 4:
+        boxes = np.round(boxes/8)*8
+        boxes[:count//2] = boxes[count//2:count//2*2]
     classes = rng.integers(0, 5, count)
     classes[rng.random(count) < .1] = -1
     return boxes.astype('float32'), classes.astype('int32')
@@ -138,7 +145,8 @@ def test_targets_on_the_grid_equal_those_of_the_table(hw):
         boxes, classes = sizes_and_places(draw, hw)
         for quick, full in zip(G.assign_on_grid(grid, boxes, classes), run(anchors, boxes, classes)):
             assert quick.dtype == full.dtype
-            np.testing.assert_allclose(quick, full, atol=2e-5, err_msg=f'draw {draw}') if quick.ndim == 2 else np.testing.assert_array_equal(quick, full, f'draw {draw}')
+            if quick.ndim == 2: np.testing.assert_allclose(quick, full, atol=2e-5, err_msg=f'draw {draw}')
+            else: np.testing.assert_array_equal(quick, full, f'draw {draw}')
 
 
 @pytest.mark.parametrize('case', range(6))
@@ -151,7 +159,9 @@ def test_targets_on_the_grid_equal_the_peers(oracle, case):
     assert count == numbers[f'case{case}_num_positives']
 
 
-@pytest.mark.parametrize('image_hw, shapes', [((128, 128), {}), ((256, 384), dict(num_scales=1)), ((512, 512), dict(aspects=((1., 1.), (2., .5)), num_scales=2, anchor_scale=3.))])
+@pytest.mark.parametrize('image_hw, shapes',
+                         [((128, 128), {}), ((256, 384), dict(num_scales=1)),
+                          ((512, 512), dict(aspects=((1., 1.), (2., .5)), num_scales=2, anchor_scale=3.))])
 def test_grids_of_any_anchors(image_hw, shapes):
     anchors = all_anchors(image_hw, **shapes)
     grid = G.anchor_grid(anchors)
