@@ -34,7 +34,7 @@ def test_scale_one_is_the_letterbox_of_evaluation():
 
 
 @pytest.mark.parametrize('hw', [(160,120), (90,160), (64,64)])
-def test_training_and_evaluation_see_nearly_the_same_pixels(hw):
+def test_training_and_evaluation_have_nearly_the_same_pixels(hw):
     small = np.random.default_rng(1).integers(0, 256, (5,6,3), dtype=np.uint8)
     image = np.asarray(Image.fromarray(small).resize(hw[::-1], Image.Resampling.BICUBIC))
     ours = A.crop_resize_pad(tf.constant(image), tf.zeros((0,4)), tf.zeros((0,), tf.int32), (128,128), 1.,
@@ -55,7 +55,7 @@ def test_boxes_stay_on_their_objects():
     assert shown > 50
 
 
-def test_moving_back_gives_the_visible_part():
+def test_transforming_back_gives_the_visible_part():
     "Canvas boxes mapped back through the window are the originals, cut at the window."
     rng = np.random.default_rng(0)
     for _ in range(60):
@@ -74,7 +74,7 @@ def test_moving_back_gives_the_visible_part():
         assert (np.prod(cut[gone,2:]-cut[gone,:2], 1) < 1e-2).all()
 
 
-def test_shape_is_kept():
+def test_the_aspect_ratio_is_kept():
     "Both axes get the same factor, but for the rounding to whole pixels."
     rng = np.random.default_rng(1)
     for _ in range(60):
@@ -85,7 +85,7 @@ def test_shape_is_kept():
         assert abs(fy/fx-1) < 2/min(*shown, *size)
 
 
-def test_flip_twice_is_nothing_and_once_moves_every_pixel():
+def test_flipping_twice_is_the_identity():
     rng = np.random.default_rng(2)
     image = tf.constant(rng.integers(0, 256, (7,13,3), dtype=np.uint8))
     boxes = tf.constant([[1.,2,5,9], [0,0,7,13]])
@@ -104,7 +104,7 @@ def test_same_seed_same_result_in_graph_and_eager():
         for a,b in zip(graph(key), A.augment(image, boxes, labels, (64,64), key, True)): assert np.array_equal(a, b)
 
 
-def test_pictures_without_objects_and_of_one_pixel():
+def test_images_without_objects_and_of_one_pixel():
     none = tf.zeros((0,4)), tf.zeros((0,), tf.int32)
     for hw in ((1,1), (1,40), (40,1)):
         for i in range(5):
@@ -126,7 +126,7 @@ def some_boxes(hw, seed, n=5):
 
 @settings(max_examples=60, deadline=None)
 @given(**draws)
-def test_any_crop_maps_back_to_what_it_showed_and_conserves_area(hw, canvas, scale, place, seed):
+def test_any_crop_maps_back_to_its_window_and_conserves_area(hw, canvas, scale, place, seed):
     corner,size,shown = (o.numpy() for o in A.crop_window(hw, canvas, scale, np.float32(place)))
     boxes = some_boxes(hw, seed)
     moved,left = (o.numpy() for o in A.transform_boxes(tf.constant(boxes), tf.range(len(boxes)), corner, size, shown))
@@ -143,7 +143,7 @@ def test_any_crop_maps_back_to_what_it_showed_and_conserves_area(hw, canvas, sca
 
 @settings(max_examples=40, deadline=None)
 @given(hw=draws['hw'], seed=draws['seed'])
-def test_any_flip_twice_is_nothing_and_conserves_area(hw, seed):
+def test_flipping_any_boxes_twice_is_the_identity_and_keeps_their_area(hw, seed):
     image, boxes = tf.zeros((*hw,3), tf.uint8), some_boxes(hw, seed)
     once = A.horizontal_flip(image, tf.constant(boxes))[1].numpy()
     np.testing.assert_allclose(A.horizontal_flip(image, tf.constant(once))[1], boxes, atol=1e-3)
@@ -154,7 +154,7 @@ def test_any_flip_twice_is_nothing_and_conserves_area(hw, seed):
 
 @settings(max_examples=25, deadline=None)
 @given(canvas=draws['canvas'], seed=draws['seed'])
-def test_any_draw_keeps_the_box_on_its_pixels(canvas, seed):
+def test_any_random_crop_keeps_the_box_on_its_pixels(canvas, seed):
     rng = np.random.default_rng(seed)
     h,w = rng.integers(40, 160, 2)
     y1,x1 = rng.integers(0, (h-20, w-20))

@@ -71,7 +71,7 @@ faults = [
 
 
 @pytest.mark.parametrize('change,message', faults, ids=[m[:40] for _, m in faults])
-def test_every_fault_is_named(tmp_path, change, message):
+def test_every_fault_is_an_error_that_names_it(tmp_path, change, message):
     data = good()
     change(data)
     with pytest.raises(CocoError) as e: load(tmp_path, data)
@@ -82,16 +82,16 @@ def test_every_fault_is_named(tmp_path, change, message):
 @pytest.mark.parametrize('raw,message', [
     (b'', 'not valid JSON'), (b'{"images": [', 'line 1'), (b'\xff\xfe\x00\x01', 'not valid JSON'),
     (b'[]', 'top level is a list'), (b'{"images": [1,]}', 'line 1, column'), (b'\x89PNG\r\n', 'UTF-8')])
-def test_files_that_are_not_json(tmp_path, raw, message):
+def test_files_that_are_not_json_are_rejected(tmp_path, raw, message):
     with pytest.raises(CocoError, match=message): load(tmp_path, None, raw)
 
 
-def test_folder_and_absent_file(tmp_path):
+def test_a_folder_and_a_missing_file_are_rejected(tmp_path):
     with pytest.raises(FileNotFoundError, match='is a folder'): load_coco(tmp_path)
     with pytest.raises(FileNotFoundError, match='no such file'): load_coco(tmp_path/'no.json')
 
 
-def test_all_problems_at_once_and_only_twenty_shown(tmp_path):
+def test_all_problems_are_reported_at_once_and_twenty_are_shown(tmp_path):
     data = good()
     data['annotations'] = [dict(id=i, image_id=1, category_id=1, bbox=[]) for i in range(50)]
     with pytest.raises(CocoError) as e: load(tmp_path, data)
@@ -99,7 +99,7 @@ def test_all_problems_at_once_and_only_twenty_shown(tmp_path):
 
 
 @given(st.sets(st.integers(0, 300), min_size=1, max_size=40), st.integers(0, 400))
-def test_tables_are_bijections(ids, extra):
+def test_ids_and_channels_correspond_one_to_one(ids, extra):
     table = ClassTable.from_categories([dict(id=k, name=f'n{k}') for k in sorted(ids, reverse=True)], len(ids) + extra)
     channels = [table.channel(k) for k in table.ids]
     assert len(set(channels)) == len(ids) and all(0 <= c < table.num_classes for c in channels)
@@ -120,11 +120,11 @@ def test_too_few_channels_names_the_boxes():
 
 
 @pytest.mark.parametrize('channel', [-1, 3])
-def test_channels_end_somewhere(channel):
+def test_a_channel_outside_the_head_is_an_error(channel):
     with pytest.raises(ValueError, match='channels 0 to 2'): ClassTable((1, 2), ('a', 'b'), 3).category_id(channel)
 
 
-def test_real_files_load(shared_dir):
+def test_real_annotation_files_load(shared_dir):
     bccd, mini = (load_coco(shared_dir/'data'/n/'train.json') for n in ('bccd', 'coco_mini'))
     assert (len(bccd.images), bccd.num_annotations) == (205, 2805)
     assert (len(mini.images), mini.num_annotations) == (35, 425)

@@ -12,29 +12,35 @@ from effdet_nb.data import pipeline as D, record_index
 from effdet_nb.detector.images import read_image
 
 
-def picture(seed, hw=(40,60), file_format='jpeg'):
+def noise_image(seed, hw=(40,60), file_format='jpeg'):
+    "The bytes of a smooth random image."
     small = np.random.default_rng(seed).integers(0, 256, (4,5,3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(small).resize(hw[::-1], Image.Resampling.BICUBIC).save(out, file_format)
     return out.getvalue()
 
 
-def foreign(source_id, boxes=((.1,.2,.5,.6),), labels=None, hw=(40,60), crowd=None, encoded=None):
+def feature(values):
+    "A feature of whole numbers, floats or bytes."
+    if all(isinstance(v, bytes) for v in values): return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+    if all(isinstance(v, int) for v in values): return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+    return tf.train.Feature(float_list=tf.train.FloatList(value=values))
+
+
+def api_record(source_id, boxes=((.1,.2,.5,.6),), labels=None, hw=(40,60), crowd=None, encoded=None):
     "A record as the TF Object Detection API writes it: no area, no is_crowd unless given, any text as id."
-    def ints(v): return tf.train.Feature(int64_list=tf.train.Int64List(value=v))
-    def floats(v): return tf.train.Feature(float_list=tf.train.FloatList(value=v))
-    def text(v): return tf.train.Feature(bytes_list=tf.train.BytesList(value=v))
-    features = {'image/encoded':text([picture(hash(source_id)%1000, hw) if encoded is None else encoded]),
-                'image/height':ints([hw[0]]), 'image/width':ints([hw[1]]),
-                'image/source_id':text([str(source_id).encode()]),
-                'image/object/class/label':ints([1]*len(boxes) if labels is None else labels)}
+    encoded = noise_image(hash(source_id)%1000, hw) if encoded is None else encoded
+    features = {'image/encoded':[encoded], 'image/height':[hw[0]], 'image/width':[hw[1]],
+                'image/source_id':[str(source_id).encode()],
+                'image/object/class/label':[1]*len(boxes) if labels is None else labels}
+    if crowd is not None: features['image/object/is_crowd'] = crowd
+    example = tf.train.Example(features=tf.train.Features(feature={k:feature(v) for k,v in features.items()}))
     for k,edge in enumerate(('ymin','xmin','ymax','xmax')):
-        features[f'image/object/bbox/{edge}'] = floats([b[k] for b in boxes])
-    if crowd is not None: features['image/object/is_crowd'] = ints(crowd)
-    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+        example.features.feature[f'image/object/bbox/{edge}'].float_list.value.extend(box[k] for box in boxes)
+    return example.SerializeToString()
 
 
-def write(folder, examples, shards=2, tag='train'):
+def write_shards(folder, examples, shards=2, tag='train'):
     for s in range(shards):
         with tf.io.TFRecordWriter(f'{folder}/{tag}-{s:05d}-of-{shards:05d}') as out:
             for e in examples[s::shards]: out.write(e)
@@ -58,10 +64,11 @@ def same(a, b): return all(np.array_equal(x[k], y[k]) for x,y in zip(a, b, stric
 
 @pytest.fixture(scope='module')
 def pattern(tmp_path_factory):
-    return write(tmp_path_factory.mktemp('records'), [foreign(f'img-{i}', hw=(40+i,60)) for i in range(10)], 3)
+    return write_shards(tmp_path_factory.mktemp('records'), [api_record(f'img-{i}', hw=(40+i,60)) for i in range(10)],
+                        3)
 
 
-def test_the_index_finds_what_tensorflow_reads(pattern):
+def test_records_are_those_tensorflow_reads(pattern):
     files = record_index.require_record_files(pattern)
     records = record_index.Records.from_files(files)
     assert [records.read(i) for i in range(len(records))] == [r for f in files
@@ -77,13 +84,13 @@ def test_a_flipped_bit_is_found_and_named(pattern, tmp_path):
     with pytest.raises(ValueError, match='bad-0, record 0: damaged'): records.read(0)
 
 
-def test_an_empty_set_is_refused(tmp_path):
+def test_a_set_without_records_is_rejected(tmp_path):
     (tmp_path/'none-0').write_bytes(b'')
     with pytest.raises(ValueError, match='no records in 1 files'):
         record_index.Records.from_files([str(tmp_path/'none-0')])
 
 
-def test_every_epoch_shows_every_record_once_whatever_the_batch():
+def test_every_epoch_has_every_record_once_for_any_batch_size():
     for n,batch,workers in ((10,4,1), (7,3,2), (64,5,3)):
         numbers = sorted(int(record_index.sample_index(s, j, batch, (w,workers))) for s in range(60)
                          for w in range(workers) for j in range(batch))
@@ -92,7 +99,7 @@ def test_every_epoch_shows_every_record_once_whatever_the_batch():
             assert sorted(record_index.record_of_sample(k, n, 1) for k in range(epoch*n, epoch*n+n)) == list(range(n))
 
 
-def test_foreign_records_give_batches(pattern):
+def test_records_of_the_object_detection_api_give_batches(pattern):
     batch, = batches(1, make_config(pattern))
     assert batch['images'].shape==(4,128,128,3) and batch['images'].dtype==np.uint8
     assert ((batch['gt_classes']>=0).sum(1) == batch['num_boxes']).all() and (batch['gt_classes'].max()) == 0
@@ -102,14 +109,14 @@ def test_foreign_records_give_batches(pattern):
 
 
 @pytest.mark.parametrize('cache', [None, 'ram'])
-def test_a_continued_stream_is_the_stream(pattern, cache):
+def test_a_continued_run_gets_the_batches_of_the_uninterrupted_one(pattern, cache):
     whole = batches(7, make_config(pattern), cache=cache)
     for start in (0,4):
         assert same(whole[start:], batches(7-start, make_config(pattern), start_step=start, cache=cache))
     assert not same(whole[:1], batches(1, make_config(pattern, seed=7), cache=cache))
 
 
-def test_workers_share_the_batch_of_one(pattern):
+def test_two_workers_get_the_batch_of_one(pattern):
     whole = batches(3, make_config(pattern))
     parts = [batches(3, make_config(pattern), 2, worker=(w,2)) for w in (0,1)]
     joined = [{k:np.concatenate([a[k], b[k]]) for k in a} for a,b in zip(*parts)]
@@ -130,19 +137,19 @@ def test_the_global_seed_changes_nothing(pattern):
 
 
 def test_without_jitter_boxes_are_scaled_letterbox_boxes(tmp_path):
-    pattern = write(tmp_path, [foreign('a', [(.1,.2,.5,.6)], hw=(80,160))], 1)
+    pattern = write_shards(tmp_path, [api_record('a', [(.1,.2,.5,.6)], hw=(80,160))], 1)
     batch, = batches(1, make_config(pattern, **NO_JITTER), 1)
     assert np.allclose(batch['gt_boxes'][0,0], np.array([8,32,40,96])*.8, atol=1e-3)
 
 
 @pytest.mark.parametrize('file_format', ['jpeg', 'png', 'webp', 'bmp'])
 def test_training_decodes_like_evaluation(file_format):
-    data = picture(3, (61,83), file_format)
+    data = noise_image(3, (61,83), file_format)
     assert np.abs(D.decode_image(data).numpy().astype(int)-read_image(data)).mean() < 1.5
     for shrink in (2,4,8): assert D.decode_image(data, shrink).shape == (-(-61//shrink), -(-83//shrink), 3)
 
 
-def test_grey_and_16_bit_pictures_decode_like_evaluation():
+def test_grey_and_16_bit_images_decode_like_evaluation():
     for image in (Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8,8)*4),
                   Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8,8))):
         out = io.BytesIO()
@@ -153,18 +160,17 @@ def test_grey_and_16_bit_pictures_decode_like_evaluation():
 def five(n): return [(.1*i,.1,.1*i+.1,.5) for i in range(n)]
 
 
-def test_exactly_max_instances_fit_and_one_more_is_named(tmp_path):
-    pattern = write(tmp_path, [foreign('ok', five(5))], 1)
+def test_exactly_max_instances_fit_and_one_more_is_an_error(tmp_path):
+    pattern = write_shards(tmp_path, [api_record('ok', five(5))], 1)
     assert batches(1, make_config(pattern, **NO_JITTER), 1)[0]['num_boxes'] == 5
-    pattern = write(tmp_path, [foreign('crowded', five(6))], 1)
+    pattern = write_shards(tmp_path, [api_record('crowded', five(6))], 1)
     with pytest.raises(Exception) as e: batches(1, make_config(pattern), 1)
-    assert D.pipeline_error_message(e.value) == (
-        'train-00000-of-00001, record 0, image crowded: 6 objects, max_instances_per_image is 5. '
-        'Raise it in dataset_config')
+    assert D.pipeline_error_message(e.value) == ('train-00000-of-00001, record 0, image crowded: 6 objects, '
+                                                 'max_instances_per_image is 5. Raise it in dataset_config')
 
 
-def test_the_spec_decides_whether_crowds_are_trained_on(tmp_path):
-    pattern = write(tmp_path, [foreign('c', five(6), crowd=[0,1,0,1,0,0])], 1)
+def test_the_configuration_decides_whether_crowds_are_trained_on(tmp_path):
+    pattern = write_shards(tmp_path, [api_record('c', five(6), crowd=[0,1,0,1,0,0])], 1)
     with pytest.raises(Exception, match='6 objects'): batches(1, make_config(pattern, skip_crowd=False, **NO_JITTER), 1)
     batch, = batches(1, make_config(pattern, skip_crowd=True, **NO_JITTER), 1)
     assert batch['num_boxes'] == 4
@@ -172,19 +178,19 @@ def test_the_spec_decides_whether_crowds_are_trained_on(tmp_path):
 
 @pytest.mark.parametrize('label', [0, 3, 99])
 def test_an_id_without_a_channel_is_an_error(tmp_path, label):
-    pattern = write(tmp_path, [foreign('odd', labels=[label])], 1)
+    pattern = write_shards(tmp_path, [api_record('odd', labels=[label])], 1)
     with pytest.raises(Exception) as e: batches(1, make_config(pattern), 1)
     assert f'train-00000-of-00001, record 0, image odd: category id {label}' in D.pipeline_error_message(e.value)
 
 
-def test_a_damaged_picture_is_named(tmp_path):
-    pattern = write(tmp_path, [foreign('7', encoded=picture(1)[:100])], 1)
+def test_a_damaged_image_is_named(tmp_path):
+    pattern = write_shards(tmp_path, [api_record('7', encoded=noise_image(1)[:100])], 1)
     with pytest.raises(Exception) as e: batches(1, make_config(pattern), 1)
     message = D.pipeline_error_message(e.value)
     assert message.startswith('train-00000-of-00001, record 0, image 7: not readable as an image')
 
 
-def test_real_pictures_make_batches_with_targets(shared_dir, tmp_path):
+def test_real_images_give_batches_with_targets(shared_dir, tmp_path):
     from effdet_nb.data.convert import dataset_convert
     from effdet_nb.detector.targets import assign
     from effdet_nb.detector.anchors import all_anchors
@@ -203,51 +209,56 @@ def test_real_pictures_make_batches_with_targets(shared_dir, tmp_path):
 
 # --- what the pictures are
 
-def encoded(image, file_format, **kw):
+def encode(image, file_format, **kw):
     out = io.BytesIO()
     image.save(out, file_format, **kw)
     return out.getvalue()
 
 
-smooth = Image.fromarray(np.random.default_rng(5).integers(0, 256, (4,5,3),
-                                                           dtype=np.uint8)).resize((60,40), Image.Resampling.BICUBIC)
-kinds = {
-    'grey jpeg': lambda: encoded(smooth.convert('L'), 'JPEG'),
-         'CMYK jpeg': lambda: encoded(smooth.convert('CMYK'), 'JPEG', quality=95),
-         'grey png': lambda: encoded(smooth.convert('L'), 'PNG'),
-    'png with alpha': lambda: encoded(smooth.convert('RGBA'), 'PNG'),
-         'grey png with alpha': lambda: encoded(smooth.convert('LA'), 'PNG'),
-         'png with palette': lambda: encoded(smooth.convert('P'), 'PNG'),
-    'one bit png': lambda: encoded(smooth.convert('1'), 'PNG'), 'webp': lambda: encoded(smooth, 'WEBP', lossless=True),
-         'bmp': lambda: encoded(smooth, 'BMP'), 'gif': lambda: encoded(smooth.convert('P'), 'GIF'),
-    '16 bit png': lambda: encoded(Image.fromarray(np.asarray(smooth.convert('L')).astype(np.uint16)*257), 'PNG'),
-         'progressive jpeg': lambda: encoded(smooth, 'JPEG', progressive=True),
+small = np.random.default_rng(5).integers(0, 256, (4,5,3), dtype=np.uint8)
+smooth = Image.fromarray(small).resize((60,40), Image.Resampling.BICUBIC)
+grey = smooth.convert('L')
+black_white = Image.fromarray(np.asarray(smooth.convert('1')).astype(np.uint8)*255)
+image_kinds = {     # how it is stored, and what it shows
+    'grey jpeg': (lambda: encode(grey, 'JPEG'), grey),
+    'CMYK jpeg': (lambda: encode(smooth.convert('CMYK'), 'JPEG', quality=95), smooth),
+    'progressive jpeg': (lambda: encode(smooth, 'JPEG', progressive=True), smooth),
+    'grey png': (lambda: encode(grey, 'PNG'), grey),
+    'png with alpha': (lambda: encode(smooth.convert('RGBA'), 'PNG'), smooth),
+    'grey png with alpha': (lambda: encode(smooth.convert('LA'), 'PNG'), grey),
+    'png with palette': (lambda: encode(smooth.convert('P'), 'PNG'), smooth),
+    'one bit png': (lambda: encode(smooth.convert('1'), 'PNG'), black_white),
+    '16 bit png': (lambda: encode(Image.fromarray(np.asarray(grey).astype(np.uint16)*257), 'PNG'), grey),
+    'webp': (lambda: encode(smooth, 'WEBP', lossless=True), smooth),
+    'bmp': (lambda: encode(smooth, 'BMP'), smooth),
+    'gif': (lambda: encode(smooth.convert('P'), 'GIF'), smooth),
 }
 
 
-@pytest.mark.parametrize('kind', kinds)
-def test_every_kind_of_picture_is_seen_as_evaluation_sees_it(kind, tmp_path):
-    data = kinds[kind]()
-    seen, meant = D.decode_image(data).numpy().astype(int), read_image(data).astype(int)
-    assert seen.shape == (40,60,3) and np.abs(seen-meant).mean() < 3
-    mode = '1' if kind.startswith('one') else 'L' if 'grey' in kind or '16' in kind else smooth.mode
-    drawn = np.asarray(smooth.convert(mode)).reshape(40,60,-1)*(255 if mode == '1' else 1)
-    assert np.abs(seen-drawn).mean() < 18
-    pattern = write(tmp_path, [foreign('a', encoded=data)], 1)
+@pytest.mark.parametrize('kind', image_kinds)
+def test_training_and_evaluation_decode_every_kind_of_image_alike(kind, tmp_path):
+    make, shown = image_kinds[kind]
+    data = make()
+    decoded, expected = D.decode_image(data).numpy().astype(int), read_image(data).astype(int)
+    assert decoded.shape == (40,60,3)
+    assert np.abs(decoded-expected).mean() < 3
+    assert np.abs(decoded-np.asarray(shown).reshape(40,60,-1)).mean() < 18
+    pattern = write_shards(tmp_path, [api_record('a', encoded=data)], 1)
     batch, = batches(1, make_config(pattern, **NO_JITTER), 1)
     assert batch['num_boxes'] == 1 and batch['images'].std() > 5
 
 
-def test_a_tiff_is_refused_by_name(tmp_path):
-    pattern = write(tmp_path, [foreign('a', encoded=encoded(smooth, 'TIFF'))], 1)
+def test_a_tiff_is_rejected_by_name(tmp_path):
+    pattern = write_shards(tmp_path, [api_record('a', encoded=encode(smooth, 'TIFF'))], 1)
     with pytest.raises(Exception) as e: batches(1, make_config(pattern), 1)
     assert 'record 0, image a: not readable as an image' in D.pipeline_error_message(e.value)
     assert 'JPEG, PNG, BMP, GIF and WebP are allowed' in D.pipeline_error_message(e.value)
 
 
 def test_boxes_fit_the_pixels_even_if_the_record_gives_another_size(tmp_path):
-    "Boxes are shares of the picture, whatever height and width stand beside them."
-    pattern = write(tmp_path, [foreign('a', [(.25,.5,.75,1.)], hw=(80,160), encoded=picture(1, (40,80)))], 1)
+    "Boxes are shares of the image, whatever height and width stand beside them."
+    pattern = write_shards(tmp_path, [api_record('a', [(.25,.5,.75,1.)], hw=(80,160), encoded=noise_image(1, (40,80)))],
+                           1)
     batch, = batches(1, make_config(pattern, **NO_JITTER), 1)
     np.testing.assert_allclose(batch['gt_boxes'][0,0], [16,64,48,128], atol=.51)
 
@@ -255,9 +266,9 @@ def test_boxes_fit_the_pixels_even_if_the_record_gives_another_size(tmp_path):
 # --- damage
 
 def damaged_set(folder):
-    records = [foreign(f'i{k}') for k in range(6)]
-    records[1] = foreign('cut', encoded=picture(1)[:100])
-    pattern = write(folder, records, 2)
+    records = [api_record(f'i{k}') for k in range(6)]
+    records[1] = api_record('cut', encoded=noise_image(1)[:100])
+    pattern = write_shards(folder, records, 2)
     shard = folder/'train-00000-of-00002'                       # holds 0, 2, 4
     data = bytearray(shard.read_bytes())
     data[-30] ^= 1
@@ -278,13 +289,13 @@ def test_damaged_records_are_skipped_and_counted(tmp_path, capfd):
     # and the order can still be continued
     assert same(whole[3:], batches(3, config, 2, start_step=3))
     (tmp_path/'all').mkdir()
-    nothing = write(tmp_path/'all', [foreign('cut', encoded=b'\xff\xd8 no')]*2, 1)
+    nothing = write_shards(tmp_path/'all', [api_record('cut', encoded=b'\xff\xd8 no')]*2, 1)
     with pytest.raises(Exception) as e: batches(1, make_config(nothing, skip_corrupt=True), 2)
     assert 'all 2 records are damaged' in D.pipeline_error_message(e.value)
 
 
 def test_skip_corrupt_does_not_hide_mistakes_of_the_spec(tmp_path):
-    pattern = write(tmp_path, [foreign('odd', labels=[7])], 1)
+    pattern = write_shards(tmp_path, [api_record('odd', labels=[7])], 1)
     with pytest.raises(Exception) as e: batches(1, make_config(pattern, skip_corrupt=True), 1)
     assert 'category id 7' in D.pipeline_error_message(e.value)
 
@@ -305,7 +316,7 @@ def test_training_verifies_the_counts_of_the_conversion(tmp_path):
 
 # --- targets and pictures of them
 
-def test_quick_targets_in_the_pipeline_equal_the_plain_ones(pattern):
+def test_targets_on_the_grid_equal_the_plain_ones(pattern):
     from effdet_nb.accel.grid_targets import anchor_grid, assign_on_grid
     from effdet_nb.detector.targets import assign
     from effdet_nb.detector.anchors import all_anchors

@@ -18,7 +18,7 @@ from effdet_nb.data.tfrecord import (
 
 @given(st.lists(st.binary(max_size=300), max_size=8))
 @settings(max_examples=40, deadline=None)
-def test_records_come_back(tmp_path_factory, records):
+def test_records_are_read_as_they_were_written(tmp_path_factory, records):
     path = tmp_path_factory.mktemp('r')/'a.tfrecord'
     shard = write_records(path, records)
     assert list(read_records(path)) == records and shard.records == len(records)
@@ -27,7 +27,7 @@ def test_records_come_back(tmp_path_factory, records):
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_no_damage_goes_unnoticed(tmp_path_factory, data):
+def test_every_damaged_byte_is_found(tmp_path_factory, data):
     records = [b'first', b'second record', bytes(range(50))]
     path = tmp_path_factory.mktemp('r')/'a.tfrecord'
     write_records(path, records)
@@ -52,7 +52,7 @@ def test_crc_of_a_published_vector():
                          [(b'\x1f\x8b\x08' + bytes(40), 'gzip'), (b'{"images": [], "x": 3}', 'no TFRecord file'),
                           (b'abc', 'ends after 3 of 12'),
                                          (struct.pack('<Q', 1 << 40) + bytes(4), 'no TFRecord file')])
-def test_files_that_are_no_records(tmp_path, raw, message):
+def test_files_that_are_no_records_are_rejected(tmp_path, raw, message):
     (tmp_path/'x').write_bytes(raw)
     with pytest.raises(ValueError, match=message): list(read_records(tmp_path/'x'))
 
@@ -63,7 +63,7 @@ values = st.one_of(st.lists(st.binary(max_size=9), min_size=1, max_size=4),
 
 
 @given(st.dictionaries(st.text(max_size=8), values, max_size=6))
-def test_examples_come_back_and_are_deterministic(features):
+def test_examples_are_decoded_as_encoded_and_are_deterministic(features):
     data = make_example(features)
     assert parse_example(data) == features
     assert make_example(dict(reversed(features.items()))) == data
@@ -90,7 +90,7 @@ def test_foreign_records_may_lack_area_and_crowd():
                                      'image/object/class/label': [3]}))
 
 
-def test_tensorflow_reads_the_same(tmp_path):
+def test_tensorflow_reads_the_same_records(tmp_path):
     tf = pytest.importorskip('tensorflow')
     data = make_toy_dataset(tmp_path/'s', 6, 4)
     summary = dataset_convert(data/'train', data/'train.json', tmp_path/'r', num_shards=2, include_masks=True)
@@ -111,7 +111,7 @@ def test_tensorflow_reads_the_same(tmp_path):
     assert (tmp_path/'tf.tfrecord').read_bytes() == (tmp_path/'ours.tfrecord').read_bytes()
 
 
-def test_no_tensorflow_is_imported():
+def test_conversion_does_not_import_tensorflow():
     code = ('import sys, effdet_nb.data.convert; '
             'sys.exit(any(m in sys.modules for m in ("tensorflow", "keras", "matplotlib", "pycocotools")))')
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
