@@ -337,8 +337,7 @@ def dataset_convert(
     workers:int=None,          # processes; None is one for each core, or just this one for a small annotation file
     results_dir=None,          # folder for status.json; None writes none
     strict:bool=False,         # write nothing if anything is wrong
-    # Apache Beam runner: 'local', or 'FlinkRunner', 'SparkRunner', 'DataflowRunner', ...; None does without Beam
-    runner:str=None,
+    runner:str=None,           # Apache Beam runner: 'local', 'FlinkRunner', 'SparkRunner', ...; None does without Beam
     runner_options:tuple=(),   # for that runner, such as '--flink_master=host:8081'
 )->ConversionResult:           # what was written, left out and noticed
     "Converts images and a COCO file to TFRecord shards, with a report of everything left out."
@@ -346,14 +345,18 @@ def dataset_convert(
     with ExitStack() as stack:
         status = stack.enter_context(Status(results_dir or '', 'dataset_convert', enabled=results_dir is not None))
         check_target(output_dir, tag, num_shards)
-        if runner is None:
-            num_workers = choose_num_workers(workers, annotations_file, num_shards)
-            run = partial(run_jobs, pool=stack.enter_context(worker_pool(num_workers)))
-        else: run = partial(run_jobs_on_beam, runner=runner, options=runner_options, num_workers=workers)
+        if runner is not None:
+            run = partial(run_jobs_on_beam, runner=runner, options=runner_options, num_workers=workers)
+        else: run = _run_in_pool(stack, choose_num_workers(workers, annotations_file, num_shards))
         coco,issues = load_coco_lenient(annotations_file, pack_polygons if include_masks else drop_masks)
         check_sources(coco, image_dir)
-        encoder = RecordEncoder(image_dir, {c['id']:str(c['name']) for c in coco.categories}, include_masks, clip)
+        names = {category['id']:str(category['name']) for category in coco.categories}
+        encoder = RecordEncoder(image_dir, names, include_masks, clip)
         count = choose_num_shards(tag, num_shards, len(coco.images))
         result = Conversion(coco, encoder, Path(output_dir), tag, count).run(issues, run, strict)
         status.log_progress(f'Converted {result.num_images} images.', kpi=result.counts)
         return result
+
+def _run_in_pool(stack, num_workers):
+    "`run_jobs` in worker processes that stop with the stack."
+    return partial(run_jobs, pool=stack.enter_context(worker_pool(num_workers)))

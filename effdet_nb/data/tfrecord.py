@@ -94,33 +94,40 @@ def _checked_data(data, length, name):
 
 # %% ../../nbs/data/07_tfrecord.ipynb #cf117943
 FEATURE_LISTS = dict(bytes='bytes_list', float='float_list', int='int64_list') # type of a feature -> field of its list
+_F = descriptor_pb2.FieldDescriptorProto
+_LIST_TYPES = dict(BytesList=_F.TYPE_BYTES, FloatList=_F.TYPE_FLOAT, Int64List=_F.TYPE_INT64)
 
-def _example_file():
-    "The description of `tf.train.Example` and the messages inside it."
-    F = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name='example.proto', package='records', syntax='proto3')
-    def add_field(message, name, number, kind=F.TYPE_MESSAGE, label=F.LABEL_OPTIONAL, **options):
-        if kind==F.TYPE_MESSAGE: options['type_name'] = f".records.{options['type_name']}"
-        message.field.add(name=name, number=number, type=kind, label=label, **options)
-    lists = dict(BytesList=F.TYPE_BYTES, FloatList=F.TYPE_FLOAT, Int64List=F.TYPE_INT64)
-    for name,kind in lists.items(): add_field(file.message_type.add(name=name), 'value', 1, kind, F.LABEL_REPEATED)
+def _add_field(message, name, number, kind=_F.TYPE_MESSAGE, label=_F.LABEL_OPTIONAL, **options):
+    "Adds a field to the description of a message."
+    if kind==_F.TYPE_MESSAGE: options['type_name'] = f".records.{options['type_name']}"
+    message.field.add(name=name, number=number, type=kind, label=label, **options)
+
+def _add_feature(file):
+    "Describes a feature: a list of bytes, floats or whole numbers."
+    for name,kind in _LIST_TYPES.items():
+        _add_field(file.message_type.add(name=name), 'value', 1, kind, _F.LABEL_REPEATED)
     feature = file.message_type.add(name='Feature')
     feature.oneof_decl.add(name='kind')
-    for number,(name,list_name) in enumerate(zip(FEATURE_LISTS.values(), lists), 1):
-        add_field(feature, name, number, type_name=list_name, oneof_index=0)
+    for number,(name,list_type) in enumerate(zip(FEATURE_LISTS.values(), _LIST_TYPES), 1):
+        _add_field(feature, name, number, type_name=list_type, oneof_index=0)
+
+def _add_features(file):
+    "Describes a dictionary of features."
     features = file.message_type.add(name='Features')
     entry = features.nested_type.add(name='FeatureEntry', options=descriptor_pb2.MessageOptions(map_entry=True))
-    add_field(entry, 'key', 1, F.TYPE_STRING)
-    add_field(entry, 'value', 2, type_name='Feature')
-    add_field(features, 'feature', 1, label=F.LABEL_REPEATED, type_name='Features.FeatureEntry')
-    add_field(file.message_type.add(name='Example'), 'features', 1, type_name='Features')
-    return file
+    _add_field(entry, 'key', 1, _F.TYPE_STRING)
+    _add_field(entry, 'value', 2, type_name='Feature')
+    _add_field(features, 'feature', 1, label=_F.LABEL_REPEATED, type_name='Features.FeatureEntry')
 
 @lru_cache
 def example_class():
     "Builds the message class of `tf.train.Example` from its description."
+    file = descriptor_pb2.FileDescriptorProto(name='example.proto', package='records', syntax='proto3')
+    _add_feature(file)
+    _add_features(file)
+    _add_field(file.message_type.add(name='Example'), 'features', 1, type_name='Features')
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(_example_file())
+    pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName('records.Example'))
 
 # %% ../../nbs/data/07_tfrecord.ipynb #d9d13263
@@ -207,15 +214,21 @@ def _first_text(features, key):
 def _decode_objects(features, height, width, record_name):
     "The objects of a record: boxes in pixels, and the lists beside them."
     def values(key): return features.get(f'image/object/{key}') or []
-    edges = [np.float32(values(f'bbox/{key}')) for key in ('ymin','xmin','ymax','xmax')]
+    boxes = _decode_boxes(values, record_name)*np.float32([height,width,height,width])
     labels = np.int64(values('class/label'))
-    if any(len(edge)!=len(labels) for edge in edges):
-        raise ValueError(f'{record_name}: {[len(edge) for edge in edges]} box edges for {len(labels)} labels; '
+    names = [name.decode('utf-8', 'replace') for name in values('class/text')]
+    is_crowd = np.array(values('is_crowd') or np.zeros(len(labels)), bool)
+    area = np.float32(values('area') or np.prod(boxes[:,2:]-boxes[:,:2], -1))
+    return dict(boxes=boxes, labels=labels, names=names, is_crowd=is_crowd, masks=values('mask'), area=area)
+
+def _decode_boxes(values, record_name):
+    "[N, 4] edges of the boxes as shares of the size of the image, y1 x1 y2 x2."
+    edges = [np.float32(values(f'bbox/{key}')) for key in ('ymin','xmin','ymax','xmax')]
+    lengths,num_labels = [len(edge) for edge in edges],len(values('class/label'))
+    if any(length!=num_labels for length in lengths):
+        raise ValueError(f'{record_name}: {lengths} box edges for {num_labels} labels; '
                          'the lists must be equally long. Convert again')
-    boxes = np.stack(edges, -1)*np.float32([height,width,height,width])
-    return dict(boxes=boxes, labels=labels, names=[name.decode('utf-8', 'replace') for name in values('class/text')],
-                is_crowd=np.array(values('is_crowd') or np.zeros(len(labels)), bool), masks=values('mask'),
-                area=np.float32(values('area') or np.prod(boxes[:,2:]-boxes[:,:2], -1)))
+    return np.stack(edges, -1)
 
 # %% ../../nbs/data/07_tfrecord.ipynb #ef1ccb59
 @dataclass(frozen=True)

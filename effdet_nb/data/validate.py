@@ -96,22 +96,24 @@ def _to_png(image):
 # %% ../../nbs/data/05_validate.ipynb #ec5e54ee
 EXIF_ORIENTATION = 0x112 # a tag; 1 is upright
 
+def _warnings(image, kind):
+    "What is unusual about an open image."
+    if kind not in ('JPEG','PNG'): yield Reason(Fault.CONVERTED_TO_PNG, kind)
+    if kind=='JPEG' and image.getexif().get(EXIF_ORIENTATION, 1)!=1: yield Reason(Fault.EXIF_ROTATED)
+    if image.mode!='RGB': yield Reason(Fault.NOT_RGB, image.mode)
+
 def probe_image(
     path,          # an image file
 )->EncodedImage:   # raises what Pillow or the file system raises
     "Reads an image file and notices what is unusual about it."
     with open(path, 'rb', buffering=0) as f: data = f.read()
     if hw := plain_jpeg_hw(data): return EncodedImage(data, 'jpeg', hw, ())
-    warnings = []
     with Image.open(io.BytesIO(data)) as image:
         kind = 'JPEG' if image.format=='MPO' else image.format      # several JPEGs in one file; the first counts
-        hw,is_jpeg = (image.height,image.width),kind=='JPEG'
-        is_rotated = is_jpeg and image.getexif().get(EXIF_ORIENTATION, 1)!=1
+        hw,warnings = (image.height,image.width),tuple(_warnings(image, kind))
         _check_complete(image, kind, data)
-        if is_rotated: warnings.append(Reason(Fault.EXIF_ROTATED))
-        if image.mode!='RGB': warnings.append(Reason(Fault.NOT_RGB, image.mode))
-        if kind in ('JPEG','PNG'): return EncodedImage(data, kind.lower(), hw, tuple(warnings))
-        return EncodedImage(_to_png(image), 'png', hw, (Reason(Fault.CONVERTED_TO_PNG, kind), *warnings))
+        if kind in ('JPEG','PNG'): return EncodedImage(data, kind.lower(), hw, warnings)
+        return EncodedImage(_to_png(image), 'png', hw, warnings)
 
 # %% ../../nbs/data/05_validate.ipynb #0f513609
 def image_fault(
