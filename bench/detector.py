@@ -54,8 +54,9 @@ def compare_forward(peer_python, rounds):
     "Times the forward pass of D0 and of the peer's."
     import numpy as np
 
+    from effdet_nb.accel.cpu_layers import FusedNormLayers
     from effdet_nb.detector.efficientdet import Arch, build
-    model = build(Arch())
+    model = build(Arch(), layers=FusedNormLayers)      # as a model file is opened
     model.jit_compile = False
     images = np.random.default_rng(0).integers(0, 256, (8, 512, 512, 3)).astype('uint8')
     variants = {'effdet': start_peer(peer_python, len(os.sched_getaffinity(0))),

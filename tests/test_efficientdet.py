@@ -10,7 +10,7 @@ import pytest
 from effdet_nb.detector.anchors import feature_size
 from effdet_nb.detector.backbone import backbone_blocks
 from effdet_nb.detector.bifpn import FPN_NODES
-from effdet_nb.detector.efficientdet import (VARIANTS, Arch, Variant, arch_anchors, build, component_costs,
+from effdet_nb.detector.efficientdet import (VARIANTS, Arch, arch_anchors, build, component_costs,
                                              feature_extractor,
     get_variant, published_variants)
 from effdet_nb.train.experiment import arch_from_spec
@@ -72,12 +72,17 @@ def test_batch_norms_have_the_references_constants(shared_dir):
                                                                                   ref['backbone_global']['bn_eps'])}
 
 
-def test_a_p8_is_one_level_more(monkeypatch):
-    monkeypatch.setitem(VARIANTS, 'efficientdet-d7x', Variant(128, .35, .3, 16, 2, 1, 'sum', max_level=8))
-    arch = Arch('efficientdet-d7x', (300, 260), 2)
-    num_anchors = 9*sum(np.prod(feature_size((300, 260), level)) for level in range(3, 9))
+def test_a_p8_is_one_level_more():
+    hw = 300, 260
+    arch = Arch('efficientdet-tiny', hw, 2, max_level=8)
+    num_anchors = 9*sum(np.prod(feature_size(hw, level)) for level in range(3, 9))
     assert build(arch).output['box_deltas'].shape[1] == len(arch_anchors(arch)) == num_anchors
-    assert not [w.path for w in build(arch).weights if 'weighted_fusion' in w.path]
+
+
+def test_a_plain_sum_has_no_fusion_weights():
+    for variant in ('d6', 'd7', 'd7x', 'lite0', 'lite4'): assert get_variant(variant).family != 'weighted'
+    model = build(Arch('efficientdet-lite0', (128, 128), 2))
+    assert not [w.path for w in model.weights if 'weighted_fusion' in w.path]
 
 
 def test_spec_fields_shape_the_model():

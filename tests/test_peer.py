@@ -1,8 +1,8 @@
 """Variants and sizes that the reference numbers do not cover, beside a second implementation: effdet on PyTorch.
 
-Random weights are carried over by name; outputs and anchors must be the same. Run by
-`PEER_PYTHON=another/bin/python pytest tests/test_peer.py`,
-where the other Python has torch and effdet (pip install torch effdet==0.4.1)."""
+Random weights are carried over by name; the outputs, and the anchors, must be the same. Run by
+`PEER_PYTHON=another/bin/python pytest tests/test_peer.py`, where the other Python has torch and effdet
+(pip install torch effdet==0.4.1)."""
 import os
 import subprocess
 
@@ -63,8 +63,8 @@ def names(arch, weights):
         if kind in ('stem_conv', 'stem_bn'): return f'backbone.{dict(stem_conv="conv_stem", stem_bn="bn1")[kind]}.{end}'
         if kind in ('p6', 'p6_bn'): return f'fpn.resample.3.conv.{"bn" if kind.endswith("bn") else "conv"}.{end}'
         if kind in ('resample', 'resample_bn'):
-            part = 'bn.' if kind.endswith('bn') else 'conv.'
-            return 'fpn.cell.{cell}.fnode.{node}.combine.resample.{j}.conv.'.format(**n) + part + end
+            part = 'bn' if kind.endswith('bn') else 'conv'
+            return 'fpn.cell.{cell}.fnode.{node}.combine.resample.{j}.conv.'.format(**n) + f'{part}.{end}'
         if kind == 'weighted_fusion': return 'fpn.cell.{cell}.fnode.{node}.combine.edge_weights'.format(**n)
         if kind == 'after_combine_dw_conv':
             return 'fpn.cell.{cell}.fnode.{node}.after_combine.conv.'.format(**n) + separable
