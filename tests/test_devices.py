@@ -110,7 +110,7 @@ def one(folder):
 
 
 def check_equal(one, two, tolerance=1e-5):
-    "All weights, averages and losses agree, and so do the detections of the last evaluation, but for the order of sums."
+    "All weights, averages and losses agree, and so do the detections of the last evaluation, but for rounding."
     a, b = (load_model_file(latest_checkpoint(p)) for p in (one, two))
     assert a.meta['step'] == b.meta['step'] and a.weights.keys() == b.weights.keys()
     for group in ('weights', 'ema'):
