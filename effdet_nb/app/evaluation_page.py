@@ -20,13 +20,12 @@ from ..data.classes import ClassTable
 from ..data.coco import load_coco
 from ..data.tfrecord import load_sidecar
 from ..evaluate.error_analysis import plot_calibration, plot_errors
-from ..evaluate.ground_truth import images_by_id
+from ..evaluate.ground_truth import images_by_id, open_eval_dataset
 from ..evaluate.predict import channels_to_category_ids
 from ..evaluate.evaluate import coco_results
 from ..evaluate.inspect_results import plot_precision_recall, worst_images
 from ..evaluate.coco_metric import COCO_STAT_NAMES
 from ..train.spec import Spec
-from ..train.experiment import eval_dataset_from_spec
 from .html import (
     TABLE_SORT_JS, boxes_figure, chart_figure, figure_pairs, figure_row, format_file_size, heatmap_table,
     html_table, html_tag, metric_cards, thumbnail, write_html_page)
@@ -339,13 +338,17 @@ def evaluate_files(
         if score_threshold is None: score_threshold = spec.eval_config.min_score_thresh
         options = _evaluation_options(spec, len(model_paths)>1, iou_threshold, score_threshold)
         options |= dict(key=key, nms=nms, pycocotools=pycocotools, show_progress=show_progress)
-        samples,results = eval_dataset_from_spec(spec), EvaluationResults()
+        samples,results = _open_samples(spec), EvaluationResults()
         for path,name in zip(model_paths, model_display_names(model_paths)):
             results.append(evaluate_model_file(path, samples, name=name, **options))
         if status:
             write_evaluation_report(results_dir, results, samples)
             status.log_progress('Evaluation metrics generated.', kpi=_status_metrics(results))
         return results
+
+def _open_samples(spec):
+    "Opens the validation images of a spec, without TensorFlow."
+    return open_eval_dataset(spec.dataset_config.validation_file_pattern, spec.dataset_config.validation_json_file)
 
 def _open_status(results_dir, key):
     "The log of a results folder, or nothing if there is no folder."
@@ -354,7 +357,7 @@ def _open_status(results_dir, key):
 def _detect_testdev(spec, model_path, key, nms):
     "Writes the detections of one model for images without ground truth."
     config,path = spec.eval_config, Path(spec.dataset_config.testdev_dir)/'detections.json'
-    samples,detector = eval_dataset_from_spec(spec), open_detector(model_path, key, nms)
+    samples,detector = _open_samples(spec), open_detector(model_path, key, nms)
     return write_testdev_detections(path, detector, samples, config.eval_batch_size, config.eval_samples or None)
 
 def _evaluation_options(spec, measure_speed, iou_threshold, score_threshold):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['yxyx_to_xywh64', 'GroundTruth', 'ground_truth_from_coco', 'samples_from_coco', 'samples_from_records', 'EvalDataset',
-           'images_by_id']
+           'open_eval_dataset', 'images_by_id']
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #3aa2c8bf
 import numpy as np, warnings
@@ -15,7 +15,7 @@ from ..detector.boxes import area, xywh_to_yxyx
 from ..detector.images import read_image
 from ..data.coco import CocoDataset, load_coco
 from ..data.tfrecord import decode_example
-from ..data.record_index import Records, annotation_order
+from ..data.record_index import Records, annotation_order, require_record_files
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #92b66a35
 def yxyx_to_xywh64(
@@ -165,6 +165,14 @@ class EvalDataset:
 
     def _examples(self):
         for i in annotation_order(self.records): yield decode_example(self.records.read(i), self.records.record_name(i))
+
+# %% ../../nbs/evaluate/03_ground_truth.ipynb #d205d5e1
+def open_eval_dataset(
+    pattern:str,      # record files, with * and ?, as in `validation_file_pattern`
+    annotations=None, # COCO file with the ground truth; None or empty: the records' own
+)->EvalDataset:       # pairs of (image bytes, GroundTruth)
+    "Opens validation records as a spec names them."
+    return EvalDataset(require_record_files(pattern, 'validation_file_pattern'), annotations or None)
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #32871144
 def images_by_id(

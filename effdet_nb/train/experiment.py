@@ -19,7 +19,7 @@ from ..data.coco import load_coco
 from ..data.tfrecord import load_sidecar
 from ..data.pipeline import DataConfig
 from ..data.record_index import count_examples
-from ..evaluate.ground_truth import EvalDataset
+from ..evaluate.ground_truth import EvalDataset, open_eval_dataset
 from ..evaluate.evaluate import Metrics, evaluate
 from ..weights.model_file import ModelFile
 from ..weights.pretrained import SourceWeights, match_preprocessing
@@ -261,7 +261,7 @@ def eval_dataset(
     data:DataConfig, # validation records and, if given, annotations
 )->EvalDataset:      # pairs of (image bytes, GroundTruth)
     "Returns the validation images of a run with their ground truth."
-    return EvalDataset(data.record_files('validation'), data.validation_json_file or None)
+    return open_eval_dataset(data.validation_file_pattern, data.validation_json_file)
 
 def eval_dataset_from_spec(
     spec:Spec,  # the experiment
