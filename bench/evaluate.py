@@ -37,11 +37,12 @@ def random_detector(classes, side):
     "EfficientDet-D0 with fresh weights."
     import keras
 
+    from effdet_nb.accel.cpu_session import predict_with_tensorflow
     from effdet_nb.detector.efficientdet import Arch, build
     from effdet_nb.detector.predictor import KerasDetector
     keras.utils.set_random_seed(0)
     arch = Arch(num_classes=classes.num_classes, image_hw=(side, side))
-    return KerasDetector(build(arch), arch, classes)
+    return KerasDetector(build(arch), arch, classes, predict_fn=predict_with_tensorflow)
 
 
 def open_detector(model, classes, side):

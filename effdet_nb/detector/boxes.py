@@ -58,7 +58,7 @@ def box_caption(
     parts = []
     if label is not None: parts.append(str(_label_name(int(label), names)))
     if score is not None: parts.append(f'{score:.2f}')
-    return ' '.join(parts)
+    return ' '.join(filter(None, parts))
 
 def _label_name(label, names):
     "The name of a label, or the number itself where it has none."

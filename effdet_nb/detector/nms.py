@@ -24,7 +24,7 @@ def sigmoid(
 # %% ../../nbs/detector/10_nms.ipynb #7c485be2
 def top_k_pairs(
     cls_logits:np.ndarray, # [A, C] raw class outputs
-    top_k:int=5000,        # how many pairs; 0: one per anchor, its best class
+    top_k:int=3000,        # how many pairs; 0: one per anchor, its best class
 )->tuple:                  # anchors [K] and classes [K], best first unless top_k is 0 (then in anchor order)
     "Picks the (anchor, class) pairs with the largest logits."
     num_anchors,num_classes = cls_logits.shape

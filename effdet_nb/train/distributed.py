@@ -8,6 +8,7 @@ __all__ = ['worker_rank', 'num_workers', 'is_chief', 'slurm_workers', 'cluster_r
 
 # %% ../../nbs/train/05_distributed.ipynb #1d57cc10
 import json, numpy as np, os, re, tensorflow as tf
+from ..detector.images import to_channels
 from ..detector.detections import Detections
 from ..detector.predictor import KerasDetector
 
@@ -159,7 +160,8 @@ class DistributedPredictor:
 
     def forward(self, images):
         "Runs all replicas on a batch: a table of detections for each image."
-        outputs = self.predict_replicas(self.split_batch(np.asarray(images)))
+        images = to_channels(np.asarray(images), self.detector.arch.channels)
+        outputs = self.predict_replicas(self.split_batch(images))
         return self._gather_tables(self._local_tables(outputs))[:len(images)]
 
     def decode(self, tables): return [detections_from_table(t) for t in tables]
