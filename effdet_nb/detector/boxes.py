@@ -12,7 +12,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 # %% ../../nbs/detector/01_boxes.ipynb #12c05303
 def as_boxes(
-    boxes,       # anything that is N rows of 4 numbers; an empty list is no boxes
+    boxes,       # anything with N rows of 4 numbers; an empty list means no boxes
 )->np.ndarray:   # `[N, 4]` float32
     "Converts boxes to an array with one box per row."
     boxes = np.asarray(boxes, np.float32)
@@ -24,7 +24,7 @@ def as_boxes(
 
 # %% ../../nbs/detector/01_boxes.ipynb #1b8fcd5f
 def xywh_to_yxyx(
-    xywh,        # `[N, 4]` left, top, width, height, as COCO files have them
+    xywh,        # `[N, 4]` left, top, width, height, as in COCO files
 )->np.ndarray:   # `[N, 4]` y1 x1 y2 x2
     "Converts boxes from the order of COCO files."
     x,y,w,h = as_boxes(xywh).T
@@ -43,9 +43,9 @@ PALETTE = ('#e6194b', '#3cb44b', '#4363d8', '#f58231', '#911eb4', '#00b3b3',
            '#f032e6', '#9a6324', '#808000', '#e0b000', '#000075', '#469990')
 
 def label_color(
-    label:int,  # channel or category id, 0 or more; colours repeat after the end of the list
+    label:int,  # channel or category id, 0 or more; the twelve colours repeat
 )->str:         # '#rrggbb'
-    "The colour in which boxes of one label are drawn, always the same."
+    "Returns the colour in which boxes of one label are drawn."
     return PALETTE[int(label)%len(PALETTE)]
 
 # %% ../../nbs/detector/01_boxes.ipynb #6e5ddcf4
@@ -53,21 +53,21 @@ def box_caption(
     label=None,  # channel or category id
     score=None,  # confidence, 0 to 1
     names=None,  # label -> name: a list, a dict, or None to show the number
-)->str:          # such as 'door 0.87'
-    "The text drawn beside a box."
+)->str:          # such as 'square 0.87'
+    "Formats the text drawn beside a box."
     parts = []
     if label is not None: parts.append(str(_label_name(int(label), names)))
     if score is not None: parts.append(f'{score:.2f}')
     return ' '.join(filter(None, parts))
 
 def _label_name(label, names):
-    "The name of a label, or the number itself where it has none."
+    "Returns the name of a label, or the number itself where it has no name."
     if isinstance(names, dict): return names.get(label, label)
     return names[label] if names is not None and 0<=label<len(names) else label
 
 # %% ../../nbs/detector/01_boxes.ipynb #2b7e0b35
 def _drawn_boxes(boxes, labels, scores, names):
-    "Each box with its colour and its caption."
+    "Yields each box with its colour and its caption."
     for i,box in enumerate(as_boxes(boxes).tolist()):
         label = None if labels is None else labels[i]
         score = None if scores is None else scores[i]
@@ -79,7 +79,7 @@ def show_boxes(
     labels=None,  # `[N]` numbers that choose colour and caption
     scores=None,  # `[N]` confidences, 0 to 1, added to the captions
     names=None,   # label -> name: a list or a dict
-    title=None,   # what to notice
+    title=None,   # title of the figure
     ax=None,      # matplotlib axes to draw on; a new small figure if absent
 ):                # the matplotlib axes
     "Shows an image with its boxes in a notebook or any matplotlib figure."
@@ -114,7 +114,7 @@ def iou(
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=union>0)
 
 def _shared_length(a, b, axis):
-    "How many pixels each box of `a` shares with each of `b` along one axis: `[N, M]`."
+    "Computes how many pixels each box of `a` shares with each box of `b` along one axis: `[N, M]`."
     start = np.maximum(a[:,None,axis], b[:,axis])
     end = np.minimum(a[:,None,axis+2], b[:,axis+2])
     return np.maximum(end-start, 0)
@@ -123,7 +123,7 @@ def _shared_length(a, b, axis):
 def clip_boxes(
     boxes,          # `[N, 4]` y1 x1 y2 x2
     image_hw:tuple, # (height, width) of the image, pixels
-)->np.ndarray:      # `[N, 4]`; a box wholly outside is left without area
+)->np.ndarray:      # `[N, 4]`; a box completely outside has no area
     "Clips boxes at the edges of their image."
     h,w = image_hw
     return np.clip(as_boxes(boxes), 0, np.float32([h,w,h,w]))
@@ -131,11 +131,19 @@ def clip_boxes(
 # %% ../../nbs/detector/01_boxes.ipynb #dc2c0951
 def flip_boxes(
     boxes,        # `[N, 4]` y1 x1 y2 x2
-    width:float,  # of the image, pixels
+    width:float,  # width of the image, pixels
 )->np.ndarray:    # `[N, 4]` in the horizontally flipped image
     "Flips boxes horizontally, together with their image."
     y1,x1,y2,x2 = as_boxes(boxes).T
     return np.stack([y1, width-x2, y2, width-x1], -1)
+
+# %% ../../nbs/detector/01_boxes.ipynb #b9426ddb
+def _draw_caption(draw, text, corner, color, font):
+    "Writes a caption on a coloured rectangle, above `corner` if there is room."
+    _,_,right,bottom = draw.textbbox((0,0), text, font=font)
+    x,y = max(0, corner[0]), max(0, corner[1]-(bottom+2))
+    draw.rectangle((x, y, x+right+3, y+bottom+2), fill=color)
+    draw.text((x+2, y), text, fill=(255,255,255), font=font)
 
 # %% ../../nbs/detector/01_boxes.ipynb #09ffcfa7
 def draw_boxes(
@@ -155,11 +163,3 @@ def draw_boxes(
         draw.rectangle((x1, y1, max(x1,x2-1), max(y1,y2-1)), outline=color, width=line_width)
         if caption: _draw_caption(draw, caption, (x1,y1), color, font)
     return np.asarray(copy)
-
-# %% ../../nbs/detector/01_boxes.ipynb #b9426ddb
-def _draw_caption(draw, text, corner, color, font):
-    "Writes a caption on a coloured rectangle, above `corner` if there is room."
-    _,_,right,bottom = draw.textbbox((0,0), text, font=font)
-    x,y = max(0, corner[0]), max(0, corner[1]-(bottom+2))
-    draw.rectangle((x, y, x+right+3, y+bottom+2), fill=color)
-    draw.text((x+2, y), text, fill=(255,255,255), font=font)
