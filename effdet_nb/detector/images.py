@@ -21,8 +21,8 @@ from .boxes import as_boxes, clip_boxes
 # %% ../../nbs/detector/02_images.ipynb #af1e3f25
 def to_rgb(
     image:Image.Image, # any opened Pillow image
-)->Image.Image:        # the same in mode RGB
-    "Converts an image to 8-bit RGB: grey is repeated, alpha dropped, CMYK mixed, and of 16 bits the upper 8 are kept."
+)->Image.Image:        # the image in mode RGB
+    "Converts an image to 8-bit RGB: repeats grey, drops alpha, mixes CMYK and keeps the upper 8 of 16 bits."
     if image.mode.startswith('I;16'): image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ('I', 'F'):
         raise ValueError(f'its pixels have 32 bits (Pillow mode {image.mode}) and no obvious brightness; '
@@ -30,13 +30,13 @@ def to_rgb(
     return image if image.mode=='RGB' else image.convert('RGB')
 
 # %% ../../nbs/detector/02_images.ipynb #3cfdacfe
-IMAGENET_MEAN_RGB = (123.675, 116.28, 103.53) # mean of red, green and blue over ImageNet, on the scale 0..255
+IMAGENET_MEAN_RGB = (123.675, 116.28, 103.53) # mean of red, green and blue over ImageNet, 0..255
 IMAGENET_STD_RGB = (58.395, 57.12, 57.375)    # their standard deviation, same scale
-LUMA_WEIGHTS = (.299, .587, .114)             # how much red, green and blue add to the brightness
+LUMA_WEIGHTS = (.299, .587, .114)             # weights of red, green and blue in the brightness
 
 def to_channels(
     images:np.ndarray,  # [N, H, W, C] uint8, C being 1 or 3
-    num_channels:int=3, # channels of the network's input, 1 or 3
+    num_channels:int=3, # channels of the network input, 1 or 3
 )->np.ndarray:          # [N, H, W, num_channels] uint8
     "Converts images to the number of channels that a network takes."
     if images.shape[-1]==num_channels: return images
@@ -46,7 +46,7 @@ def to_channels(
 # %% ../../nbs/detector/02_images.ipynb #81f61e55
 @contextmanager
 def _open_image(source, name=None):
-    "Opens a Pillow image from a path or from bytes; every error inside names the source."
+    "Opens a Pillow image from a path or from bytes; errors inside the block are raised with the name of the source."
     is_bytes = isinstance(source, (bytes, bytearray, memoryview))
     name = name or (f'<an image of {len(source):,} bytes>' if is_bytes else source)
     try:
@@ -55,16 +55,16 @@ def _open_image(source, name=None):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise _unreadable(name, e) from e
 
 def _unreadable(name, error):
-    "The error for a file that Pillow cannot read."
+    "Makes the error for a file that Pillow cannot read."
     unknown = isinstance(error, UnidentifiedImageError)
-    reason = 'the content is no image we know' if unknown else str(error).rstrip('.')
+    reason = 'its content has no known image format' if unknown else str(error).rstrip('.')
     return ValueError(f'{name}: not readable as an image: {reason}. JPEG, PNG, BMP, WebP, TIFF and GIF '
                       'with 8 or 16 bits are allowed. Replace the file or leave it out')
 
 # %% ../../nbs/detector/02_images.ipynb #e5bef191
 def read_image(
     source,        # path of an image, or the bytes of one
-    name:str=None, # what to call it in an error; the path if absent
+    name:str=None, # name of the image in error messages; the path if absent
 )->np.ndarray:     # [H, W, 3] uint8 RGB, as stored (EXIF orientation is not applied)
     "Reads an image file as 8-bit RGB."
     with _open_image(source, name) as image: return np.array(to_rgb(image))
@@ -74,7 +74,7 @@ def letterbox_scale(
     original_hw:tuple, # (height, width) of the image, pixels
     image_hw:tuple,    # (height, width) of the network input, pixels
 )->tuple:              # scale (input pixels per image pixel), and (height, width) of the scaled image
-    "Computes how an image fits the input size: one side fills it, the other is rounded down."
+    "Computes the scale at which an image fits the input size; one side fills it, the other is rounded down."
     h,w = map(int, original_hw)
     H,W = map(int, image_hw)
     if min(h, w, H, W)<1:
@@ -84,11 +84,11 @@ def letterbox_scale(
     return W/w, (max(h*W//w, 1), W)
 
 # %% ../../nbs/detector/02_images.ipynb #114a1d7c
-PAD_RGB = tuple(round(v) for v in IMAGENET_MEAN_RGB) # colour of the padding, 0-255
+PAD_RGB = tuple(round(v) for v in IMAGENET_MEAN_RGB) # colour of the padding, 0..255
 
 # %% ../../nbs/detector/02_images.ipynb #4447462b
 def _resize_and_pad(image, image_hw, scale, scaled_hw, reduction=1):
-    "The letterboxed array of a Pillow image in which one pixel stands for `reduction` original pixels."
+    "Letterboxes a Pillow image, one pixel of which stands for `reduction` original pixels."
     height,width = scaled_hw
     right = min(width/scale/reduction, image.size[0])
     bottom = min(height/scale/reduction, image.size[1])
@@ -101,7 +101,7 @@ def letterbox(
     image:np.ndarray, # [H, W, 3] uint8 RGB
     image_hw:tuple,   # (height, width) of the network input, pixels
 )->tuple:             # letterboxed image [height, width, 3] uint8, and the scale: input pixels per image pixel
-    "Scales an image to fit the top left of the input size and fills the rest with the mean colour."
+    "Scales an image to fit the input size, places it in the top left corner and fills the rest with the mean colour."
     image = np.asarray(image)
     if image.dtype!=np.uint8 or image.ndim!=3 or image.shape[2]!=3:
         raise ValueError(f'letterbox: an image of shape {image.shape} and type {image.dtype}; '
@@ -112,15 +112,15 @@ def letterbox(
 # %% ../../nbs/detector/02_images.ipynb #a6cc2550
 def boxes_to_original(
     boxes,             # [N, 4] y1 x1 y2 x2, pixels of the letterboxed image
-    scale:float,       # as `letterbox` returned it
+    scale:float,       # input pixels per image pixel, as returned by `letterbox`
     original_hw:tuple, # (height, width) of the original image, pixels
-)->np.ndarray:         # [N, 4] float32 y1 x1 y2 x2 in the original's pixels, inside it
+)->np.ndarray:         # [N, 4] float32 y1 x1 y2 x2, pixels of the original image, clipped to it
     "Maps boxes of a letterboxed image back to the original image."
     return clip_boxes(as_boxes(boxes)/np.float32(scale), original_hw)
 
 # %% ../../nbs/detector/02_images.ipynb #b9a29c09
 class LetterboxedImage(NamedTuple):
-    "A letterboxed image, and what is needed to map boxes back."
+    "A letterboxed image and the values needed to map its boxes back."
     image: np.ndarray  # [H, W, 3] uint8
     scale: float       # pixels of this image per pixel of the original
     original_hw: tuple # (height, width) of the original image, pixels
@@ -129,13 +129,13 @@ class LetterboxedImage(NamedTuple):
 def read_letterboxed(
     source,         # path of an image, or the bytes of one
     image_hw:tuple, # (height, width) of the network input, pixels
-    name:str=None,  # what to call it in an error; the path if absent
+    name:str=None,  # name of the image in error messages; the path if absent
 )->LetterboxedImage:
-    "Reads and letterboxes an image, decoding a large JPEG no finer than needed."
+    "Reads and letterboxes an image, and decodes a large JPEG no finer than needed."
     with _open_image(source, name) as image:
         width,height = image.size
         scale,scaled_hw = letterbox_scale((height,width), image_hw)
-        draft = image.draft('RGB', scaled_hw[::-1])          # None unless the format can do it
+        draft = image.draft('RGB', scaled_hw[::-1])          # None unless the format supports it
         reduction = width/draft[1][2] if draft else 1
         letterboxed = _resize_and_pad(to_rgb(image), image_hw, scale, scaled_hw, reduction)
         return LetterboxedImage(letterboxed, scale, (height,width))
@@ -147,7 +147,7 @@ def threaded_map(
     workers:int=None,  # threads; as many as there are CPU cores if absent
     prefetch:int=None, # items taken ahead of the consumer; two per thread if absent
 ):                     # yields what `f` returned, in order
-    "Maps a function over items like `map`, in threads that work ahead of the consumer."
+    "Maps a function over items like `map`, in threads that compute a few results ahead."
     workers = workers or os.cpu_count()
     pool,items = ThreadPoolExecutor(workers), iter(items)
     pending = deque()
@@ -166,13 +166,13 @@ def read_letterboxed_batches(
     workers:int=None, # threads; as many as there are CPU cores if absent
     on_error=None,    # called with (source, error) for an unreadable image, which is then left out; raised if absent
 ):                    # yields lists of (source, LetterboxedImage)
-    "Reads and letterboxes many images in batches, in order, decoding in threads."
+    "Reads and letterboxes many images in threads and yields them in batches, in order."
     if batch_size<1: raise ValueError(f'batch_size: {batch_size}; at least 1 is needed. Use 1 for single images')
     images = _read_all(sources, image_hw, workers, on_error)
     while batch := list(islice(images, batch_size)): yield batch
 
 def _read_all(sources, image_hw, workers, on_error):
-    "Each readable source with its letterboxed image, in order."
+    "Yields each readable source with its letterboxed image, in order."
     def read(source):
         try: return source, read_letterboxed(source, image_hw)
         except (OSError, ValueError) as e:
