@@ -89,7 +89,7 @@ def package_variants(folder, images, out, size, count):
     from effdet_nb.app.infer import infer
     from effdet_nb.export.runtimes import load_detector
     detector = load_detector(folder/'final.onnx', threads=1)
-    limits = dict(threshold=0., max_detections=12)
+    limits = dict(score_threshold=0., max_detections=12)
     calls = {
         'ours, disk to labels': lambda: infer(detector, images, out_label_path=out/'labels', **limits),
         'ours, also drawn and written': lambda: infer(detector, images, out/'drawn', out/'labels', **limits),

@@ -127,9 +127,11 @@ def test_a_full_disk_is_an_error_and_not_an_unreadable_image(image_folder, tmp_p
     assert not list((tmp_path/'o').rglob('*'))
 
 
-def test_a_failure_is_written_to_the_status_file(image_folder, tmp_path):
+@pytest.mark.parametrize('is_parallel', [False, True])
+def test_a_failure_of_the_detector_ends_the_run_and_is_written_to_the_status_file(image_folder, tmp_path, is_parallel):
     def broken(images): raise ValueError('the network has diverged')
     broken.image_hw, broken.classes = FullImageDetector.image_hw, FullImageDetector.classes
+    broken.is_parallel = is_parallel
     with pytest.raises(ValueError): infer(broken, image_folder, results_dir=tmp_path/'r')
     last = read_status(tmp_path/'r')[-1]
     assert last['status']=='FAILURE' and 'diverged' in last['message']

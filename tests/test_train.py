@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 from small_training import experiment_of, new_trainer, small_spec, write_records
 
+from effdet_nb.detector.backbone import BN_MOMENTUM
 from effdet_nb.train import trainer as trainer_module
 from effdet_nb.train.checkpoints import MetricHistory, latest_checkpoint
 from effdet_nb.train.distributed import make_strategy
@@ -153,6 +154,26 @@ def test_asking_for_gpus_that_are_not_there_is_an_error():
 def test_all_problems_of_a_spec_are_reported_at_once(tmp_path):
     with pytest.raises(SpecError) as e: train(Spec(), tmp_path/'run')
     assert len(e.value.problems) >= 2 and not (tmp_path/'run').exists()
+
+
+def batch_variances(model, images):
+    "{path: variance} of the batch statistics of a model's weights on a batch: one update that keeps nothing."
+    statistics = [v for v in model.weights if v.path.endswith(('moving_mean', 'moving_variance'))]
+    for v in statistics: v.assign(keras.ops.zeros_like(v))
+    model(images, training=True)
+    return {v.path: v.numpy()/(1-BN_MOMENTUM) for v in statistics if v.path.endswith('variance')}
+
+
+def test_after_a_short_run_the_batch_statistics_belong_to_the_averaged_weights(spec):
+    trainer, data = new_trainer(set_training(spec, num_epochs=16)), data_config_from_spec(spec)
+    batches = training_batches(trainer, data)
+    for _ in range(45): trainer.train_step(next(batches))
+    images = keras.ops.concatenate([next(batches)['images'] for _ in range(4)])
+    with trainer.ema.swapped_into(trainer.model.weights):
+        kept = {v.path: v.numpy().copy() for v in trainer.model.weights}
+        true = batch_variances(trainer.model, images)
+    ratios = np.concatenate([kept[path]/np.maximum(variance, 1e-3) for path, variance in true.items()])
+    assert np.median(abs(np.log(ratios))) < .25       # with a momentum of .99 it is above .6
 
 
 @pytest.mark.parametrize('policy', ['mixed_bfloat16', pytest.param('mixed_float16', marks=pytest.mark.slow)])

@@ -17,9 +17,9 @@ from .infer import (FilePrediction, InferenceSummary, OutputWriter, find_images,
 
 # %% ../../nbs/app/02_bulk.ipynb #738e1811
 @lru_cache(1)
-def _load_once(model_path, names, **options):
-    "The detector of a worker, and its class table with the names of a label map."
-    detector = load_for_inference(model_path, threads=1, **options)
+def _load_once(model_path, names, score_threshold, max_detections, class_agnostic):
+    "Returns the detector of a worker, and its class table with the names of a label map."
+    detector = load_for_inference(model_path, '', score_threshold, max_detections, class_agnostic, threads=1)
     return detector, rename_classes(detector.classes, dict(names))
 
 def predict_and_save(
@@ -32,10 +32,11 @@ def predict_and_save(
 )->dict:                      # JSON-ready: path, and either error or what was found
     "Finds the objects in one image and writes its files; an error becomes part of the row."
     path,image_path,label_path = job
-    limits = dict(score_threshold=score_threshold, max_detections=max_detections)
-    detector,class_table = _load_once(model_path, tuple(names.items()), class_agnostic=class_agnostic, **limits)
-    try: prediction = next(predict_files(detector, [Path(path)], 1, 1, class_table=class_table, **limits))
-    except (OSError, ValueError) as e: return dict(path=path, error=str(e))
+    limits,errors = (score_threshold, max_detections), []
+    def on_error(path, error): errors.append(str(error))
+    detector,class_table = _load_once(model_path, tuple(names.items()), *limits, class_agnostic)
+    prediction = next(predict_files(detector, [Path(path)], 1, 1, on_error, *limits, class_table), None)
+    if errors: return dict(path=path, error=errors[0])
     writer = OutputWriter({prediction.path: image_path}, {prediction.path: label_path})
     _,error = writer(prediction)
     return dict(path=path, error=str(error)) if error else _to_row(prediction)
@@ -91,7 +92,7 @@ def infer_bulk(
         jobs = _make_jobs(find_images(in_image_path, recursive), in_image_path, results, draw)
         rows = check_output_path(results/'found.jsonl')
         _run_pipeline(beam, jobs, rows, options, model_path, names, limits)
-        _,class_table = _load_once(model_path, tuple(names.items()), **limits)
+        _,class_table = _load_once(model_path, tuple(names.items()), score_threshold, max_detections, class_agnostic)
         summary = summarize_predictions(rows, class_table, score_threshold, results)
         status.log_progress(f'Looked at {summary.num_images} images.', kpi=summary.counts)
         return summary

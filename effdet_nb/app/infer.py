@@ -106,18 +106,18 @@ def _predict_in_batches(detector, paths, batch_size, workers, on_error):
 def _predict_in_threads(detector, paths, workers, on_error):
     "Runs a detector on single images, each in a thread of its own; yields the same in order."
     def predict(path):
-        try: return path, _predict_one(detector, path)
-        except (OSError, ValueError) as e:
+        start = time.perf_counter()
+        try: letterboxed = read_letterboxed(path, detector.image_hw)
+        except (OSError, ValueError) as e:      # of this image; an error of the detector ends the run
             if on_error is None: raise
             return path, e
+        return path, _predict_one(detector, letterboxed, start)
     for path,result in threaded_map(predict, paths, workers):
         if isinstance(result, Exception): on_error(path, result)
         else: yield path, *result
 
-def _predict_one(detector, path):
-    "The letterboxed image of a file, its detections and the seconds per stage."
-    start = time.perf_counter()
-    letterboxed = read_letterboxed(path, detector.image_hw)
+def _predict_one(detector, letterboxed, start):
+    "Returns a letterboxed image, its detections and the seconds per stage, reading began at `start`."
     read = time.perf_counter()
     found = detector(letterboxed.image[None])[0]
     return letterboxed, found, dict(read=read-start, network=time.perf_counter()-read)
@@ -139,11 +139,12 @@ def read_label_map(
 def rename_classes(
     classes:ClassTable, # category ids and names of the model
     names:dict,         # category id -> name, from a label map; may be empty
+    source='the label map', # its file, for the warning
 )->ClassTable:          # the same ids, with these names
     "Replaces the names of a class table by those of a label map, where it has them."
     if not names: return classes
     if set(names)!=set(classes.ids):
-        log_message(f'warning: the label map names {len(names)} categories (ids to {max(names)}), the model has '
+        log_message(f'warning: {source} names {len(names)} categories (ids to {max(names)}), the model has '
                     f'{len(classes.ids)} (ids to {max(classes.ids)}). Is it the label map of this model? '
                     'Line i must name category i')
     return replace(classes, names=tuple(names.get(k, name) for k,name in zip(classes.ids, classes.names)))
@@ -364,7 +365,7 @@ def infer(
         names = read_label_map(label_map) if label_map else {}     # before the model is opened, which takes long
         threads = 1 if len(paths)>1 else None
         detector = load_for_inference(detector, key, score_threshold, max_detections, class_agnostic, threads)
-        class_table = rename_classes(detector.classes, names)
+        class_table = rename_classes(detector.classes, names, label_map)
         summary = InferenceSummary(score_threshold=score_threshold, written_to=[o for o in outputs if o is not None])
         predictions = predict_files(detector, paths, batch_size, workers, summary.skip,
                                     score_threshold, max_detections, class_table)
