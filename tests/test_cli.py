@@ -407,7 +407,8 @@ def test_a_terminated_training_is_continued_by_the_same_command(work):
         wait_for_line(process, 'epoch 2/40')
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
-    assert process.returncode==143 and 'the same command goes on' in err and err.endswith('effdet_train: terminated\n')
+    assert process.returncode==143 and 'run the same command again to continue' in err
+    assert err.endswith('effdet_train: terminated\n')
     assert read_status(work/'stopped')[-1]['status']=='FAILURE'
     with subprocess.Popen(args, cwd=work, env=ENV, stderr=subprocess.PIPE, text=True) as process:
         wait_for_line(process, 'continuing from stopped/model.step-')

@@ -298,4 +298,4 @@ def test_the_second_evaluation_with_ap_0_is_diagnosed(spec, capfd):
     evaluator.evaluate = lambda: Metrics(AP=0.)
     for is_diagnosed in (False, True, False):
         history.epochs.append(evaluator.run())
-        assert ('AP is 0, to three digits. What the evaluation saw' in capfd.readouterr().err) == is_diagnosed
+        assert ('AP is 0.000. The detections and the ground truth' in capfd.readouterr().err) == is_diagnosed

@@ -149,7 +149,8 @@ class DatasetConfig:
     num_classes:int = spec_field(
         5, 0, 'Number of categories plus one', 'channels', at_least(2), required_by=TRAIN_EVAL_TASKS)
     image_size:str = spec_field(
-        6, '512,512', 'Input size of the network: "height,width" or "WIDTHxHEIGHT"; images are scaled to fit and padded',
+        6, '512,512', 'Input size of the network: "height,width" or "WIDTHxHEIGHT"; images are scaled to fit and '
+        'padded',
         'pixels', image_size_constraint, required_by=TRAIN_TASKS)
     use_fake_data:bool = spec_field(
         7, False, 'Train on the first batch again and again, to measure the speed without reading files')
@@ -187,14 +188,16 @@ class TrainingConfig:
     checkpoint_period:int = spec_field(8, 10, 'Epochs between checkpoints', 'epochs', at_least(1))
     keep_checkpoint_max:int = spec_field(9, 0, 'Number of newest checkpoints to keep; 0 keeps all', 'files')
     num_examples_per_epoch:int = spec_field(
-        10, 0, 'Training images divided by the number of GPUs; left out, the records are counted', 'images', at_least(1))
+        10, 0, 'Training images divided by the number of GPUs; left out, the records are counted', 'images',
+        at_least(1))
     num_epochs:int = spec_field(11, 300, 'Length of the training', 'epochs', at_least(1))
     skip_checkpoint_variables:str = spec_field(
         12, '', 'Weights whose names match this regular expression are not loaded from `checkpoint`', 'regex',
         Constraint('a regular expression', check_regex))
     profile_skip_steps:int = spec_field(
         13, 0, 'Steps before a TensorBoard profile of five steps is recorded; 0 records none', 'steps')
-    tf_random_seed:int = spec_field(14, 42, 'Seed of the initial weights, the order of the images and the augmentation')
+    tf_random_seed:int = spec_field(
+        14, 42, 'Seed of the initial weights, the order of the images and the augmentation')
     moving_average_decay:float = spec_field(
         15, 0.9999, 'Decay of the moving average of the weights (EMA); 0 disables it', '', fraction)
     lr_warmup_epoch:float = spec_field(
@@ -203,10 +206,13 @@ class TrainingConfig:
         17, 0.00005, 'Learning rate of the first step, if there is a warm-up', '', at_least(0))
     learning_rate:float = spec_field(18, 0.1, 'Peak learning rate, reached at the end of the warm-up', '', above(0))
     amp:bool = spec_field(19, False, 'Train in mixed precision')
-    l2_weight_decay:float = spec_field(20, 0., 'Factor of half the sum of squared kernel weights in the loss', '', at_least(0))
-    l1_weight_decay:float = spec_field(21, 0., 'Factor of the sum of absolute kernel weights in the loss', '', at_least(0))
+    l2_weight_decay:float = spec_field(
+        20, 0., 'Factor of half the sum of squared kernel weights in the loss', '', at_least(0))
+    l1_weight_decay:float = spec_field(
+        21, 0., 'Factor of the sum of absolute kernel weights in the loss', '', at_least(0))
     pruned_model_path:str = spec_field(
-        22, '', 'Pruned model to retrain; defines the layer widths and the initial weights', 'file', read_by=TRAIN_TASKS)
+        22, '', 'Pruned model to retrain; defines the layer widths and the initial weights', 'file',
+        read_by=TRAIN_TASKS)
     clip_gradients_norm:float = spec_field(
         23, 5., 'Largest global norm of the gradients; 0 disables clipping', '', at_least(0))
     momentum:float = spec_field(24, 0.9, 'Momentum of SGD', '', fraction)
@@ -241,7 +247,8 @@ class AugConfig:
     rand_hflip:bool = spec_field(1, False, 'Flip images left to right with probability 1/2')
     random_crop_min_scale:float = spec_field(
         2, 0.1, 'Smallest random scale of an image before cropping', 'of the input', above(0))
-    random_crop_max_scale:float = spec_field(3, 2.0, 'Largest random scale of an image before cropping', 'of the input', above(0))
+    random_crop_max_scale:float = spec_field(
+        3, 2.0, 'Largest random scale of an image before cropping', 'of the input', above(0))
 
 # %% ../../nbs/train/01_fields.ipynb #2562ab01
 # the last one is a toy for chapters and tests, so no message mentions it

@@ -19,7 +19,7 @@ from .fields import experiment_message_class, format_value, has_valid_default, s
 
 # %% ../../nbs/train/02_spec.ipynb #36a64a63
 class _Entry(NamedTuple):
-    "A field as it stands in a file; the start of a section has `field` None."
+    "A field as written in a file; the start of a section has `field` None."
     section:str
     field:str
     text:str    # of the value
@@ -63,12 +63,12 @@ def _scan_value(tokens):
     raise _syntax_error(tokens, 'a value is missing here')
 
 def _value_continues(token, next_token):
-    "Returns whether a value goes on after a token: after a minus, and with a string after a string."
+    "Returns whether a value continues after a token: after a minus sign, or with a string after a string."
     return token == '-' or token[0] in QUOTES and next_token[:1] in QUOTES
 
 # %% ../../nbs/train/02_spec.ipynb #9dab5989
 def _scan(text):
-    "Lists the entries of a file, and the fault (message, line, column) that stopped the reading, if any."
+    "Returns the entries of a file and the fault (message, line, column) that stopped the scan, if any."
     tokens, entries = text_format.Tokenizer(text.split('\n')), []
     try: unclosed = _scan_entries(tokens, entries)
     except text_format.ParseError as e:
@@ -89,7 +89,7 @@ def _scan_entries(tokens, entries):
     return section
 
 def _scan_entry(tokens, section):
-    "Consumes a field, or the start of a section where none is open."
+    "Consumes a field, or the start of a section if no section is open."
     position = _position(tokens)
     name, has_colon = _scan_name(tokens), tokens.TryConsume(':')
     if section is None and _consume_any(tokens, '{<'): return _Entry(name, None, '', *position)
@@ -105,10 +105,10 @@ FIELD_ALIASES = {
     ('dataset_config','val_json_file'): ('dataset_config','validation_json_file')}
 
 def find_field(
-    section:str, # as written; None for a field outside of all sections
+    section:str, # as written; None for a field outside all sections
     name:str,    # as written; None to look up the section only
-)->tuple:        # (section, field) where it belongs
-    "Finds the field that is meant; a ValueError names the nearest one if there is none."
+)->tuple:        # (section, field), aliases resolved
+    "Resolves the aliases of a field; raises a ValueError that names the nearest field if there is none."
     section = SECTION_ALIASES.get(section, section)
     section, name = FIELD_ALIASES.get((section,name), (section,name))
     if section is None: raise _no_section_error(name)
@@ -119,7 +119,7 @@ def find_field(
     raise ValueError(f'{section}.{name}: no such field. {advice}')
 
 def _no_section_error(name):
-    "Returns the error for a name outside of all sections."
+    "Returns the error for a name outside all sections."
     if name in SPEC_SECTIONS: return ValueError(f'{name}: is a section. Write {name} {{ ... }}')
     owner = _section_of(name)
     advice = f'Put it inside {owner} {{ }}' if owner else _suggest(name, SPEC_SECTIONS)
@@ -130,7 +130,7 @@ def _section_of(name):
     return next((section for section in SPEC_SECTIONS if name in section_fields(section)), None)
 
 def _suggest(name, known):
-    "Names the nearest of the known names, or all of them."
+    "Suggests the nearest known name, or lists all of them."
     nearest = get_close_matches(name, list(known), 1)
     return f'Did you mean {nearest[0]}?' if nearest else f'There are {", ".join(known)}'
 
@@ -146,7 +146,7 @@ def _read_value(section, name, text):
     return _canonical(section, name, getattr(message, name))
 
 def _type_error(section, name, text):
-    "Returns the error for a value of another type than the field's."
+    "Returns the error for a value of the wrong type."
     text = re.sub(r'^- ', '-', str(text))
     if len(text) >= 60: text = f'{text[:57]}...'
     return ValueError(f'{section}.{name}: {text} is not {TYPE_DESCRIPTIONS[section_fields(section)[name].type]}')
@@ -169,7 +169,7 @@ def _convert_value(section, name, value):
 
 # %% ../../nbs/train/02_spec.ipynb #3cecf0ff
 class SpecError(ValueError):
-    "Everything that is wrong with a spec; `problems` lists the sentences."
+    "An error that lists every problem of a spec in `problems`."
     def __init__(self,
         name,          # the file
         problems:list, # one sentence each
@@ -183,7 +183,7 @@ class SpecError(ValueError):
 # %% ../../nbs/train/02_spec.ipynb #928c3998
 @dataclass(frozen=True, repr=False)
 class Spec:
-    "An experiment: five sections of typed fields, and which of them were given."
+    "An experiment: five sections of typed fields, and a record of which fields were given."
     dataset_config:DatasetConfig = DatasetConfig()
     training_config:TrainingConfig = TrainingConfig()
     eval_config:EvalConfig = EvalConfig()
@@ -201,12 +201,12 @@ def is_set(self:Spec,
     section:str, # such as 'training_config'
     name:str,    # such as 'momentum'
 )->bool:
-    "Returns whether a field was given, even as zero, or left out."
+    "Returns whether a field was given (zero counts) rather than left out."
     return find_field(section, name) in self.fields_set
 
 # %% ../../nbs/train/02_spec.ipynb #e07952ee
 def _with_values(spec, values, positions):
-    "Returns a spec in which some fields, {(section, field): value}, are given."
+    "Returns a copy of a spec with some fields, {(section, field): value}, set."
     changes = {section: {} for section in SPEC_SECTIONS}
     for (section,name),value in values.items(): changes[section][name] = value
     sections = {section: with_changes(getattr(spec, section), **new) for section,new in changes.items()}
@@ -217,9 +217,9 @@ def _with_values(spec, values, positions):
 # %% ../../nbs/train/02_spec.ipynb #2146682e
 @patch
 def to_text(self:Spec,
-    include_defaults:bool=False, # whether to write the defaults, too
+    include_defaults:bool=False, # whether to write the defaults too
 )->str:                          # protobuf text format, readable by `Spec.parse`
-    "Writes the spec as a file."
+    "Formats the spec as the text of a spec file."
     message = experiment_message_class()()
     for section in SPEC_SECTIONS:
         for name in section_fields(section):
@@ -238,12 +238,12 @@ TASK_SECTIONS = dict(
 
 # %% ../../nbs/train/02_spec.ipynb #d4ce8295
 def _is_weights_name(path):
-    "Returns whether a path may be weights without being a file: a word, prefix or folder of TensorFlow checkpoints."
+    "Returns whether a path names weights without being a file: `imagenet`, or a TensorFlow checkpoint."
     if path == 'imagenet' or os.path.isfile(f'{path}.index'): return True
     return bool(glob.glob(os.path.join(glob.escape(path), '*.index')))
 
 def _missing_file_problem(path):
-    "Returns what is wrong with a path or pattern that must lead to a file; None if nothing is."
+    "Returns the problem with a path or pattern that must match a file; None if it does."
     matches = [path] if os.path.exists(path) else glob.glob(path)
     if '://' in path or any(map(os.path.isfile, matches)): return None
     folder = os.path.dirname(path) or '.'
@@ -254,7 +254,7 @@ def _missing_file_problem(path):
 
 # %% ../../nbs/train/02_spec.ipynb #945da6b4
 def _field_problem(spec, task, section, field):
-    "Returns what is wrong with one field for a task; None if nothing is."
+    "Returns the problem with one field for a task; None if it is valid."
     where, value = (section, field.name), getattr(getattr(spec, section), field.name)
     is_set, was_written = where in spec.fields_set, where in spec.source_positions     # written, but perhaps unreadable
     if task in field.metadata['required_by'] and (value == '' if is_set else not was_written):
@@ -263,14 +263,14 @@ def _field_problem(spec, task, section, field):
     return _value_problem(field, value) or _path_problem(field, value, task)
 
 def _value_problem(field, value):
-    "Returns what is wrong with the value of a field, and the default that could be used instead."
+    "Returns the problem with a value and the default that applies if the field is left out."
     constraint = field.metadata['constraint']
     problem = constraint and constraint.violation(value)
     if not problem or field.metadata['required_by'] or not has_valid_default(field): return problem
     return f'{problem}. Left out, it is {format_value(field.default)}'
 
 def _path_problem(field, path, task):
-    "Returns what is wrong with the file that a field names, if a task reads it."
+    "Returns the problem with the file that a field names, if the task reads it."
     if not path or task not in field.metadata['read_by']: return None
     if field.name != 'checkpoint': return _missing_file_problem(path)
     problem = None if _is_weights_name(path) else _missing_file_problem(path)
@@ -278,7 +278,7 @@ def _path_problem(field, path, task):
 
 # %% ../../nbs/train/02_spec.ipynb #4ee55ffa
 def _find_problems(spec, task):
-    "Yields ((section, field), sentence) for everything that keeps a task from using a spec."
+    "Yields ((section, field), sentence) for every problem that prevents a task from using a spec."
     for section in SPEC_SECTIONS if task is None else TASK_SECTIONS[task]:
         for name,f in section_fields(section).items():
             problem = _field_problem(spec, task, section, f)
@@ -287,7 +287,7 @@ def _find_problems(spec, task):
     if task in (None, 'train'): yield from _scale_problems(spec)
 
 def _level_problems(spec):
-    "Compares the pyramid's coarsest level with that of the model."
+    "Compares `max_level` with the coarsest level of the variant."
     model, where = spec.model_config, ('model_config','max_level')
     expected = 8 if model.model_name.endswith('d7x') else 7
     if where in spec.fields_set and model.max_level in (7,8) and model.max_level != expected:
@@ -306,7 +306,7 @@ def _scale_problems(spec):
 def problems(self:Spec,
     task:str=None, # a task, or None to check the values of all sections but no files
 )->list:           # sentences; empty if there is none
-    "Lists everything that keeps a task from using this spec."
+    "Lists every problem that prevents a task from using this spec."
     if task is not None and task not in TASK_SECTIONS:
         raise ValueError(f'{task}: no such task. {_suggest(task, TASK_SECTIONS)}')
     return [f'{text} ({self.source_positions.get(where, self.name)})' for where,text in _find_problems(self, task)]
@@ -316,7 +316,7 @@ def problems(self:Spec,
 def check(self:Spec,
     task:str, # 'train', 'evaluate', 'inference', 'export', 'prune' or 'dataset_convert'
 )->Spec:      # itself
-    "Raises a SpecError with all problems if a task cannot use this spec."
+    "Raises a SpecError that lists all problems if a task cannot use this spec."
     problems = self.problems(task)
     if problems: raise SpecError(self.name, problems)
     return self
@@ -328,13 +328,13 @@ def _warn_twice(where, first, first_position, second, position):
                   f'{format_value(second)} ({position}). The later one counts; remove the other', stacklevel=6)
 
 class _EntryReader:
-    "Collects the values of scanned entries, their positions, and what is wrong with them."
+    "Collects the values of scanned entries, their positions and their problems."
     def __init__(self, name):
         self.name, self.values, self.positions = name, {}, {}
         self.problems, self.unknown_sections = [], set()
 
     def read(self, entry):
-        "Reads an entry; a fault becomes a problem."
+        "Reads an entry; adds a fault to the problems."
         if entry.section in self.unknown_sections: return
         try: self.read_field(entry, find_field(entry.section, entry.field))
         except ValueError as e:
@@ -342,7 +342,7 @@ class _EntryReader:
             self.problems.append(f'{e} ({self.position(entry)})')
 
     def read_field(self, entry, where):
-        "Reads the value of a field; the later of two counts."
+        "Reads the value of a field; the later of two values is used."
         if entry.field is None: return
         earlier_position, self.positions[where] = self.positions.get(where), self.position(entry)
         value = _read_value(*where, entry.text)
@@ -355,7 +355,7 @@ class _EntryReader:
 
 # %% ../../nbs/train/02_spec.ipynb #0851480c
 def _line_and_column(problem):
-    "Returns line and column at the end of a problem, to sort by; a problem without them comes first."
+    "Returns the line and column at the end of a problem, for sorting; (0, 0) if it has none."
     match = re.search(r':(\d+):(\d+)\)$', problem)
     return tuple(map(int, match.groups())) if match else (0,0)
 
@@ -363,10 +363,10 @@ def _line_and_column(problem):
 @patch(cls_method=True)
 def parse(cls:Spec,
     text:str,          # protobuf text format
-    name:str='<spec>', # what to call it in messages
-    task:str=None,     # also check it for this task
+    name:str='<spec>', # name of the file in messages
+    task:str=None,     # also check the spec for this task
 )->Spec:
-    "Reads a spec from text; a SpecError lists all problems with line and column."
+    "Parses a spec from text; raises a SpecError that lists all problems with line and column."
     entries, fault = _scan(text)
     reader = _EntryReader(name)
     for entry in entries: reader.read(entry)
@@ -381,7 +381,7 @@ def parse(cls:Spec,
 @patch(cls_method=True)
 def load(cls:Spec,
     path,          # spec file, UTF-8
-    task:str=None, # also check it for this task
+    task:str=None, # also check the spec for this task
 )->Spec:
     "Reads a spec from a file."
     if not os.path.isfile(path):
