@@ -356,7 +356,7 @@ def test_every_fault_is_reported_and_costs_no_more_than_it_must(toy_dataset, dam
 
 hopeless = {
     'all pictures missing': (lambda i, a: shutil.rmtree(i) or i.mkdir(), FileNotFoundError,
-                             'all 14 pictures are missing, such as 000001.jpg'),
+                             'all 14 images are missing, such as 000001.jpg'),
     'malformed JSON': (lambda i, a: a.write_text('{"images": ['), CocoError, 'not valid JSON'),
     'no list': (lambda i, a: edit(a, lambda d: d.pop('categories')), CocoError, '"categories" is missing'),
     'no images': (lambda i, a: edit(a, lambda d: d.update(images=[], annotations=[])), ValueError, 'no images'),
@@ -445,9 +445,9 @@ def test_an_output_path_that_is_a_file_is_rejected(toy_dataset):
 def test_the_number_of_shards_follows_the_images_unless_given(toy_dataset, capsys):
     images, annotations, out = toy_dataset
     assert len(dataset_convert(images, annotations, out, tag='auto').files) == 14
-    assert 'fewer than 256 pictures' in capsys.readouterr().err
+    assert 'fewer than 256 images' in capsys.readouterr().err
     given = dataset_convert(images, annotations, out, tag='given', num_shards=20)
-    assert '6 of the 20 shards will be empty, since there are 14 pictures' in capsys.readouterr().err
+    assert '6 of the 20 shards will be empty, since there are 14 images' in capsys.readouterr().err
     assert len(given.files) == 20 and given.files[19].stat().st_size == 0 and list(read_records(given.files[19])) == []
     assert load_sidecar(out/'given-*').num_images == 14
 
