@@ -18,7 +18,7 @@ from PIL import Image
 from effdet_nb.data import shards, validate, workers
 from effdet_nb.data.coco import CocoError
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.data.faults import Fault, worst_image_id
+from effdet_nb.data.faults import ConversionReport, Fault, worst_image_id
 from effdet_nb.data.masks import mask_png
 from effdet_nb.data.validate import image_fault, probe_image, validate_box
 from effdet_nb.detector.toy_data import make_toy_dataset
@@ -295,9 +295,9 @@ faults = {
     'image without file name': (drop_key('images', 'file_name', 1), 'dropped_images', 'incomplete', [(2, None)]),
     'file name is a number': (entry(1, file_name=3), 'dropped_images', 'file name is no text', [(2, 3)]),
     'missing picture': (remove_file('000002.jpg'), 'dropped_images', 'file missing', [(2, '000002.jpg')]),
-    'not a picture': (file('000002.jpg', lambda p: p.write_bytes(b'hello')), 'dropped_images', 'not a picture',
+    'not an image': (file('000002.jpg', lambda p: p.write_bytes(b'hello')), 'dropped_images', 'not an image',
                       [(2, '000002.jpg')]),
-    'empty picture': (file('000002.jpg', lambda p: p.write_bytes(b'')), 'dropped_images', 'not a picture',
+    'empty picture': (file('000002.jpg', lambda p: p.write_bytes(b'')), 'dropped_images', 'not an image',
                       [(2, '000002.jpg')]),
     'broken jpeg': (file('000002.jpg', truncate), 'dropped_images', 'file damaged', [(2, '000002.jpg')]),
     'broken png': (file('000005.png', truncate), 'dropped_images', 'file damaged', [(5, '000005.png')]),
@@ -390,12 +390,12 @@ def test_workers_report_all_faults(toy_dataset):
          lambda d: [box(i, bbox=[0, 0, 999, 9])(images, d) for i, a in enumerate(d['annotations'])
                     if a['image_id'] == 7])
     summary = dataset_convert(images, annotations, out, num_shards=4, workers=2)
-    assert {k: len(v) for k, v in summary.dropped_images.items()} == {'not a picture': 3, 'file missing': 1}
+    assert {k: len(v) for k, v in summary.dropped_images.items()} == {'not an image': 3, 'file missing': 1}
     assert summary.num_images == 10
     assert {i for i, _ in summary.dropped_boxes['out of bounds']} == {4, 7}
-    assert {i for i, _ in summary.dropped_boxes['of a picture left out']} == {1, 3, 6, 9} - {2}
+    assert {i for i, _ in summary.dropped_boxes['of an image left out']} == {1, 3, 6, 9} - {2}
     with Image.open(out/'train_report.png') as im: assert im.size == (166, 166)             # image 7 or 4, and a margin
-    assert 'not a picture' in repr(summary) and summary.counts['images_left_out'] == 4
+    assert 'not an image' in repr(summary) and summary.counts['images_left_out'] == 4
 
 
 def test_the_report_shows_the_image_with_the_most_faults(toy_dataset):
@@ -627,6 +627,16 @@ def test_without_beam_an_error_says_how_to_install_it(toy_dataset, monkeypatch):
         dataset_convert(*toy_dataset, num_shards=2, runner='FlinkRunner')
     assert workers._beam_options('FlinkRunner', ['--flink_master=h:1'], None) == ['--runner=FlinkRunner',
                                                                                   '--flink_master=h:1']
+
+
+def test_reports_of_earlier_versions_are_read():
+    data = ConversionReport().to_dict()
+    data['dropped_images'] = {'not a picture': [[3, 'a.jpg']]}
+    data['dropped_boxes'] = {'of a picture left out': [[3, 7]], 'no size': [[4, 8]]}
+    report = ConversionReport.from_dict(data)
+    assert report.dropped_images == {Fault.NOT_AN_IMAGE: [(3, 'a.jpg')]}
+    assert report.dropped_boxes == {Fault.IMAGE_LEFT_OUT: [(3, 7)], Fault.NO_SIZE: [(4, 8)]}
+    with pytest.raises(ValueError): Fault('no such fault')
 
 
 # --- real pictures ---

@@ -19,6 +19,7 @@ from effdet_nb.train.experiment import eval_dataset_from_spec
 from effdet_nb.evaluate.evaluate import Metrics, coco_metrics, coco_results, evaluate
 from effdet_nb.evaluate.inspect_results import image_ap, ap_per_image, worst_images
 from effdet_nb.evaluate.coco_metric import COCO_STAT_NAMES
+from effdet_nb.evaluate.predict import bbox_and_scores64, load_coco_results
 from effdet_nb.detector.detections import Detections
 from test_ground_truth import FullImageDetector, image_folder  # noqa: F401
 
@@ -357,3 +358,15 @@ def test_importing_is_light():
         subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
         == '[]'
     )
+
+
+def test_selected_detections_of_a_file_keep_their_own_numbers():
+    rows = [dict(image_id='a', category_id=1, bbox=[10.05, 20, 30.05, 40], score=.9),
+            dict(image_id='a', category_id=1, bbox=[1.05, 2, 3.05, 4], score=.2)]
+    truth = GroundTruth('a', [[0, 0, 9, 9]], [1])
+    loaded = load_coco_results(rows, [truth], ClassTable((1,), ('cat',), 2))[0][1]
+    for kept, numbers in ((loaded.select(.5), [0]), (loaded[1:], [1]), (loaded[[1, 0]], [1, 0])):
+        bbox, scores = bbox_and_scores64(kept)
+        assert bbox.tolist() == [rows[i]['bbox'] for i in numbers]
+        assert scores.tolist() == [rows[i]['score'] for i in numbers]
+    assert bbox_and_scores64(loaded.scaled(2))[0].tolist() == (2*loaded.bbox).tolist()

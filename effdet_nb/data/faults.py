@@ -22,55 +22,62 @@ class Fault(StrEnum):
         member.is_serious = is_serious # whether a strict conversion stops at it
         return member
 
+    @classmethod
+    def _missing_(cls, text):
+        "Finds a kind by the text that it had in reports of earlier versions."
+        return cls(_EARLIER_TEXTS[text]) if text in _EARLIER_TEXTS else None
+
     # boxes
     OUT_OF_BOUNDS = ('out of bounds',
-                     'Draw these boxes again inside their picture, or convert with --clip to cut them at its edge')
-    NO_SIZE = 'no size', 'Their width or height is 0 or less. Draw them again or remove them'
-    NOT_FINITE = 'not finite', 'A coordinate is NaN or infinite. Repair the program that wrote it'
-    BOX_CUT = 'boxes cut at the edge', 'Draw them again inside their picture', False
+                     'Redraw these boxes inside their image, or convert with --clip to cut them at its edge')
+    NO_SIZE = 'no size', 'Their width or height is 0 or less. Redraw or remove them'
+    NOT_FINITE = 'not finite', 'A coordinate is NaN or infinite. Fix the program that wrote it'
+    BOX_CUT = 'boxes cut at the edge', 'Redraw them inside their image', False
     # entries of the annotation file
     NOT_FOUR_NUMBERS = 'not four numbers', 'bbox must be x, y, width, height in pixels'
     INCOMPLETE = ('incomplete', 'Images need id and file_name; annotations id, image_id, category_id and bbox; '
                                 'categories id and name')
-    UNUSABLE_ID = 'unusable id', 'Ids are whole numbers; images and annotations may have text'
+    UNUSABLE_ID = 'unusable id', 'Use whole numbers; ids of images and annotations may also be text'
     DUPLICATE_ANNOTATION = 'annotation stands twice', 'The same object is listed twice. Remove the copy'
     SHARED_ANNOTATION_ID = ('annotation id of different objects',
-                            'Give every annotation an id of its own; the boxes were kept')
+                            'Give every annotation its own id; the boxes were kept')
     SHARED_IMAGE_ID = ('image id used twice',
-                       'Give every picture an id of its own. The first one kept it, with all annotations')
-    SHARED_CATEGORY_ID = 'category id used twice', 'Give every category an id of its own'
+                       'Give every image its own id. The first image kept the id and all annotations')
+    SHARED_CATEGORY_ID = 'category id used twice', 'Give every category its own id'
     UNKNOWN_CATEGORY = 'unknown category', 'Add the category to "categories", or remove these annotations'
-    UNKNOWN_IMAGE = 'unknown image', 'Add the picture to "images", or remove these annotations'
-    IMAGE_LEFT_OUT = 'of a picture left out', 'They come back when the picture does'
-    FILE_NAME_NOT_TEXT = 'file name is no text', 'file_name is the path below the picture folder'
+    UNKNOWN_IMAGE = 'unknown image', 'Add the image to "images", or remove these annotations'
+    IMAGE_LEFT_OUT = 'of an image left out', 'These boxes return when their image can be used'
+    FILE_NAME_NOT_TEXT = 'file name is no text', 'file_name is the path relative to the image folder'
     SIZE_MISSING = ('size missing in the JSON',
-                    'The size of the file was taken. Write height and width into the JSON')
-    CROWD_MISSING = 'iscrowd missing, taken as 0', 'Nothing, if none of these is a crowd', False
+                    'The size of the file was used. Write height and width into the JSON')
+    CROWD_MISSING = 'iscrowd missing, taken as 0', 'Nothing to do if none of these is a crowd', False
     AREA_MISSING = ('area missing, taken from the box',
-                    'Nothing, unless you evaluate by size with areas of masks', False)
+                    'Nothing to do unless you evaluate by size with mask areas', False)
     # image files
-    FILE_MISSING = ('file missing', 'file_name is relative to the picture folder. Copy the files there, '
+    FILE_MISSING = ('file missing', 'file_name is relative to the image folder. Copy the files there, '
                                     'or choose the right folder')
-    NOT_AN_IMAGE = 'not a picture', 'Replace the file, or remove it from the JSON'
+    NOT_AN_IMAGE = 'not an image', 'Replace the file, or remove it from the JSON'
     FILE_DAMAGED = 'file damaged', 'Copy the file again, or remove it from the JSON'
     SIZE_DIFFERS = ('JSON and file disagree about the size',
-                    'Boxes were taken as shares of the size in the JSON. If the file was scaled that is right; '
-                    'if it was turned, its boxes are wrong: repair the JSON')
+                    'Boxes were taken relative to the size in the JSON. That is right if the file was scaled; '
+                    'if it was rotated, its boxes are wrong: correct the JSON')
     EXIF_ROTATED = ('turned by an EXIF flag, which is ignored',
-                    'Save the picture upright ("mogrify -auto-orient"), and check its boxes')
+                    'Save the image upright ("mogrify -auto-orient"), and check its boxes')
     CONVERTED_TO_PNG = 'turned into PNG', '', False
     NOT_RGB = 'instead of RGB, converted when read', '', False
     # masks
-    MASK_OUTSIDE_BOX = 'masks outside their box (kept)', 'Draw mask or box again; training uses the box only'
+    MASK_OUTSIDE_BOX = 'masks outside their box (kept)', 'Redraw the mask or the box; training uses only the box'
     NO_MASK = ('no usable mask, an empty one written',
-               'Add a polygon or run lengths of the picture\'s size, or convert without masks')
+               'Add a polygon or run lengths of the image size, or convert without masks')
     SHORT_POLYGON = 'polygons of fewer than three points, left out'
+
+_EARLIER_TEXTS = {'of a picture left out': 'of an image left out', 'not a picture': 'not an image'}
 
 # %% ../../nbs/data/02_faults.ipynb #44f8996d
 class Reason(NamedTuple):
-    "A kind of fault, perhaps with a detail such as the format of a file."
+    "A kind of fault, with an optional detail such as the format of a file."
     fault:Fault
-    detail:str = '' # words in front of the fault's text
+    detail:str = '' # text in front of that of the fault
 
     def __str__(self): return f'{self.detail} {self.fault}'.strip()
 
@@ -79,35 +86,35 @@ def _lists(): return defaultdict(list)
 
 @dataclass
 class ConversionReport:
-    "What was noticed while images were converted: ids grouped by reason."
+    "The faults found while images were converted: ids grouped by reason."
     num_images:int = 0              # images written
-    num_empty_images:int = 0        # of them without an object
-    max_boxes:int = 0               # most boxes in one image
+    num_empty_images:int = 0        # images without an object among them
+    max_boxes:int = 0               # largest number of boxes in one image
     boxes_by_category:Counter = field(default_factory=Counter) # category id -> boxes written
     dropped_boxes:dict = field(default_factory=_lists)  # fault -> (image id, annotation id) of boxes left out
     dropped_images:dict = field(default_factory=_lists) # fault -> (image id, file name) of images left out
     clipped_boxes:list = field(default_factory=list)    # (image id, annotation id) of boxes cut at the edge
     masks_outside_box:list = field(default_factory=list)# (image id, annotation id) of masks outside their box
-    notes:dict = field(default_factory=_lists)          # reason -> file names or annotation ids of what was kept
+    notes:dict = field(default_factory=_lists)          # reason -> file names or annotation ids of data that was kept
 
 # %% ../../nbs/data/02_faults.ipynb #e0b34841
 @patch
 def add_note(
     self:ConversionReport,
-    fault:Fault,    # its kind
+    fault:Fault,    # kind of fault
     item,           # file name or annotation id
     detail:str='',  # such as the format of the file
 ):
-    "Notes something that costs no box and no image."
+    "Records a fault that removes no box and no image."
     self.notes[Reason(fault, detail)].append(item)
 
 # %% ../../nbs/data/02_faults.ipynb #e29bd8e6
 @patch
 def merge(
     self:ConversionReport,
-    other:ConversionReport, # of the next images
+    other:ConversionReport, # report of the images that follow
 )->ConversionReport:        # self
-    "Adds the contents of another report behind its own."
+    "Appends the contents of another report."
     self.num_images += other.num_images
     self.num_empty_images += other.num_empty_images
     self.max_boxes = max(self.max_boxes, other.max_boxes)
@@ -131,7 +138,7 @@ def _tuples(items): return [tuple(item) if isinstance(item, list) else item for 
 @patch(cls_method=True)
 def from_dict(
     cls:ConversionReport,
-    data:dict,  # as `to_dict` returns it, perhaps after a way through JSON
+    data:dict,  # as `to_dict` returns it, possibly read back from JSON
 )->'ConversionReport':
     "Restores a report from plain data."
     report = cls(data['num_images'], data['num_empty_images'], data['max_boxes'])
@@ -145,15 +152,15 @@ def from_dict(
 
 # %% ../../nbs/data/02_faults.ipynb #81a399ff
 class Outcome(StrEnum):
-    "What became of the things a fault was found in."
-    IMAGES_LEFT_OUT = 'pictures left out'
+    "What the converter did with the images or boxes that have a fault."
+    IMAGES_LEFT_OUT = 'images left out'
     BOXES_LEFT_OUT = 'boxes left out'
     BOXES_CUT = 'boxes cut'
     KEPT = 'kept'
 
 @dataclass(frozen=True)
 class Issue:
-    "All things of a conversion with the same fault and the same outcome."
+    "All images, boxes or masks of a conversion with the same reason and the same outcome."
     outcome:Outcome
     reason:Reason
     items:list      # their ids, as in the report
@@ -170,7 +177,7 @@ class Issue:
 # %% ../../nbs/data/02_faults.ipynb #028d9522
 @patch
 def example(self:Issue)->str:
-    "Names the first of its items, such as 'annotation 918 of image 200365'."
+    "Describes the first item, such as 'annotation 918 of image 200365'."
     item = self.items[0]
     if isinstance(item, str): return item
     if not isinstance(item, tuple): return f'annotation {item}'
@@ -181,7 +188,7 @@ def example(self:Issue)->str:
 def list_issues(
     report:ConversionReport, # of a whole conversion
 )->list:                     # of `Issue`, the most frequent of each outcome first
-    "Lists everything in a report by outcome and reason."
+    "Lists the contents of a report by outcome and reason."
     kept = {Reason(Fault.MASK_OUTSIDE_BOX): report.masks_outside_box, **report.notes}
     groups = {
         Outcome.IMAGES_LEFT_OUT: {Reason(fault): items for fault,items in report.dropped_images.items()},
@@ -199,7 +206,7 @@ _BOX_FAULTS = (Fault.OUT_OF_BOUNDS, Fault.NO_SIZE, Fault.NOT_FINITE, Fault.DUPLI
 
 def worst_image_id(
     report:ConversionReport, # of a whole conversion
-):                           # an image id; None if no box is in trouble
+):                           # an image id; None if no box has a fault
     "Finds the image with the most boxes that were left out or cut."
     items = [*report.clipped_boxes, *report.masks_outside_box]
     for fault in _BOX_FAULTS: items += report.dropped_boxes.get(fault, [])
