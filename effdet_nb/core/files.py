@@ -24,7 +24,7 @@ def check_output_path(
                          'Give the name of a file')
     blocker = next((p for p in real.parents if p.exists()), None)
     if blocker and not blocker.is_dir():
-        raise ValueError(f'{path}: {blocker} is a file, so it cannot hold another. '
+        raise ValueError(f'{path}: {blocker} is a file, so it cannot contain another. '
                          'Choose a different folder, or remove that file')
     return real
 
@@ -57,7 +57,7 @@ def atomic_write(
 ):
     "Opens a file that appears under its name when it is complete, or not at all."
     if mode not in WRITE_MODES:
-        raise ValueError(f'{path}: mode {mode!r} cannot be used here, because the file is always written anew. '
+        raise ValueError(f'{path}: mode {mode!r} cannot be used here, because the file is always written from the start. '
                          'Use "wb" or "w"')
     path = check_output_path(path)
     new_folders = [p for p in path.parents if not p.exists()]   # deepest first
