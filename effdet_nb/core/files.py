@@ -57,7 +57,7 @@ def atomic_write(
 ):
     "Opens a file that appears under its name when it is complete, or not at all."
     if mode not in WRITE_MODES:
-        raise ValueError(f'{path}: mode {mode!r} cannot be used here, because the file is always written from the start. '
+        raise ValueError(f'{path}: mode {mode!r} is not possible, because the file is always written from the start. '
                          'Use "wb" or "w"')
     path = check_output_path(path)
     new_folders = [p for p in path.parents if not p.exists()]   # deepest first
