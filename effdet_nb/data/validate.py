@@ -16,7 +16,7 @@ from .faults import Fault, Reason
 from .jpeg_header import plain_jpeg_hw
 
 # %% ../../nbs/data/05_validate.ipynb #e1437353
-SLACK = 1e-6       # pixels; 0.1 + 0.2 is not 0.3, and a box must not be lost to that
+SLACK = 1e-6       # pixels; tolerance for rounding, since 0.1 + 0.2 is not 0.3
 SURE_SIZE = .01    # pixels; a side of this length survives float32 in any image of fewer than 65,536 pixels a side
 
 def _has_size(box):
@@ -27,13 +27,13 @@ def _has_size(box):
 def validate_box(
     bbox,              # x, y, width, height, pixels
     original_hw:tuple, # (height, width) of the image, pixels
-    clip:bool=False,   # cut boxes that reach out of the image instead of leaving them out
+    clip:bool=False,   # cut boxes at the image edge instead of leaving them out
 )->tuple:              # the box to keep as (y1, x1, y2, x2) or None; the fault or None
-    "Decides what becomes of one box."
+    "Checks one box and, if requested, cuts it at the edges of the image."
     x,y,w,h = map(float, bbox)
     H,W = original_hw
     box = y, x, y+h, x+w
-    if x>=0 and y>=0 and w>SURE_SIZE and h>SURE_SIZE and x+w<=W<65536 and y+h<=H<65536: return box, None # most boxes
+    if x>=0 and y>=0 and w>SURE_SIZE and h>SURE_SIZE and x+w<=W<65536 and y+h<=H<65536: return box, None # usual
     if not math.isfinite(x+y+w+h): return None, Fault.NOT_FINITE
     if not _has_size(box): return None, Fault.NO_SIZE
     cut = _cut_at_edges(box, H, W)
@@ -75,7 +75,7 @@ def _kept_and_invalid(annotations, hw, margin):
 # %% ../../nbs/data/05_validate.ipynb #cb05abac
 @dataclass(frozen=True)
 class EncodedImage:
-    "An image file as it goes into a record, and what is unusual about it."
+    "An image file as it is stored in a record, with warnings about it."
     data:bytes        # a JPEG or PNG file
     file_format:str   # 'jpeg' or 'png'
     original_hw:tuple # (height, width), pixels, as stored
@@ -83,7 +83,7 @@ class EncodedImage:
 
 # %% ../../nbs/data/05_validate.ipynb #91f0d3e6
 def _check_complete(image, kind, data):
-    "Raises if the file is damaged; a JPEG without its end mark is decoded to be sure."
+    "Raises if the file is damaged; a JPEG without its end marker is decoded."
     if kind=='PNG': image.verify()
     elif kind!='JPEG' or b'\xff\xd9' not in data[-64:]: image.load()
 
@@ -97,7 +97,7 @@ def _to_png(image):
 EXIF_ORIENTATION = 0x112 # a tag; 1 is upright
 
 def _warnings(image, kind):
-    "What is unusual about an open image."
+    "Yields a reason for each unusual property of an open image."
     if kind not in ('JPEG','PNG'): yield Reason(Fault.CONVERTED_TO_PNG, kind)
     if kind=='JPEG' and image.getexif().get(EXIF_ORIENTATION, 1)!=1: yield Reason(Fault.EXIF_ROTATED)
     if image.mode!='RGB': yield Reason(Fault.NOT_RGB, image.mode)
@@ -105,7 +105,7 @@ def _warnings(image, kind):
 def probe_image(
     path,          # an image file
 )->EncodedImage:   # raises what Pillow or the file system raises
-    "Reads an image file and notices what is unusual about it."
+    "Reads an image file and checks that it is complete."
     with open(path, 'rb', buffering=0) as f: data = f.read()
     if hw := plain_jpeg_hw(data): return EncodedImage(data, 'jpeg', hw, ())
     with Image.open(io.BytesIO(data)) as image:
@@ -119,7 +119,7 @@ def probe_image(
 def image_fault(
     error:Exception, # what `probe_image` raised
 )->Fault:            # file missing, not an image, or damaged
-    "Says why an image file cannot be used."
+    "Returns the fault for an error that `probe_image` raised."
     if isinstance(error, UnidentifiedImageError): return Fault.NOT_AN_IMAGE
     is_missing = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
     return Fault.FILE_MISSING if is_missing else Fault.FILE_DAMAGED
