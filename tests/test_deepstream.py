@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from effdet_nb.detector.boxes import clip_boxes
-from effdet_nb.export.deepstream import nvinfer_config, write_deepstream
+from effdet_nb.export.deepstream import nvinfer_config, readme_text, write_deepstream
 from effdet_nb.export.onnx_graph import get_metadata
 from effdet_nb.export.onnx_nms import NMS_OUTPUTS, add_onnx_nms, add_trt_nms
 from onnx_toy import noise_images, run_onnxruntime, toy_onnx_model
@@ -70,6 +70,15 @@ def test_etlt_and_int8_files_need_an_engine(name, data_type):
     meta = get_metadata(add_trt_nms(toy_onnx_model()))
     text = nvinfer_config(meta | dict(data_type=data_type), name)
     assert 'onnx-file' not in text and 'model-engine-file=a.engine' in text
+
+
+@pytest.mark.parametrize('channels, color_format', [(3, '0'), (1, '2')])
+def test_a_grey_network_gets_grey_frames(channels, color_format):
+    meta = get_metadata(add_trt_nms(toy_onnx_model(image_hw=(128, 256))))
+    meta['arch']['channels'] = channels
+    settings = nvinfer_config(meta, 'a.onnx').splitlines()
+    assert f'infer-dims=128;256;{channels}' in settings and f'model-color-format={color_format}' in settings
+    assert f'128 x 256 x {channels} |' in readme_text(meta, 'a.onnx', False)
 
 
 def pointer(array): return array.ctypes.data_as(ctypes.c_void_p)

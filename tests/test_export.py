@@ -2,6 +2,7 @@
 import json
 import os
 import subprocess
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -18,7 +19,8 @@ from effdet_nb.detector.predictor import KerasDetector
 from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_image
 from effdet_nb.export import export as chapter
 from effdet_nb.export.export import (
-    TOLERANCES, compare_with_keras, count_matching_detections, export, saved_nms_settings, verify_export)
+    TOLERANCES, compare_with_keras, count_matching_detections, expected_detections, export, saved_nms_settings,
+    verify_export)
 from effdet_nb.export.onnx_graph import anchors_from_metadata, copy_proto, get_metadata, model_to_onnx
 from effdet_nb.export.onnx_nms import add_onnx_nms, add_trt_nms
 from effdet_nb.export.quantize import calibrate
@@ -233,6 +235,40 @@ def test_agreement_counts_detections_with_the_same_class_box_and_score(a, b, mat
     assert count_matching_detections(detections(*a), detections(*b), 100) == (matched, total)
 
 
+def test_the_plugin_is_compared_with_as_many_candidates_as_it_considers():
+    raw = toy_onnx_model(num_classes=8, spread=1.)
+    plugin = add_trt_nms(raw, score_threshold=.01)
+    meta, outputs = get_metadata(plugin), run_onnxruntime(raw, noise_images(1))
+    for kind, top_k in (('efficient_nms_trt', 4096), ('onnx', NmsOptions.top_k)):
+        asked = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chapter, 'postprocess_batch', lambda *args: asked.append(args[-1].top_k))
+            expected_detections(meta | dict(nms=meta['nms'] | dict(kind=kind)), outputs)
+        assert asked == [top_k]
+
+
+@pytest.mark.parametrize('is_saved_model, batch, num_images', [(False, 1, 4), (True, None, 4), (True, 2, 2)])
+def test_tensorflows_formats_are_compared_on_several_images(monkeypatch, is_saved_model, batch, num_images):
+    names = dict(write='write_saved_model', run='run_saved_model') if is_saved_model else dict(
+        write='write_tflite', run='run_tflite')
+    monkeypatch.setattr(chapter, names['write'], lambda model, path, batch_size: None)
+    monkeypatch.setattr(chapter, names['run'], lambda path, pixels: pixels)
+    monkeypatch.setattr(chapter, 'raw_forward', lambda model, pixels: pixels)
+    arch = SimpleNamespace(image_hw=(64, 64), channels=3)
+    model_file = SimpleNamespace(arch=arch, build_model=lambda **options: None)
+    outputs, expected = chapter._write_and_run(model_file, 'a', batch, is_saved_model)
+    assert len(outputs) == len(expected) == num_images
+
+
+def test_a_calibration_cache_of_older_code_is_refused_with_one_sentence(tmp_path):
+    "The fingerprint is the one that the code of commit ea326e9 computed for plain.tlt."
+    cache = tmp_path/'cal.json'
+    cache.write_text(json.dumps(dict(network='41671ccbfdcfb560', ranges={'input': [0., 255.]})))
+    with pytest.raises(ValueError, match='or by an earlier version of effdet_nb. Delete it') as e:
+        calibrate(toy_onnx_model(), None, cache)
+    assert '\n' not in str(e.value)
+
+
 def test_a_file_without_suppression_contains_the_anchors(traced, tmp_path):
     proto = onnx.load(export_traced(traced, tmp_path/'a.onnx', nms='none').path)
     onnx.checker.check_model(proto, full_check=True)
@@ -391,7 +427,7 @@ def test_tensorflows_formats_give_the_same_outputs(exported, tmp_path):
         assert 'Geheim' not in path.read_text()
     (tmp_path/'full').mkdir()
     (tmp_path/'full'/'thesis.txt').write_text('')
-    with pytest.raises(ValueError, match='holds other things'): export_as('full/saved_model.pb')
+    with pytest.raises(ValueError, match='contains other files'): export_as('full/saved_model.pb')
 
 
 SPEC = """model_config {{ model_name: "efficientdet-d0" }}

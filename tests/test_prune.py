@@ -14,7 +14,7 @@ from effdet_nb.detector.efficientdet import VARIANTS, Arch, arch_to_dict, build
 from effdet_nb.detector.predictor import KerasDetector
 from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.prune.channel_groups import abstract_model, channel_graph, params_and_macs, prune_weights, scope_of
-from effdet_nb.prune.latency import network_to_onnx
+from effdet_nb.prune.latency import network_to_onnx, profile_onnx
 from effdet_nb.prune.prune import plan_pruning, prune, saved_norms
 from effdet_nb.prune.pruning_plan import (
     EQUALIZATION_CRITERIA, NORMALIZERS, PruningPlan, find_threshold, group_norms, normalize_norms,
@@ -413,6 +413,13 @@ def test_the_graph_that_is_timed_has_the_shapes_of_the_network(model):
     assert all(np.isfinite(o).all() for o in outputs)
 
 
+def test_a_grey_network_is_timed_on_one_channel():
+    proto = network_to_onnx(abstract_model(Arch('efficientdet-tiny', (128, 128), 3, channels=1)))
+    assert [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == [1, 1, 128, 128]
+    seconds, _ = profile_onnx(proto, num_runs=1)
+    assert seconds > 0
+
+
 def test_latency_is_measured_per_part_and_printed(trained):
     plan = prune(trained, '', 'key', dry_run=True, target_params=.3, speed=True)
     for seconds in plan.latency:
@@ -452,7 +459,7 @@ def test_bad_settings_are_reported_together(trained, tmp_path):
 
 
 @pytest.mark.parametrize('settings, words', [
-    (dict(pruning_threshold=1.), 'all would go'),
+    (dict(pruning_threshold=1.), 'all channels would be removed'),
     (dict(excluded_layers=['block2a_expnd_conv', 'nonsense']), 'did you mean block2a_expand_conv.*nonsense'),
     (dict(key='other'), 'another key'), (dict(target_params=.0001), 'cannot be reached')])
 def test_a_bad_setting_is_refused_and_nothing_is_written(trained, tmp_path, settings, words):

@@ -209,6 +209,11 @@ def test_an_engine_gives_the_detections_of_its_onnx_file(tmp_path, monkeypatch, 
     for n in (1, 7, 2): assert_same(engine(images[:n]), onnx_file(images[:n]), 0)
     assert len(memory.blocks) == len(engine.tensor_names)       # memory is kept from call to call,
     assert memory.freed                                         # and replaced when it is too small
+    is_free = get_metadata(proto)['nms']['kind'] == 'none'
+    assert engine.suppresses_itself == onnx_file.suppresses_itself == (not is_free)
+    if is_free:                                                 # so any kind of suppression can be chosen
+        for detector in (engine, onnx_file): detector.set_nms_options(method='gaussian', score_threshold=0.)
+        assert_same(engine(images[:2]), onnx_file(images[:2]), 0)
     (tmp_path/'b.engine').write_bytes(b'old')
     (tmp_path/'b.engine.json').write_text(json.dumps(get_metadata(proto)))
     with pytest.raises(ValueError, match='build it again here'): TrtDetector(tmp_path/'b.engine', memory)

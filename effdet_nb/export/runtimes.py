@@ -28,7 +28,7 @@ def load_onnx_bytes(
     source,     # path of an .onnx or .etlt file, or the bytes of an ONNX model
     key:str='', # key of an encrypted .etlt; EFFDET_KEY if empty
 )->bytes:       # a serialised ONNX model
-    "Reads the ONNX model in a file."
+    "Reads the ONNX model from an `.onnx` or `.etlt` file."
     if isinstance(source, (bytes,bytearray,memoryview)): return bytes(source)
     data = require_file(source).read_bytes()
     return data if is_onnx(data) else load_etlt(source, resolve_key(key))
@@ -36,10 +36,10 @@ def load_onnx_bytes(
 # %% ../../nbs/export/06_runtimes.ipynb #6bd24236
 def create_session(
     data:bytes,           # a serialised ONNX model
-    threads:int=None,     # threads of one call; None: all cores
-    name:str='the model', # the file it came from, for messages
+    threads:int=None,     # number of threads per call; None: one per core
+    name:str='the model', # path of the file, for error messages
 ):                        # onnxruntime.InferenceSession
-    "Starts ONNX Runtime on a model."
+    "Creates an ONNX Runtime session for a model."
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -54,9 +54,9 @@ def create_session(
 # %% ../../nbs/export/06_runtimes.ipynb #6196246d
 def strip_trt_plugin(
     data:bytes,           # a serialised ONNX model
-    name:str='the model', # the file it came from, for messages
-)->tuple:                 # (bytes that ONNX Runtime can open, metadata or None if the session has it)
-    "Removes TensorRT's plugin from a model, if there is one."
+    name:str='the model', # path of the file, for error messages
+)->tuple:                 # (model that ONNX Runtime can open, metadata; None if nothing was removed)
+    "Removes TensorRT's plugin from a model, if it has one."
     if b'EfficientNMS_TRT' not in data: return data, None
     import onnx
     try: proto = onnx.load_model_from_string(data)
@@ -66,53 +66,53 @@ def strip_trt_plugin(
 
 # %% ../../nbs/export/06_runtimes.ipynb #95952d0e
 def resolve_nms_options(
-    nms:dict,            # how the file suppresses, from its metadata
-    changes:dict,        # fields of `NmsOptions` that the caller names
-    is_fixed:bool=False, # True: the graph suppresses by itself
-)->NmsOptions:           # how detections come about
-    "Combines what a file says about suppression with what the caller asks for."
+    nms:dict,            # kind and options of the suppression, from the metadata
+    changes:dict,        # fields of `NmsOptions` to change
+    is_fixed:bool=False, # whether the graph contains the suppression
+)->NmsOptions:           # the options of the detector
+    "Combines the suppression options of a file with changes to them."
     if nms['kind']=='none': return NmsOptions(**changes)
     own = NmsOptions(**{k: v for k,v in nms.items() if k!='kind'})
     if is_fixed: _check_fixed_options(own, changes)
     return replace(own, **changes)
 
 def _check_fixed_options(own, changes):
-    "Refuses changes that a graph with its own suppression cannot follow."
+    "Raises an error for changes that a graph with its own suppression does not support."
     free = ('score_threshold', 'max_detections')
     refused = [f'{k}={v!r}' for k,v in changes.items() if k not in free and v!=getattr(own, k)]
     if refused:
-        raise ValueError(f'{", ".join(refused)}: this file suppresses by itself, so only score_threshold and '
-                         'max_detections can still be changed. Export it again with nms "none" to choose freely')
-    wanted = replace(own, **changes)
-    lost = [k for k,is_lost in (('score_threshold', wanted.score_threshold<own.score_threshold),
-                                ('max_detections', wanted.max_detections>own.max_detections)) if is_lost]
+        raise ValueError(f'{", ".join(refused)}: this file contains its own suppression, so only score_threshold and '
+                         'max_detections can be changed. Export it again with nms "none" to change other options')
+    new = replace(own, **changes)
+    lost = [k for k,is_lost in (('score_threshold', new.score_threshold<own.score_threshold),
+                                ('max_detections', new.max_detections>own.max_detections)) if is_lost]
     for k in lost:
-        raise ValueError(f'{k}={changes[k]}: this file was exported with {getattr(own, k)}, and what it dropped '
-                         f'cannot come back. Export it again with {k}={changes[k]}')
+        raise ValueError(f'{k}={changes[k]}: this file was exported with {getattr(own, k)}, and the detections that '
+                         f'it drops cannot be recovered. Export it again with {k}={changes[k]}')
 
 # %% ../../nbs/export/06_runtimes.ipynb #ffe17d86
 def decode_outputs(
-    outputs:dict,         # {name: array} as the runtime returned them
+    outputs:dict,         # {name: array}, the outputs of the graph
     anchors:np.ndarray,   # [A, 4] yxyx pixels
     options:NmsOptions,   # from `resolve_nms_options`
-)->list:                  # one `Detections` per image, boxes in network pixels
-    "Turns the outputs of an exported file into detections."
+)->list:                  # one `Detections` per image, boxes in pixels of the network input
+    "Converts the outputs of an exported file to detections."
     if 'cls_logits' in outputs: return postprocess_batch(outputs['cls_logits'], outputs['box_deltas'], anchors, options)
     rows = zip(*(outputs[name] for name in NMS_OUTPUTS))
     return [_decode_row(int(n[0]), boxes, scores, classes, options) for n,boxes,scores,classes in rows]
 
 def _decode_row(count, boxes, scores, classes, options):
-    "The detections of one image: the first `count` rows, the rest being padding."
+    "Returns the detections of one image: the first `count` rows; the others are padding."
     keep = np.flatnonzero(scores[:count]>options.score_threshold)[:options.max_detections]
     return Detections(boxes[keep], scores[keep], classes[keep])
 
 # %% ../../nbs/export/06_runtimes.ipynb #784bbba7
 def pad_batches(
     images:np.ndarray,   # [N, H, W, C]
-    batch_size:int=None, # largest batch; None: any
+    batch_size:int=None, # images per batch; None: all
     pad_last:bool=True,  # whether a smaller last batch is padded
-):                       # yields (batch, how many images of it are real)
-    "Splits images into batches of one size."
+):                       # yields (batch, number of images in it without the padding)
+    "Splits images into batches of the same size."
     batch_size = batch_size or max(1, len(images))
     for start in range(0, len(images), batch_size):
         batch = images[start:start+batch_size]
@@ -121,10 +121,10 @@ def pad_batches(
 
 # %% ../../nbs/export/06_runtimes.ipynb #e0b11278
 def check_image_batch(
-    images,         # what the caller passed
+    images,         # images to check
     image_hw:tuple, # (height, width) of the detector's input, pixels
-)->np.ndarray:      # [N, H, W, 1 or 3] uint8
-    "Refuses images that a detector cannot take."
+)->np.ndarray:      # the images, [N, H, W, 1 or 3] uint8
+    "Checks the shape and the type of the images for a detector."
     images = np.asarray(images)
     is_batch = images.ndim==4 and images.shape[1:3]==tuple(image_hw) and images.shape[3] in (1,3)
     if is_batch and images.dtype==np.uint8: return images
@@ -137,13 +137,13 @@ class ExportedDetector:
     "The common part of detectors made from exported files; subclasses define `run`."
     def __init__(self,
         meta:dict,           # metadata of the file
-        nms_changes:dict,    # fields of `NmsOptions` that the caller names
-        name:str,            # the file, for messages
-        is_fixed:bool=False, # True: the graph suppresses by itself
+        nms_changes:dict,    # fields of `NmsOptions` to change
+        name:str,            # path of the file, for error messages
+        is_fixed:bool=False, # whether the graph contains the suppression
     ):
         if not meta:
             raise ValueError(f'{name}: has no metadata, so it was not exported by effdet_nb; '
-                             'classes and anchors are unknown. Export the .tlt again')
+                             'its classes and anchors are unknown. Export the .tlt again')
         self.meta,self.image_hw = meta, tuple(meta['arch']['image_hw'])
         self.classes,self.anchors = ClassTable.from_dict(meta['classes']), anchors_from_metadata(meta)
         self.suppresses_itself = is_fixed
@@ -152,14 +152,14 @@ class ExportedDetector:
     def set_nms_options(self,
         **changes, # fields of `NmsOptions`; a graph with its own suppression allows score_threshold and max_detections
     ):
-        "Changes how the detector suppresses, as far as the file leaves a choice."
+        "Changes the suppression options of the detector."
         if self.suppresses_itself: _check_fixed_options(resolve_nms_options(self.meta['nms'], {}), changes)
         self.nms_options = replace(self.nms_options, **changes)
 
     def forward(self,
         images, # [N, H, W, 3] uint8 of the detector's `image_hw`
-    )->dict:    # {name: array}; empty for no images
-        "The outputs of the file."
+    )->dict:    # {name: array}; empty if there are no images
+        "Runs the network on images and returns its outputs."
         images = to_channels(check_image_batch(images, self.image_hw), self.meta['arch'].get('channels', 3))
         fixed_size = self.meta['batch_size']
         batches = pad_batches(images, fixed_size or self.meta.get('max_batch_size'), pad_last=bool(fixed_size))
@@ -167,26 +167,26 @@ class ExportedDetector:
         return _join(parts)
 
     def decode(self,
-        outputs:dict, # as `forward` returned them
-    )->list:          # one `Detections` per image, boxes in network pixels
-        "Turns outputs into detections."
+        outputs:dict, # from `forward`
+    )->list:          # one `Detections` per image, boxes in pixels of the network input
+        "Converts the outputs of the network to detections."
         return decode_outputs(outputs, self.anchors, self.nms_options) if outputs else []
 
     def __call__(self,
         images,             # [N, H, W, 3] uint8 of the detector's `image_hw`; or the path of one image, of any size
         threshold:float=.5, # for a path: lowest score to keep
-    ):                      # one `Detections` per image, boxes in network pixels; for a path one, in the image's pixels
+    ):                      # one `Detections` per image, in pixels of the network input; for a path, of the image
         if isinstance(images, (str, Path)): return predict_image(self, images, threshold)
         return self.decode(self.forward(images))
 
 def _join(parts):
-    "The outputs of several batches as one."
+    "Concatenates the outputs of several batches."
     if not parts: return {}
     columns = {name: [part[name] for part in parts] for name in parts[0]}
     return dict(zip(columns, map(np.concatenate, columns.values())))
 
 def _first_rows(outputs, count):
-    "The outputs for the first `count` images of a batch."
+    "Returns the outputs of the first `count` images of a batch."
     return {name: array[:count] for name,array in outputs.items()}
 
 # %% ../../nbs/export/06_runtimes.ipynb #e3946ef3
@@ -195,8 +195,8 @@ class OnnxDetector(ExportedDetector):
     def __init__(self,
         source,           # path of an .onnx or .etlt file, or the bytes of an ONNX model
         key:str='',       # key of an encrypted .etlt; EFFDET_KEY if empty
-        threads:int=None, # threads of one call; None: all cores
-        **nms_changes,    # fields of `NmsOptions`, as for `set_nms_options`
+        threads:int=None, # number of threads per call; None: one per core
+        **nms_changes,    # fields of `NmsOptions` to change, as in `set_nms_options`
     ):
         is_bytes = isinstance(source, (bytes,bytearray,memoryview))
         name = 'the model' if is_bytes else str(source)
@@ -208,13 +208,13 @@ class OnnxDetector(ExportedDetector):
 
     @property
     def is_parallel(self)->bool:
-        "Whether it runs best on single images, called from as many threads as there are cores."
+        "Whether the detector is fastest when many threads call it, each with a single image."
         return self.threads==1 and self.meta['batch_size'] in (None, 1)
 
     def run(self, pixels): return dict(zip(self.output_names, self.session.run(self.output_names, {'input': pixels})))
 
 def _session_metadata(session):
-    "The metadata in the file of a session, or None."
+    "Returns the metadata in the file of a session, or None."
     text = session.get_modelmeta().custom_metadata_map.get('effdet_nb')
     return json.loads(text) if text else None
 
@@ -223,26 +223,26 @@ INSTALL_TRT = ('It needs an NVIDIA GPU and: pip install "effdet_nb[trt]" '
                '(in a clone of the project: pip install -e ".[trt]")')
 
 def import_tensorrt():
-    "The module `tensorrt`, or an error with instructions."
+    "Imports `tensorrt`; if it is missing, raises an error that says how to install it."
     try: import tensorrt
     except ImportError as e: raise ImportError(f'TensorRT is not installed here ({e}). {INSTALL_TRT}') from None
     return tensorrt
 
 # %% ../../nbs/export/06_runtimes.ipynb #c1f6b8fc
 class CudaMemory:
-    "The calls of the CUDA runtime that a detector needs: allocate, free, upload, download."
+    "Allocates, copies and frees GPU memory with the CUDA runtime."
     HOST_TO_DEVICE, DEVICE_TO_HOST = 1, 2
 
     def __init__(self): self.lib = _load_cuda_runtime()
 
     def check(self, code):
-        "Raises an error for a code that is not 0."
+        "Raises an error if a return code of the CUDA runtime is not 0."
         if not code: return
         raise RuntimeError(f'CUDA runtime: error {code}. Is another program using all of the GPU? '
                            'nvidia-smi shows it')
 
     def allocate(self, nbytes):
-        "The address of so many bytes on the GPU."
+        "Allocates a number of bytes on the GPU and returns their address."
         address = ctypes.c_void_p()
         self.check(self.lib.cudaMalloc(ctypes.byref(address), ctypes.c_size_t(nbytes)))
         return address.value
@@ -263,7 +263,7 @@ class CudaMemory:
     def free(self, address): self.lib.cudaFree(ctypes.c_void_p(address))
 
 def _load_cuda_runtime():
-    "The library libcudart, from a Python package or from the system."
+    "Loads the library libcudart, from a Python package or from the system."
     patterns = [f'{folder}/nvidia/cu*/lib/libcudart.so.*' for folder in sys.path]
     packaged = [path for pattern in patterns for path in sorted(glob.glob(pattern))]
     for name in [*packaged, 'libcudart.so', 'libcudart.so.13', 'libcudart.so.12']:
@@ -274,7 +274,7 @@ def _load_cuda_runtime():
 def read_engine_metadata(
     path,     # an .engine file
 )->dict:      # its metadata
-    "Reads the JSON file next to an engine."
+    "Reads the metadata of an engine from the JSON file next to it."
     json_path = Path(f'{require_file(path)}.json')
     if json_path.is_file(): return json.loads(json_path.read_text(encoding='utf-8'))
     raise FileNotFoundError(f'{json_path}: no such file, so the classes and anchors of the engine are unknown. '
@@ -284,11 +284,13 @@ def read_engine_metadata(
 class TrtDetector(ExportedDetector):
     "A detector from an `.engine` file, run by TensorRT on an NVIDIA GPU."
     def __init__(self,
-        path,          # an .engine with its .json beside it
-        memory=None,   # a `CudaMemory`; made if absent
-        **nms_changes, # score_threshold and max_detections, fields of `NmsOptions`
+        path,          # an .engine file with its .json file next to it
+        memory=None,   # a `CudaMemory`; created if None
+        **nms_changes, # fields of `NmsOptions` to change, as in `set_nms_options`
     ):
-        super().__init__(read_engine_metadata(path), nms_changes, str(path), is_fixed=True)
+        meta = read_engine_metadata(path)
+        is_fixed = meta['nms']['kind']!='none'
+        super().__init__(meta, nms_changes, str(path), is_fixed)
         trt,self.memory = import_tensorrt(), memory or CudaMemory()
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.engine = _load_engine(trt, path, self.logger)
@@ -298,10 +300,10 @@ class TrtDetector(ExportedDetector):
         self.device_buffers = {}
 
     def device_buffer(self,
-        name,   # of an input or output
-        nbytes, # how much room it needs
+        name,   # name of an input or output
+        nbytes, # its size, bytes
     ):          # an address on the GPU
-        "The memory of a tensor on the GPU, kept from call to call and enlarged if needed."
+        "Returns the GPU memory of a tensor, which is reused between calls and enlarged if needed."
         size,address = self.device_buffers.get(name, (0, None))
         if size<nbytes:
             if address: self.memory.free(address)
@@ -311,14 +313,14 @@ class TrtDetector(ExportedDetector):
     def run(self, pixels):
         pixels = np.ascontiguousarray(pixels)
         if not self.context.set_input_shape('input', pixels.shape):
-            raise ValueError(f'engine: a batch of {len(pixels)} is more than it was built for. '
+            raise ValueError(f'engine: a batch of {len(pixels)} images is larger than it was built for. '
                              'Build it again with a larger max_batch_size, or pass fewer images')
         outputs = {name: self._empty_output(name) for name in self.tensor_names if name!='input'}
         for name,array in {'input': pixels, **outputs}.items():
             self.context.set_tensor_address(name, self.device_buffer(name, array.nbytes))
         self.memory.upload(self.device_buffer('input', pixels.nbytes), pixels)
         if not self.context.execute_async_v3(0):
-            raise RuntimeError('TensorRT could not run the engine; the lines above say why')
+            raise RuntimeError('TensorRT could not run the engine; its messages above show the reason')
         for name,array in outputs.items(): self.memory.download(self.device_buffer(name, array.nbytes), array)
         return outputs
 
@@ -329,29 +331,29 @@ def _load_engine(trt, path, logger):
     trt.init_libnvinfer_plugins(logger, '')
     engine = trt.Runtime(logger).deserialize_cuda_engine(Path(path).read_bytes())
     if engine is not None: return engine
-    raise ValueError(f'{path}: TensorRT {trt.__version__} cannot open it. An engine runs only on the kind of GPU '
-                     'and the version of TensorRT it was built with; build it again here')
+    raise ValueError(f'{path}: TensorRT {trt.__version__} cannot open it. An engine runs only on the type of GPU '
+                     'and with the version of TensorRT it was built for; build it again here')
 
 # %% ../../nbs/export/06_runtimes.ipynb #ddb25f8c
 def model_file_type(
     path,     # a model file
 )->str:       # 'tlt', 'onnx', 'etlt' or 'engine'
-    "Recognises a model file by its first bytes, and by its name where these are not enough."
+    "Determines the type of a model file from its first bytes, or from its suffix if these are not sufficient."
     with open(require_file(path), 'rb') as f: head = f.read(16)
     if head.startswith((ENCRYPTED_MAGIC, ZIP_MAGIC)): return 'tlt'
     if is_onnx(head): return 'onnx'
     if head[:4]==bytes(4) and (is_onnx(head[4:]) or head[4:12]==ENCRYPTED_MAGIC): return 'etlt'
     suffix = Path(path).suffix.lower().lstrip('.')
-    if suffix in ('tlt','etlt','engine'): return suffix  # their readers say what is wrong
+    if suffix in ('tlt','etlt','engine'): return suffix  # opening it raises a more specific error
     raise ValueError(f'{path}: not a model file of effdet_nb. '
                      'Allowed: .tlt (trained), .onnx and .etlt (exported), .engine (TensorRT)')
 
 # %% ../../nbs/export/06_runtimes.ipynb #d9979242
 def load_detector(
     path,             # .tlt, .onnx, .etlt or .engine
-    key:str='',       # the key it was saved with; EFFDET_KEY if empty
-    threads:int=None, # threads of ONNX Runtime; None: all cores
-    **nms_changes,    # fields of `NmsOptions`, as far as the file leaves a choice
+    key:str='',       # key of an encrypted file; EFFDET_KEY if empty
+    threads:int=None, # number of threads of ONNX Runtime; None: one per core
+    **nms_changes,    # fields of `NmsOptions` to change
 ):                    # a detector: images uint8 [N, H, W, 3] -> one `Detections` per image
     "Opens any model file as a detector."
     file_type = model_file_type(path)
@@ -362,14 +364,14 @@ def load_detector(
 
 # %% ../../nbs/export/06_runtimes.ipynb #cfe85b9d
 def quantization_ap_drop(
-    spec,        # the experiment: validation files, eval_config
-    model_path,  # the .tlt a file was exported from
+    spec,        # an experiment spec with validation files
+    model_path,  # the .tlt that the file was exported from
     exported,    # the .onnx or .etlt
-    key:str='',  # key of both
-)->str:          # one line
-    "Compares the AP of a model and of the file made from it, on the validation images of a spec."
+    key:str='',  # key of both files
+)->str:          # one line of text
+    "Compares the AP of a model with that of its exported file, on the validation images of a spec."
     from effdet_nb.train.experiment import evaluate_spec
     file = load_detector(exported, key if model_file_type(exported)=='etlt' else '')
     model = load_detector(model_path, key, **asdict(file.nms_options))
     before,after = (evaluate_spec(detector, spec)['AP'] for detector in (model, file))
-    return f"AP {before:.4f} before, {after:.4f} after ({file.meta['data_type']}, suppressed alike)"
+    return f"AP {before:.4f} before, {after:.4f} after ({file.meta['data_type']}, same suppression)"

@@ -29,9 +29,9 @@ class BatchSizes:
                          'must be 1 <= min_batch_size <= opt_batch_size <= max_batch_size')
 
     def for_fixed_batch(self,
-        batch_size, # the batch dimension of a file: a number, or a name for any
+        batch_size, # batch dimension of a file: a number, or a name if any size is allowed
     )->'BatchSizes':
-        "Returns these sizes, or those of a file with a fixed batch, which must be among them."
+        "Returns the batch sizes for a file, which are all equal if its batch size is fixed."
         if not isinstance(batch_size, int): return self
         is_default = self==BatchSizes()
         if not is_default and not self.min_size<=batch_size<=self.max_size:
@@ -48,7 +48,7 @@ def convert_precision(
     num_batches:int=10,  # int8: batches to calibrate with, at most
     batch_size:int=None, # int8: images per batch; None: as many as the file takes, or 1
 ):                       # onnx.ModelProto in that precision, with the same suppression
-    "Converts an exported file to the precision its engine is to have."
+    "Converts an exported file to the precision of the engine."
     meta = get_metadata(proto)
     if not meta:
         raise ValueError('model_path: has no metadata, so it was not exported by effdet_nb. '
@@ -68,7 +68,7 @@ def parse_network(
     logger,     # trt.Logger
     data:bytes, # a serialised ONNX model
 ):              # trt.INetworkDefinition
-    "Reads an ONNX model into a strongly typed network, or raises with the operator that TensorRT refused."
+    "Parses an ONNX model to a strongly typed network; the error contains the messages of the parser."
     flag = getattr(trt.NetworkDefinitionCreationFlag, 'STRONGLY_TYPED', None) # newer versions have no other networks
     network = builder.create_network(0 if flag is None else 1<<int(flag))
     parser = trt.OnnxParser(network, logger)
@@ -85,7 +85,7 @@ def builder_config(
     batch_sizes:BatchSizes, # batch sizes; None: the graph has a fixed batch
     workspace_gb:float=2.,  # memory TensorRT may use while building, GB
 ):                          # trt.IBuilderConfig
-    "Makes the settings of a build: memory, and a profile if the batch is free."
+    "Builds the configuration: the memory limit, and a profile unless the batch size is fixed."
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(workspace_gb*2**30))
     if batch_sizes is None: return config
@@ -115,7 +115,7 @@ def build_engine(
     config = builder_config(trt, builder, (*image_hw, channels), sizes, workspace_gb)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
-        raise RuntimeError(f'TensorRT {trt.__version__} could not build the engine; the lines above show why. '
+        raise RuntimeError(f'TensorRT {trt.__version__} could not build the engine; its messages show the reason. '
                            'Out of memory? Try a smaller max_batch_size or max_workspace_size')
     return bytes(engine)
 
@@ -125,7 +125,7 @@ def write_engine(
     engine:bytes, # from `build_engine`
     meta:dict,    # its metadata
 )->Path:          # the engine
-    "Writes an engine, and its metadata beside it."
+    "Writes an engine, and its metadata to a JSON file next to it."
     with atomic_write(f'{path}.json', 'w') as f: json.dump(meta, f)
     with atomic_write(path) as f: f.write(engine)
     return path
@@ -161,7 +161,7 @@ def gen_trt_engine(
     return write_engine(engine_file, engine, meta | dict(max_batch_size=sizes.max_size, tensorrt=trt.__version__))
 
 def _load_exported(model_path, key, engine_file):
-    "Opens an exported file, after checking that it is one and that the engine can be written."
+    "Opens an exported file, after checking its type and the path of the engine."
     import onnx
     if model_file_type(model_path) not in ('onnx','etlt'):
         raise ValueError(f'{model_path}: an engine is built from an exported file, .onnx or .etlt. '
