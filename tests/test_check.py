@@ -52,21 +52,21 @@ def test_good_data_has_no_problems(toy_dataset):
 mistakes = {
     'too few channels': (dict(more='num_classes: 2'), 1, r'num_classes 2: 3 categories do not fit'),
     'too many objects': (dict(more='max_instances_per_image: 2'), 1,
-                         r'\d+ training pictures have more than 2 objects, the most is (\d+) in image \d+. '
+                         r'\d+ training images have more than 2 objects, the most is (\d+) in image \d+. '
                          r'Set it to \1'),
     'no such records': (dict(rec='nowhere'), 2, r'training_file_pattern: no file matches'),
     'records of another set': (dict(more='validation_json_file: "{}/train.json" '
                                          'validation_file_pattern: "{}/rec/train-*"'), 0,
-                               r'20 of 20 pictures are in the training set as well'),
+                               r'20 of 20 images are in the training set as well'),
     'file of another set': (dict(more='validation_file_pattern: "{}/rec/train-*"'), 1,
-                            r'12 of 20 validation pictures are not in val.json, such as image'),
+                            r'12 of 20 validation images are not in val.json, such as image'),
     'a part of the validation': (dict(more='validation_file_pattern: "{}/rec/val-00000*"'), 0,
-                                 r'4 of its 8 pictures have no record'),
+                                 r'4 of its 8 images have no record'),
     'a part of the shards': (dict(more='training_file_pattern: "{}/rec/train-00001*"'), 0,
                              r'"train-00001\*" matches 1 of 2 shards'),
     'epoch too long': (dict(training='num_examples_per_epoch: 14700'), 0,
-                       r'14,700, but there are 20 training pictures: an epoch shows each 735.0 times'),
-    'batch too large': (dict(training='train_batch_size: 64'), 0, r'64 is more than the 20 training pictures'),
+                       r'14,700, but there are 20 training images: an epoch reads each 735.0 times'),
+    'batch too large': (dict(training='train_batch_size: 64'), 0, r'64 is more than the 20 training images'),
     'no annotation file': (dict(more='validation_json_file: "{}/no.json"'), 1,
                            r'validation_json_file: .*no.json: no such file'),
 }
@@ -99,13 +99,13 @@ faults = {
     'ids from 0': (lambda: [api_record('a', labels=[0]), api_record('b', labels=[1])], 1,
                    r'1 boxes have category ids that have no channel \(0\), the channels are for 1 to 2. Ids below 1'),
           # no num_classes is large enough
-    'all empty': (lambda: [api_record(k, boxes=()) for k in 'abc'], 1, r'none of the 3 pictures has an object'),
+    'all empty': (lambda: [api_record(k, boxes=()) for k in 'abc'], 1, r'none of the 3 images has an object'),
     'mostly empty': (lambda: [api_record(k, boxes=() if k != 'a' else ((.1,.2,.5,.6),)) for k in 'abc'], 0,
-                     r'2 of 3 pictures \(67%\) have no object'),
+                     r'2 of 3 images \(67%\) have no object'),
     'no area': (lambda: [api_record('a', boxes=((.1,.2,.1,.6),))], 1, r'1 boxes have no area, such as one in image a'),
-    'outside': (lambda: [api_record('a', boxes=((.1,.2,1.4,.6),))], 0, r'1 boxes reach out of their picture'),
+    'outside': (lambda: [api_record('a', boxes=((.1,.2,1.4,.6),))], 0, r'1 boxes extend beyond their image'),
     'copies': (lambda: [api_record('a'), api_record('a2', encoded=noise_image(hash('a')%1000)), api_record('b')], 0,
-               r'1 of 3 pictures are exact copies'),
+               r'1 of 3 images are exact copies'),
     'tiny': (lambda: [api_record('a', boxes=((.1,.1,.11,.11),)*2, hw=(60,60))], 1,
              r'2 of 2 boxes \(100%\) are smaller than 2 pixels at 128x128'),
     'small': (lambda: [api_record('a', boxes=((.1,.1,.17,.17),)*2, hw=(60,60))], 0,
@@ -158,7 +158,7 @@ def test_a_repeated_image_id_in_validation_is_found(tmp_path):
     (tmp_path/'val.json').write_text(json.dumps(dict(images=[dict(id=1, file_name='a', height=40, width=60)],
                                                      annotations=[], categories=[dict(id=1, name='x')])))
     spec = spec.replace(dataset_config=dict(validation_json_file=str(tmp_path/'val.json')))
-    assert '1 pictures have the image id of another one' in problem_text(check_spec(spec))
+    assert '1 images have the image id of another one' in problem_text(check_spec(spec))
 
 
 def test_a_sample_is_spread_over_all_records(toy_dataset):

@@ -198,7 +198,7 @@ def test_check_prints_all_problems_and_training_does_not_start(links):
     out = run_line('check -e wrong.txt', links)
     assert out.returncode==1 and '2 serious problems with the data' in out.stderr.splitlines()[-1]
     assert 'dataset_config.num_classes' in out.stdout and 'max_instances_per_image' in out.stdout
-    assert '2 problems. effdet_check tells more' in run_line('train -e wrong.txt -d run', links).stderr
+    assert '2 problems. Run effdet_check for details' in run_line('train -e wrong.txt -d run', links).stderr
     assert not list((links/'run').glob('*.tlt'))
 
 

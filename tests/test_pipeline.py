@@ -336,3 +336,20 @@ def test_show_batch_draws_boxes_names_and_matched_anchors(pattern):
     assert [t.get_text() for t in ax.texts] == ['thing']*batch['num_boxes'][0]
     assert ax.get_title() == f"{batch['num_positives'][0]} anchors"
     assert len(ax.patches) == batch['num_boxes'][0] + batch['num_positives'][0]
+
+
+# --- failures inside the pipeline
+
+def test_skipped_records_keep_messages_not_exceptions(tmp_path):
+    "An exception kept for a whole run keeps its traceback, and with it the images in its frames."
+    loader = D.make_sample_loader(make_config(damaged_set(tmp_path), skip_corrupt=True))
+    for k in range(6): loader.read_or_skip(k, 1.)
+    assert len(loader.skipped_records)==2
+    assert all(type(message) is str for message in loader.skipped_records.values())
+
+
+def test_an_exception_without_a_message_hides_nothing():
+    def fail(): raise MemoryError
+    with pytest.raises(MemoryError): D._recording_failures(fail)()
+    assert D.pipeline_error_message(ValueError('a text of TensorFlow'))=='a text of TensorFlow'
+    assert all(type(message) is str and message for message in D._failures)
