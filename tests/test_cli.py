@@ -483,4 +483,4 @@ def test_a_pruned_model_is_retrained_and_a_finished_run_stays_as_it_is(trained):
     out = run_ok(f'train -e again.txt -d again -k {KEY}', work)
     assert 'finished already: again/model.step-3.tlt' in out.stderr and 'AP' in out.stdout
     message = assert_fails(run_line(f'train -e again.txt -d run -k {KEY}', work), '--model_dir')
-    assert 'model.step-3.tlt: is of another run' in message
+    assert 'model.step-3.tlt: belongs to another run' in message

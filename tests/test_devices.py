@@ -231,5 +231,5 @@ def test_machines_at_different_steps_do_not_start(monkeypatch):
     strategy = SimpleNamespace(experimental_distribute_values_from_function=lambda f: f(None), gather=gather)
     monkeypatch.setattr(distributed, 'num_workers', lambda: 2)
     check_workers_in_step(0, strategy, 'run')
-    with pytest.raises(ValueError, match=r'run: the machines stand at steps 0, 40.*one folder'):
+    with pytest.raises(ValueError, match=r'run: the machines are at steps 0, 40.*one folder'):
         check_workers_in_step(40, strategy, 'run')
