@@ -134,7 +134,7 @@ def test_images_are_decoded_on_request(tmp_path):
     spec = api_record_spec(tmp_path, [api_record('a'), api_record('b', encoded=noise_image(2)[:200])])
     assert not check_spec(spec).errors
     text = problem_text(check_spec(spec, decode_images=True))
-    assert '1 of 2 records are damaged: train-00000-of-00001, record 1: its picture cannot be decoded' in text
+    assert '1 of 2 records are damaged: train-00000-of-00001, record 1: its image cannot be decoded' in text
 
 
 def test_missing_and_changed_shards_are_found(toy_dataset, tmp_path):

@@ -19,7 +19,7 @@ def best_iou(
     boxes,           # [N, 4] yxyx pixels
     anchors,         # [A, 4] yxyx pixels
 )->np.ndarray:       # [N] float32, 0 to 1
-    "The IoU of each box with the anchor that suits it best."
+    "Returns the IoU of each box with its best anchor."
     boxes,anchors = as_boxes(boxes),as_boxes(anchors)
     rows = max(1, 1_000_000//max(1, len(anchors)))            # boxes at a time, so that memory stays small
     chunks = [iou(boxes[i:i+rows], anchors).max(1, initial=0) for i in range(0, len(boxes), rows)]
@@ -29,15 +29,16 @@ def best_iou(
 def anchor_sizes(
     anchors,        # [A, 4] yxyx pixels
 )->np.ndarray:      # [K, 2] the different (height, width), pixels
-    "The different sizes among some anchors."
+    "Returns the distinct sizes of some anchors."
     anchors = np.asarray(anchors)
     return np.unique(np.round(anchors[:,2:]-anchors[:,:2], 2), axis=0)
 
+# %% ../../nbs/data/15_anchor_fit.ipynb #e2e657b1
 def best_size_iou(
     box_sizes,      # [N, 2] height and width of boxes, pixels
     anchor_sizes,   # [K, 2] the same of anchors
 )->np.ndarray:      # [N] float32, 0 to 1
-    "The IoU of each box with the best anchor on a common corner: how well it could be covered."
+    "Returns the IoU of each box with the best anchor at a common corner."
     return best_iou(_at_origin(box_sizes), _at_origin(anchor_sizes))
 
 def _at_origin(sizes):
@@ -60,11 +61,11 @@ MATCH_IOU = .5 # from here on an anchor is positive
 
 @dataclass(repr=False)
 class AnchorFit:
-    "How well anchors suit a set of boxes."
+    "How well anchors match a set of boxes."
     boxes:np.ndarray          # [N, 4] yxyx pixels of the network input
     iou:np.ndarray            # [N] with the best anchor
     setting:dict              # aspects, num_scales, anchor_scale
-    suggestion:dict=None      # a setting that suits more of them; None if there is none worth a change
+    suggestion:dict=None      # a setting that matches more boxes; None if there is none
     suggested_share:float=0.  # share it matches, 0 to 1
 
     @property
@@ -161,6 +162,7 @@ def _plot_reach(ax, edges, sizes):
     ax.plot(sizes[:,1], sizes[:,0], '+', color=ANCHOR_COLOR, ms=5, label='anchors, and what they match')
     ax.legend(fontsize=7, loc='lower right')
 
+# %% ../../nbs/data/15_anchor_fit.ipynb #d16c3f79
 def plot_anchor_fit(
     fit:AnchorFit,   # from `measure_anchor_fit`
     image_hw:tuple,  # (height, width) of the network input, pixels

@@ -19,9 +19,9 @@ from .tfrecord import decode_example
 # %% ../../nbs/data/16_scan.ipynb #89e4d47e
 @dataclass(eq=False)
 class SplitScan:
-    "The contents of the records of one split, in numbers: I images, N boxes."
+    "The numbers collected from the records of one split: I images, N boxes."
     records:Records
-    num_records:int             # records there are; more than I if only some were read
+    num_records:int             # number of records; more than I if only some were read
     image_ids:list              # [I] source id of each image, text
     checksums:list              # [I] checksum of its bytes
     image_sizes:np.ndarray      # [I, 2] height and width, pixels
@@ -42,7 +42,7 @@ class SplitScan:
         return self.boxes[:,2:]-self.boxes[:,:2]
 
     def __repr__(self):
-        text = f'{self.num_images:,} pictures, {len(self.labels):,} boxes, {len({*self.labels.tolist()})} categories'
+        text = f'{self.num_images:,} images, {len(self.labels):,} boxes, {len({*self.labels.tolist()})} categories'
         return text + (f', {len(self.damaged_records):,} damaged records' if self.damaged_records else '')
 
 # %% ../../nbs/data/16_scan.ipynb #779defae
@@ -52,13 +52,13 @@ def scan_records(
     decode_images:bool=False,  # decode every image as well
     desc:str='',               # for the progress bar
 )->SplitScan:
-    "Reads records and collects what is in them."
+    "Reads records and collects the numbers of a `SplitScan`."
     total,examples,damaged = len(records),{},[]
     count = total if limit is None else min(limit, total)
     for i in progress_bar(np.linspace(0, total-1, count).astype(int).tolist(), desc=desc):
         try: examples[i] = _scan_record(records, i, decode_images)
         except ValueError as e: damaged.append(str(e).splitlines()[0])
-        except Exception: damaged.append(f'{records.record_name(i)}: its picture cannot be decoded')
+        except Exception: damaged.append(f'{records.record_name(i)}: its image cannot be decoded')
     return _join_examples(records, examples, damaged)
 
 def _scan_record(records, i, decode_images):
