@@ -278,8 +278,8 @@ def test_the_word_imagenet_uses_what_keras_downloads(keras_b0, tmp_path, monkeyp
     monkeypatch.setattr(efficientnet.file_utils, 'get_file', offline)
     with pytest.raises(WeightsError, match='no route to host.*give its path'):
         read_weights('imagenet')
-    with pytest.raises(WeightsError, match='no ImageNet weights for the backbone of efficientdet-lite0'):
-        read_weights('imagenet', model_name='efficientdet-lite0')
+    with pytest.raises(WeightsError, match='no ImageNet weights for the backbone of efficientdet-lite3'):
+        read_weights('imagenet', model_name='efficientdet-lite3')
 
 
 @pytest.mark.parametrize(
