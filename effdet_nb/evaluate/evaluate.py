@@ -35,7 +35,7 @@ class Metrics(dict):
         self.num_images = len(results)
         self.num_boxes = sum(int((~truth.is_crowd).sum()) for truth,_ in results)
         self.num_crowds = sum(int(truth.is_crowd.sum()) for truth,_ in results)
-        self.num_detections = sum(len(detections) for _,detections in results)
+        self.num_detections = sum(row['num_detections'] for row in per_class)   # without the idle channel
 
     def to_dict(self)->dict:
         "Converts everything except the results of single images to plain data for JSON."
