@@ -244,8 +244,8 @@ def test_worst_images_come_first(image_folder):
 
 def test_tables_fit_a_terminal_and_survive_odd_names():
     rows = [
-        dict(id=1, name='x' * 90, num_boxes=10**6, AP=0.5, AP50=0.5, AR=0.5),
-        dict(id=2, name='a|b', num_boxes=0, AP=-1.0, AP50=-1.0, AR=-1.0),
+        dict(id=1, name='x' * 90, num_boxes=10**6, num_detections=10**6, AP=0.5, AP50=0.5, AR=0.5),
+        dict(id=2, name='a|b', num_boxes=0, num_detections=0, AP=-1.0, AP50=-1.0, AR=-1.0),
     ]
     metrics = Metrics([-1] * 12, rows, np.zeros((10, 101, 2)), [], ClassTable((1, 2), ('x', 'a|b'), 3))
     assert (
