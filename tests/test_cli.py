@@ -3,6 +3,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from fastcore.script import anno_parser
 from PIL import Image
 
 import effdet_nb.app.cli as cli
+from effdet_nb.app.command import parse_options
 from effdet_nb.core.console import read_status
 from effdet_nb.detector.toy_data import make_toy_dataset
 
@@ -111,6 +113,28 @@ def test_help_describes_a_task_without_heavy_imports(task, tmp_path):
     out = run(task, '--help', cwd=tmp_path)
     assert out.returncode==0 and 'usage:' in out.stdout and not out.stderr
     assert run_python(HELP_IMPORTS.format(task=task), tmp_path).stdout.strip().endswith('[]')
+
+
+EXAMPLES = [task for task in TASKS if task!='import']
+
+
+@pytest.mark.parametrize('task', EXAMPLES)
+def test_the_help_of_a_task_ends_with_an_example_that_its_parser_accepts(task, tmp_path):
+    command = cli.TASKS[task]
+    last_line = run(task, '--help', cwd=tmp_path).stdout.rstrip().split('\n')[-1].strip()
+    assert last_line==f'effdet_{task} {command.example}'
+    assert parse_options(command, shlex.split(command.example))
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_help_texts_run_one_after_another(tmp_path):
+    make_toy_dataset(tmp_path/'images', 12, 6, (128,128))
+    for split in ('train', 'val'): (tmp_path/'images'/f'{split}.json').rename(tmp_path/f'{split}.json')
+    spec = SPEC.format(epochs=1).replace('rec/val-*', 'records/train-*').replace('data/val.json', 'train.json')
+    (tmp_path/'spec.txt').write_text(spec.replace('rec/', 'records/'))
+    for task in ('dataset_convert', 'check', 'train', 'evaluate', 'prune', 'inference', 'export'):
+        out = run(task, *shlex.split(cli.TASKS[task].example), cwd=tmp_path)
+        assert out.returncode==0, out.stderr
 
 
 def test_the_umbrella_command_lists_every_task(tmp_path):
