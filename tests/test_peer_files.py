@@ -16,7 +16,7 @@ from effdet_nb.weights.read_weights import read_weights
 
 PEER, ZYLO117 = os.environ.get('PEER_PYTHON'), os.environ.get('PEER_ZYLO117')
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
-    not PEER, reason='needs another Python that has torch, effdet, timm and efficientnet_pytorch, named by PEER_PYTHON')]
+    not PEER, reason='needs another Python with torch, effdet, timm and efficientnet_pytorch, named by PEER_PYTHON')]
 
 CODE = '''
 import sys, numpy as np, torch
