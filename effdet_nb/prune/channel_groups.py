@@ -157,7 +157,7 @@ def channel_graph(
     return ChannelGraph([_named(g, shapes) for g in groups.values()], shapes, num_locations, names)
 
 def _named(group, shapes):
-    "Returns a group with its name and its size set."
+    "Returns a copy of a group with its name and size."
     name, (path, axis) = next(iter(group.producers.items()))
     return replace(group, name=name, size=shapes[path][axis])
 

@@ -116,7 +116,7 @@ def layer_to_onnx(
     layer,               # a layer of an abstract model
     node,                # one call of the layer
     inputs:list,         # names of its inputs
-)->str:                  # name of its output; None if the layer is not measured
+)->str:                  # name of its output; None if the layer is not converted
     "Converts one call of a layer to ONNX nodes."
     write = LAYER_WRITERS.get(layer_type(layer))
     if write is None: return None

@@ -172,7 +172,7 @@ def plot_channel_counts(
 
 # %% ../../nbs/prune/02_pruning_plan.ipynb #6e3e05ca
 def _change(before, after, unit=1, spec=',.0f'):
-    "Formats a value before and after, and the fraction that is left."
+    "Formats a value before and after, and the remaining fraction."
     return f'{before/unit:{spec}} → {after/unit:{spec}} ({after/before:.1%})'
 
 @patch
@@ -244,7 +244,7 @@ def min_prunable_norm(self:PruningPlan)->float:
 
 @patch(as_prop=True)
 def max_prunable_norm(self:PruningPlan)->float:
-    "Returns the largest norm in the groups that are not protected; as a threshold it removes all it can."
+    "Returns the largest norm in the groups that are not protected; a higher threshold has the same effect."
     return float(max((n.max() for n in self.prunable_norms()), default=0.))
 
 @patch
@@ -309,7 +309,7 @@ def plot_tradeoff(
     size_ax = ax.twinx()
     file_line, = size_ax.plot(thresholds, megabytes, 'k:', label='file')
     size_ax.set(ylabel='file, MB', ylim=(0, plan.megabytes(plan.params.before)))
-    ax.set(xlabel='threshold', ylabel='fraction that is left', ylim=(0,1))
+    ax.set(xlabel='threshold', ylabel='remaining fraction', ylim=(0,1))
     ax.legend(handles=[*ax.get_lines()[:2], file_line])
     return ax
 
