@@ -50,12 +50,12 @@ MIN_CLUSTER_THRESHOLD = .3
 
 def nvinfer_config(
     meta:dict,      # metadata of an exported file
-    model_path:str, # path of the file as the settings name it
+    model_path:str, # path of the file, as written in the configuration
 )->str:             # the text of an nvinfer configuration
     "Builds the configuration of DeepStream's `nvinfer` for an exported file."
     (height, width), nms, model_path = meta['arch']['image_hw'], meta['nms'], Path(model_path)
     if nms['kind']=='none':
-        raise ValueError(f'deepstream: {model_path} does not suppress (nms "none"), and nvinfer would read raw logits. '
+        raise ValueError(f'deepstream: {model_path} has no suppression (nms "none"), so nvinfer would read raw logits. '
                          'Export with nms "efficient_nms_trt" or "onnx"')
     is_buildable = model_path.suffix.lower()=='.onnx' and meta['data_type']!='int8'
     channels = meta['arch'].get('channels', 3)
@@ -69,14 +69,14 @@ def nvinfer_config(
 # %% ../../nbs/export/08_deepstream.ipynb #f56f670a
 def labels_text(
     meta:dict, # metadata of an exported file
-)->str:        # a line for each channel
+)->str:        # one line per channel
     "Builds the label file of DeepStream: the name of every class channel."
     table = ClassTable.from_dict(meta['classes'])
     names = [table.class_name(channel).replace(';', ',') for channel in range(meta['arch']['num_classes'])]
     return ''.join(f'{name}\n' for name in names)
 
 # %% ../../nbs/export/08_deepstream.ipynb #2f3c3801
-BBOX_PARSER = r'''// Reads the four outputs of a detector exported by effdet_nb. Build it beside the settings:
+BBOX_PARSER = r'''// Reads the four outputs of a detector exported by effdet_nb. Build it next to the configuration:
 // g++ -shared -fPIC -O2 -std=c++17 -I/opt/nvidia/deepstream/deepstream/sources/includes
 //     -I/usr/local/cuda/include nvdsinfer_effdet_nb.cpp -o libnvdsinfer_effdet_nb.so
 #include <algorithm>
@@ -123,17 +123,17 @@ BUILD_COMMAND = ('g++ -shared -fPIC -O2 -std=c++17 -I/opt/nvidia/deepstream/deep
 RUN_COMMAND = ('gst-launch-1.0 uridecodebin uri=file://$PWD/video.mp4 ! m.sink_0 nvstreammux name=m batch-size=1 '
                'width={w} height={h} ! nvinfer config-file-path=nvinfer_config.txt ! nvvideoconvert ! nvdsosd ! '
                'nveglglessink')
-README_TEMPLATE = '''## {model} under DeepStream
+README_TEMPLATE = '''## {model} in DeepStream
 
-1. Put `{model}` beside these files.{engine}
-2. Build the parser of its outputs once: `{build_command}`
-3. Name `nvinfer_config.txt` as `config-file-path` of `nvinfer`, for example:
+1. Copy `{model}` to this folder.{engine}
+2. Build the output parser once: `{build_command}`
+3. Set `config-file-path` of `nvinfer` to `nvinfer_config.txt`, for example:
    `{run_command}`
 
 | tensor | type | shape | content |
 |---|---|---|---|
-| `input` | float32 | {batch} x {h} x {w} x {channels} | {colour}, 0 to 255, scaled to fit the top left corner |
-| `num_detections` | int32 | {batch} x 1 | how many of the following rows count |
+| `input` | float32 | {batch} x {h} x {w} x {channels} | {colour}, 0 to 255, scaled to fit, in the top left corner |
+| `num_detections` | int32 | {batch} x 1 | number of valid rows in the other tensors |
 | `detection_boxes` | float32 | {batch} x {n} x 4 | y1 x1 y2 x2, pixels of the input |
 | `detection_scores` | float32 | {batch} x {n} | {threshold} to 1, best first |
 | `detection_classes` | int32 | {batch} x {n} | line of `labels.txt`, from 0 |
@@ -143,11 +143,11 @@ README_TEMPLATE = '''## {model} under DeepStream
 def readme_text(
     meta:dict,        # metadata of an exported file
     model_name:str,   # name of the file
-    has_engine:bool,  # whether DeepStream requires an engine that was built before
+    has_engine:bool,  # whether the engine must be built beforehand
 )->str:               # Markdown
-    "Builds the README for DeepStream's files."
+    "Builds the README that explains the files for DeepStream."
     (h, w), nms = meta['arch']['image_hw'], meta['nms']
-    engine = f' Build its engine there: `effdet_gen_trt_engine -m {model_name}`.' if has_engine else ''
+    engine = f' Build its engine here: `effdet_gen_trt_engine -m {model_name}`.' if has_engine else ''
     channels = meta['arch'].get('channels', 3)
     commands = dict(build_command=BUILD_COMMAND, run_command=RUN_COMMAND.format(h=h, w=w))
     return README_TEMPLATE.format(
@@ -159,7 +159,7 @@ def readme_text(
 def write_deepstream(
     meta:dict,  # metadata of an exported file
     model_path, # the exported file
-    folder,     # where to write; created if absent
+    folder,     # folder to write to; created if it does not exist
 )->list:        # the files written
     "Writes the files that DeepStream needs for an exported file: configuration, labels, parser and README."
     model_name, folder = Path(model_path).name, Path(folder)

@@ -73,7 +73,7 @@ def compare_with_keras(
     return max_difference(_first(outputs, num_common), _first(expected, num_common), meta)
 
 def _first(outputs, num_images):
-    "The raw outputs of the first images."
+    "Returns the raw outputs of the first images."
     return {name: np.asarray(outputs[name])[:num_images] for name in RAW_OUTPUTS}
 
 # %% ../../nbs/export/05_export.ipynb #5190bd7c
@@ -95,7 +95,7 @@ def check_difference(
 # %% ../../nbs/export/05_export.ipynb #6c4e2f9b
 def random_raw_outputs(
     proto,      # onnx.ModelProto, exported with any kind of suppression
-    seed:int=0, # of the random number generator
+    seed:int=0, # seed of the random number generator
 )->dict:        # cls_logits [N,A,C] and box_deltas [N,A,4]; N is the fixed batch size of the graph, or 1
     "Samples random raw outputs with distinct scores; two frequent classes give many overlapping boxes."
     rng, meta = np.random.default_rng(seed), get_metadata(proto)
@@ -150,7 +150,7 @@ def expected_detections(
     return postprocess_batch(raw_outputs['cls_logits'], raw_outputs['box_deltas'], anchors_from_metadata(meta), options)
 
 # %% ../../nbs/export/05_export.ipynb #06d67cb5
-Agreement = namedtuple('Agreement', 'matched total') # number of detections with a match, and of all detections
+Agreement = namedtuple('Agreement', 'matched total') # number of detections with a match; number of all detections
 
 # %% ../../nbs/export/05_export.ipynb #97a86fd3
 MATCH_TOLERANCE = 1e-3 # of a score, and of a coordinate as a fraction of the longer side
@@ -190,7 +190,7 @@ def compare_nms(
 class Verification:
     "The measured differences between an exported file and its Keras model."
     difference:dict          # score and box: the largest differences from the Keras model
-    agreement:Agreement=None # of its detections with our post-processing; None without suppression
+    agreement:Agreement=None # agreement with our post-processing; None without suppression
 
 # %% ../../nbs/export/05_export.ipynb #51f961ea
 MIN_AGREEMENT = .99 # fraction of the detections that must match
@@ -224,7 +224,7 @@ class ExportResult:
     meta:dict                # its metadata
     difference:dict          # score and box: the largest differences from the Keras model
     num_nodes:int=None       # number of operators of an ONNX graph
-    agreement:Agreement=None # of its detections with our post-processing; None without suppression
+    agreement:Agreement=None # agreement with our post-processing; None without suppression
 
     @property
     def num_bytes(self)->int:
@@ -274,7 +274,7 @@ def check_export_options(
     "Raises an error for an output path, opset or batch size that is not supported."
     suffix = Path(output_path).suffix.lower()
     if suffix not in EXPORT_SUFFIXES:
-        raise ValueError(f'output_path {output_path}: the suffix decides the format; it must be .onnx (plain), '
+        raise ValueError(f'output_path {output_path}: the suffix determines the format; it must be .onnx (plain), '
                          '.etlt (as TAO writes it, encrypted if a key is given), .tflite (LiteRT) or .pb '
                          '(a SavedModel, FOLDER/saved_model.pb)')
     if suffix=='.pb': check_saved_model_path(output_path)
@@ -338,7 +338,7 @@ def export(
     data_type:str='fp32',      # fp32, fp16 or int8
     score_threshold:float=None,# detections must score above this, 0 to 1; None: the model's spec, then the default
     max_detections:int=None,   # detections per image, at most; None: the model's spec, then the default
-    iou_threshold:float=None,  # a box that overlaps a better one by more is dropped, 0 to 1; None: 0.5
+    iou_threshold:float=None,  # IoU with a better box above which a box is dropped, 0 to 1; None: 0.5
     cal_image_dir=None,        # int8: folder of calibration images
     cal_cache_file=None,       # int8: file of activation ranges; read if it exists, written otherwise
     batches:int=10,            # int8: number of calibration batches, at most

@@ -45,7 +45,7 @@ def graph_initializers(
 
 def add_initializer(
     graph,            # onnx.GraphProto, changed in place
-    name:str,         # of the constant
+    name:str,         # name of the constant
     value:np.ndarray, # its value
 )->str:               # its name
     "Adds a constant to a graph."
@@ -84,8 +84,8 @@ def infer_tensor_shapes(
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #b8b3bbc0
 def resize_nodes(
-    graph,       # onnx.GraphProto; gets the indices as constants
-    node,        # a `Resize` of it
+    graph,       # onnx.GraphProto; the indices are added to it as constants
+    node,        # a `Resize` node of the graph
     shape:list,  # shape of its input
     scales,      # its factors, one for each axis
 )->list:         # `Gather` nodes with the same result
@@ -206,7 +206,7 @@ def folded_scale(
 
 def follow_chain(
     graph,         # onnx.GraphProto
-    name:str,      # of the first tensor
+    name:str,      # name of the first tensor
     op_types:tuple,# operators of the nodes, each the only reader of the one before
 )->list:           # the nodes, or None if the graph has no such chain
     "Follows a tensor through a chain of nodes."
@@ -302,7 +302,7 @@ def set_metadata(
 # %% ../../nbs/export/02_onnx_graph.ipynb #5b9dfbbb
 def get_metadata(
     proto, # onnx.ModelProto
-)->dict:   # the metadata of `set_metadata`; empty if there are none
+)->dict:   # the metadata stored by `set_metadata`; empty if there are none
     "Reads the metadata of effdet_nb from an ONNX model."
     for prop in proto.metadata_props:
         if prop.key==METADATA_KEY: return json.loads(prop.value)
@@ -334,7 +334,7 @@ def anchors_from_metadata(
 # %% ../../nbs/export/02_onnx_graph.ipynb #8a453b12
 def get_batch_dim(
     proto, # onnx.ModelProto
-):         # a number, or a name
+):         # a number, or a name if any size is allowed
     "Reads the batch dimension of a graph's input."
     dim = proto.graph.input[0].type.tensor_type.shape.dim[0]
     return dim.dim_param or dim.dim_value

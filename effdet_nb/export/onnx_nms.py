@@ -46,7 +46,7 @@ def add_trt_nms(
     raw_proto,                                       # onnx.ModelProto with outputs cls_logits and box_deltas
     score_threshold:float=.4,                        # lowest score, at least 0.01, as in TAO
     max_detections:int=NmsOptions.max_detections,    # boxes per image
-    iou_threshold:float=NmsOptions.iou_threshold,    # a box that overlaps a better one by more is dropped, 0 to 1
+    iou_threshold:float=NmsOptions.iou_threshold,    # IoU with a better box above which a box is dropped, 0 to 1
 ):                                                   # a new onnx.ModelProto
     "Completes a network with the node `EfficientNMS_TRT`, for TensorRT and DeepStream."
     from onnx import helper
@@ -63,7 +63,7 @@ def add_trt_nms(
     return _with_outputs(proto, detection_outputs(get_batch_dim(raw_proto), max_detections), nms)
 
 def _with_outputs(proto, outputs, nms):
-    "Gives a graph new outputs and records in its metadata how they come about; returns it."
+    "Replaces the outputs of a graph and stores the kind of suppression in its metadata; returns the graph."
     del proto.graph.output[:]
     proto.graph.output.extend(outputs)
     return set_metadata(proto, get_metadata(proto) | dict(nms=nms))
@@ -88,9 +88,9 @@ def strip_nms(
 # %% ../../nbs/export/03_onnx_nms.ipynb #749a2397
 def nodes_leading_to(
     graph, # onnx.GraphProto
-    names, # of tensors
+    names, # names of tensors
 )->list:   # nodes, in the order of the graph
-    "Lists the nodes that tensors depend on."
+    "Lists the nodes on which some tensors depend."
     node_of = {name: node for node in graph.node for name in node.output}
     needed, queue = set(names), list(names)
     while queue:
@@ -242,7 +242,7 @@ def add_onnx_nms(
     raw_proto,                                     # onnx.ModelProto with outputs cls_logits and box_deltas
     score_threshold:float=NmsOptions.score_threshold, # a score must be above this, 0 to 1
     max_detections:int=NmsOptions.max_detections,  # boxes per image
-    iou_threshold:float=NmsOptions.iou_threshold,  # a box that overlaps a better one by more is dropped, 0 to 1
+    iou_threshold:float=NmsOptions.iou_threshold,  # IoU with a better box above which a box is dropped, 0 to 1
     top_k:int=NmsOptions.top_k,                    # (anchor, class) pairs considered, at most 3840 for TensorRT
 ):                                                 # a new onnx.ModelProto
     "Completes a network with standard operators, so that every runtime returns final boxes."

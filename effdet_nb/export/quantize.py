@@ -30,7 +30,7 @@ def convert_to_fp16(
 def collect_activation_ranges(
     raw_proto,    # onnx.ModelProto, fp32, with outputs cls_logits and box_deltas
     batches,      # iterable of [N,H,W,3] uint8 images of the network's size
-    folder,       # for temporary files
+    folder,       # folder for temporary files
 )->dict:          # {tensor: [lowest, highest]}
     "Runs images through a network and records the range of every input and output of a convolution."
     import onnx
@@ -73,11 +73,11 @@ def read_calibration_cache(
         cache = json.loads(Path(path).read_text())
         ranges, network = cache['ranges'], cache['network']
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{path}: not a calibration cache of effdet_nb (TensorRT\'s own are not read). '
-                         'Delete it, or name another cal_cache_file') from None
+        raise ValueError(f'{path}: not a calibration cache of effdet_nb (those of TensorRT are not supported). '
+                         'Delete it, or give another cal_cache_file') from None
     if network!=fingerprint:
         raise ValueError(f'{path}: made for a network with other weights, or by an earlier version of effdet_nb. '
-                         'Delete it, or name another cal_cache_file')
+                         'Delete it, or give another cal_cache_file')
     return ranges
 
 # %% ../../nbs/export/04_quantize.ipynb #c0bec5b8
@@ -130,13 +130,13 @@ def calibration_batches(
     image_hw:tuple,     # (height, width) of the network input, pixels
     batch_size:int=1,   # images per batch
     num_batches:int=10, # number of batches, at most
-    channels:int=3,     # of the network input: 3 for colour, 1 for grey
+    channels:int=3,     # channels of the network input: 3 for colour, 1 for grey
 ):                      # yields [N,H,W,channels] uint8
     "Reads calibration images in batches, in the order of their names."
     files = sorted(path for path in Path(image_dir).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise FileNotFoundError(f'cal_image_dir {image_dir}: no images ({", ".join(IMAGE_SUFFIXES)}) in it or below. '
-                                'Give a folder with images like those the detector will process')
+        raise FileNotFoundError(f'cal_image_dir {image_dir}: no images ({", ".join(IMAGE_SUFFIXES)}) in it or its '
+                                'subfolders. Give a folder of images similar to those that the detector will process')
     batches = read_letterboxed_batches(files[:batch_size*num_batches], tuple(image_hw), batch_size)
     return (_stack(batch, channels) for batch in batches)
 

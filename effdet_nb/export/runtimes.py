@@ -301,7 +301,7 @@ class TrtDetector(ExportedDetector):
 
     def device_buffer(self,
         name,   # name of an input or output
-        nbytes, # its size, bytes
+        nbytes, # size of the tensor, bytes
     ):          # an address on the GPU
         "Returns the GPU memory of a tensor, which is reused between calls and enlarged if needed."
         size,address = self.device_buffers.get(name, (0, None))
@@ -313,7 +313,7 @@ class TrtDetector(ExportedDetector):
     def run(self, pixels):
         pixels = np.ascontiguousarray(pixels)
         if not self.context.set_input_shape('input', pixels.shape):
-            raise ValueError(f'engine: a batch of {len(pixels)} images is larger than it was built for. '
+            raise ValueError(f'engine: a batch of {len(pixels)} images is larger than the engine was built for. '
                              'Build it again with a larger max_batch_size, or pass fewer images')
         outputs = {name: self._empty_output(name) for name in self.tensor_names if name!='input'}
         for name,array in {'input': pixels, **outputs}.items():

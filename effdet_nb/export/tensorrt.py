@@ -19,9 +19,9 @@ from .runtimes import import_tensorrt, load_onnx_bytes, model_file_type
 @dataclass(frozen=True)
 class BatchSizes:
     "The batch sizes an engine is built for."
-    min_size:int=1 # fewest images per batch
-    opt_size:int=1 # images per batch that it is fastest with
-    max_size:int=1 # most images per batch
+    min_size:int=1 # smallest batch size
+    opt_size:int=1 # batch size that the engine is optimised for
+    max_size:int=1 # largest batch size
 
     def __post_init__(self):
         if 1<=self.min_size<=self.opt_size<=self.max_size: return
@@ -42,11 +42,11 @@ class BatchSizes:
 # %% ../../nbs/export/07_tensorrt.ipynb #462c7829
 def convert_precision(
     proto,               # onnx.ModelProto of an exported file
-    data_type:str=None,  # fp32, fp16 or int8; None: as the file is
-    cal_image_dir=None,  # int8: folder of images to calibrate with
-    cal_cache_file=None, # int8: ranges; read if it exists, written otherwise
-    num_batches:int=10,  # int8: batches to calibrate with, at most
-    batch_size:int=None, # int8: images per batch; None: as many as the file takes, or 1
+    data_type:str=None,  # fp32, fp16 or int8; None: the precision of the file
+    cal_image_dir=None,  # int8: folder of calibration images
+    cal_cache_file=None, # int8: calibration cache; read if it exists, written otherwise
+    num_batches:int=10,  # int8: number of calibration batches, at most
+    batch_size:int=None, # int8: images per batch; None: the batch size of the file, or 1
 ):                       # onnx.ModelProto in that precision, with the same suppression
     "Converts an exported file to the precision of the engine."
     meta = get_metadata(proto)
@@ -69,7 +69,7 @@ def parse_network(
     data:bytes, # a serialised ONNX model
 ):              # trt.INetworkDefinition
     "Parses an ONNX model to a strongly typed network; the error contains the messages of the parser."
-    flag = getattr(trt.NetworkDefinitionCreationFlag, 'STRONGLY_TYPED', None) # newer versions have no other networks
+    flag = getattr(trt.NetworkDefinitionCreationFlag, 'STRONGLY_TYPED', None) # newer versions have no other type
     network = builder.create_network(0 if flag is None else 1<<int(flag))
     parser = trt.OnnxParser(network, logger)
     if parser.parse(data): return network
@@ -82,7 +82,7 @@ def builder_config(
     trt,                    # the tensorrt module
     builder,                # trt.Builder
     input_shape:tuple,      # (height, width, channels)
-    batch_sizes:BatchSizes, # batch sizes; None: the graph has a fixed batch
+    batch_sizes:BatchSizes, # batch sizes; None: the graph has a fixed batch size
     workspace_gb:float=2.,  # memory TensorRT may use while building, GB
 ):                          # trt.IBuilderConfig
     "Builds the configuration: the memory limit, and a profile unless the batch size is fixed."
@@ -99,11 +99,11 @@ def build_engine(
     data:bytes,                          # a serialised ONNX model, already in its final precision
     image_hw:tuple,                      # (height, width) of its input
     batch_sizes:BatchSizes=BatchSizes(), # batch sizes
-    is_dynamic:bool=True,                # whether its batch is free, so that a profile is needed
+    is_dynamic:bool=True,                # whether any batch size is allowed, so that a profile is required
     workspace_gb:float=2.,               # memory TensorRT may use while building, GB
     verbose:bool=False,                  # whether TensorRT prints its log
     trt=None,                            # the tensorrt module; imported if absent
-    channels:int=3,                      # of the images: 3 for colour, 1 for grey
+    channels:int=3,                      # channels of the images: 3 for colour, 1 for grey
 )->bytes:                                # the engine
     "Compiles an ONNX model for the GPU of this machine."
     trt = trt or import_tensorrt()
@@ -133,19 +133,19 @@ def write_engine(
 # %% ../../nbs/export/07_tensorrt.ipynb #18551cd3
 def gen_trt_engine(
     model_path,               # .onnx or .etlt
-    engine_file=None,         # the engine to write; None: beside the model, ending in .engine
+    engine_file=None,         # the engine to write; None: next to the model, with the suffix .engine
     key:str='',               # key of an encrypted .etlt; EFFDET_KEY if empty
-    data_type:str=None,       # fp32, fp16 or int8; None: as the file is
-    min_batch_size:int=1,     # fewest images per batch
-    opt_batch_size:int=None,  # images per batch that it is fastest with; None: max_batch_size
-    max_batch_size:int=1,     # most images per batch
+    data_type:str=None,       # fp32, fp16 or int8; None: the precision of the file
+    min_batch_size:int=1,     # smallest batch size
+    opt_batch_size:int=None,  # batch size that the engine is optimised for; None: max_batch_size
+    max_batch_size:int=1,     # largest batch size
     max_workspace_size:float=2., # memory TensorRT may use while building, GB
-    cal_image_dir=None,       # int8: folder of images to calibrate with
-    cal_cache_file=None,      # int8: ranges; read if it exists, written otherwise
-    batches:int=10,           # int8: batches to calibrate with, at most
+    cal_image_dir=None,       # int8: folder of calibration images
+    cal_cache_file=None,      # int8: calibration cache; read if it exists, written otherwise
+    batches:int=10,           # int8: number of calibration batches, at most
     verbose:bool=False,       # whether TensorRT prints its log
     trt=None,                 # the tensorrt module; imported if absent
-    batch_size:int=None,      # int8: images per batch; None: as many as the file takes, or 1
+    batch_size:int=None,      # int8: images per batch; None: the batch size of the file, or 1
 )->Path:                      # the engine written
     "Builds a TensorRT engine for the GPU of this machine from an exported file."
     trt = trt or import_tensorrt()
