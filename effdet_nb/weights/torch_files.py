@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 import numpy as np
+from ..detector.efficientdet import variant_name
 from .pretrained import SourceWeights, WeightsError
 
 # %% ../../nbs/weights/07_torch_files.ipynb #c42ca5f2
@@ -281,7 +282,7 @@ def lite_weights_file(
     model_name:str, # efficientdet-lite0, lite1 or lite2
 )->Path:
     "Finds the file of ImageNet weights of a lite backbone among the installed packages."
-    package = LITE_PACKAGES.get(model_name)
+    package = LITE_PACKAGES.get(variant_name(model_name))
     if not package:
         raise WeightsError(f'checkpoint "imagenet": there are no ImageNet weights for the backbone of {model_name}; '
                            f'there are for {", ".join(LITE_PACKAGES)} and for D0 to D7. Choose one of these, '
