@@ -6,9 +6,10 @@ import onnx
 import pytest
 from PIL import Image
 
-from effdet_nb.app.bulk import infer_bulk, predict_and_save
+from effdet_nb.app.bulk import _load_once, infer_bulk, predict_and_save
 from effdet_nb.export.onnx_nms import add_onnx_nms
-from effdet_nb.app.infer import infer
+from effdet_nb.app.infer import infer, rename_classes
+from effdet_nb.data.classes import ClassTable
 from onnx_toy import toy_onnx_model
 
 
@@ -31,6 +32,37 @@ def test_one_image_is_one_row(model_and_images):
     assert Image.open(folder/'p'/'0.png').size == (100, 60)
     row = predict_and_save((str(folder/'in'/'bad.jpg'), None, None), model_path, {})
     assert 'bad.jpg' in row['error']
+
+
+def test_an_error_of_the_detector_ends_the_run_and_is_no_row(model_and_images, monkeypatch):
+    class BrokenDetector:
+        image_hw, classes = (64, 64), ClassTable.from_categories([dict(id=1, name='a')])
+        def __call__(self, images): raise ValueError('the network has diverged')
+
+    job = (str(model_and_images/'in'/'0.png'), None, None)
+    for is_parallel in (False, True):
+        broken = BrokenDetector()
+        broken.is_parallel = is_parallel
+        monkeypatch.setattr('effdet_nb.app.bulk._load_once', lambda *_: broken)
+        with pytest.raises(ValueError, match='diverged'): predict_and_save(job, 'a.onnx', {})
+
+
+def test_a_worker_opens_the_model_once_whatever_the_order_of_keywords(model_and_images):
+    job, model_path = (str(model_and_images/'in'/'0.png'), None, None), str(model_and_images/'a.onnx')
+    _load_once.cache_clear()
+    predict_and_save(job, model_path, {}, score_threshold=.5, max_detections=9, class_agnostic=False)
+    predict_and_save(job, model_path, {}, class_agnostic=False, max_detections=9, score_threshold=.5)
+    predict_and_save(job, model_path=model_path, names={1: 'eins'}, max_detections=9)
+    assert _load_once.cache_info().misses == 1
+
+
+def test_only_the_main_process_warns_of_a_label_map(model_and_images, capsys):
+    "A worker would repeat the warning for every image."
+    job, model_path = (str(model_and_images/'in'/'0.png'), None, None), str(model_and_images/'a.onnx')
+    assert predict_and_save(job, model_path, {40: 'x'})['ids']
+    assert 'warning' not in capsys.readouterr().err
+    rename_classes(ClassTable.from_categories([dict(id=1, name='a')]), {40: 'x'}, 'maps/labels.txt')
+    assert 'warning: maps/labels.txt names 1 categories' in capsys.readouterr().err
 
 
 def test_without_beam_the_error_says_what_to_install(model_and_images, monkeypatch):

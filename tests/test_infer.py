@@ -285,6 +285,19 @@ def test_more_boxes_than_a_file_keeps_are_a_warning(model_files, capsys):
     assert load_for_inference(model_files/'a.tlt', max_detections=101).nms_options.max_detections==101
 
 
+def test_a_limit_that_the_caller_did_not_name_is_no_warning(model_files, tmp_path, capsys):
+    import onnx
+    from effdet_nb.export.onnx_graph import convert_to_onnx
+    from effdet_nb.export.onnx_nms import add_nms
+    few = add_nms(convert_to_onnx(model_files/'a.tlt')[0], 'onnx', max_detections=7)
+    onnx.save(few, tmp_path/'few.onnx')
+    summary = infer(tmp_path/'few.onnx', model_files/'in', results_dir=tmp_path/'r', score_threshold=THRESHOLD)
+    assert 'warning' not in capsys.readouterr().err
+    assert max(len(p.detections) for p in summary.predictions)==7
+    infer(tmp_path/'few.onnx', model_files/'in', results_dir=tmp_path/'r', max_detections=8)
+    assert 'warning: max_detections=8' in capsys.readouterr().err
+
+
 def test_detections_do_not_depend_on_the_batch(model_files):
     detector = load_for_inference(model_files/'a.tlt')
     paths = find_images(model_files/'in')

@@ -10,7 +10,7 @@ __all__ = ['TASKS', 'effdet_dataset_convert', 'effdet_check', 'effdet_train', 'e
 # %% ../../nbs/app/10_cli.ipynb #c0a1d005
 import argparse, os, sys
 from contextlib import contextmanager
-from .command import Option, command, command_parser, parse_options
+from .command import Option, command, parse_options
 
 # %% ../../nbs/app/10_cli.ipynb #fbb1d526
 def _spec_option(required):
@@ -370,7 +370,7 @@ def effdet_quickstart(
     return quickstart(folder, key, **{name: value for name,value in settings.items() if value is not None})
 
 # %% ../../nbs/app/10_cli.ipynb #7b006794
-@command
+@command(example='-m efficientdet-d0.tar.gz -o efficientdet-d0.tlt')
 def effdet_import(
     model_path:Option('Weights: a TensorFlow checkpoint (prefix, folder, .tar.gz), a Keras .h5 or .keras, a .tlt of '
                       'TAO 5 or of effdet_nb, or the word imagenet', '-m', '--model', required=True,
