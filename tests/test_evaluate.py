@@ -319,7 +319,7 @@ def test_how_many_were_looked_at_is_described(image_folder):
     assert described(samples, None) == '7 images'
     assert described(samples, 3) == 'the first 3 of 7 images (eval_samples 3)'
     assert described(iter(samples), 3) == 'the first 3 images (eval_samples 3)'
-    assert described(samples, 5000) == '7 images (all there are; eval_samples asks for 5,000)'
+    assert described(samples, 5000) == '7 images (all there are; eval_samples is 5,000)'
 
 
 def test_a_dash_in_a_table_has_a_footnote(image_folder):

@@ -29,7 +29,7 @@ class GroundTruthColumns(NamedTuple):
     class_index:np.ndarray # [M] index of the class, from 0
     bbox:np.ndarray        # [M, 4] float64, x y width height
     area:np.ndarray        # [M] float64, area of the object's outline, square pixels
-    is_crowd:np.ndarray    # [M] bool: whether the box is a region with too many objects to outline
+    is_crowd:np.ndarray    # [M] bool; True for a region with too many objects to outline
 
 # %% ../../nbs/evaluate/01_coco_metric.ipynb #ed59d324
 def take_rows(
@@ -44,8 +44,8 @@ def bbox_iou(
     detected:np.ndarray, # [N, 4] x y width height
     true:np.ndarray,     # [N, 4] likewise; rows with the same index are compared
     is_crowd:np.ndarray, # [N] bool, whether the true box is a crowd region
-)->np.ndarray:           # [N] 0 to 1
-    "Computes IoU row by row as COCO does; for a crowd region, the fraction of the detection inside it."
+)->np.ndarray:           # [N] IoU, 0 to 1
+    "Computes the IoU of each row as COCO does; for a crowd region, the fraction of the detection inside it."
     low = np.maximum(detected[:,:2], true[:,:2])
     high = np.minimum(detected[:,2:]+detected[:,:2], true[:,2:]+true[:,:2])
     width, height = (high-low).T
@@ -58,7 +58,7 @@ def bbox_iou(
 def rank_in_group(
     group:np.ndarray, # [N] sorted group numbers
 )->np.ndarray:        # [N] rank within the group, from 0
-    "Ranks the members of each group in their order."
+    "Numbers the members of each group in the given order."
     if not len(group): return np.zeros(0, int)
     first = np.flatnonzero(np.r_[True, group[1:] != group[:-1]])
     sizes = np.diff(np.r_[first, len(group)])
@@ -69,7 +69,7 @@ def group_of(
     columns,         # `DetectionColumns` or `GroundTruthColumns`
     num_classes:int, # number of classes
 )->np.ndarray:       # [N] one number for each pair of image and class
-    "Numbers the group of each box."
+    "Computes the group number of each box."
     return columns.image_index*num_classes + columns.class_index
 
 # %% ../../nbs/evaluate/01_coco_metric.ipynb #7be0578e
@@ -116,7 +116,7 @@ def candidate_matches(
     num_classes:int,                 # number of classes
     min_iou:float=.5,                # lowest IoU of a candidate
 )->CandidatePairs:
-    "Finds the pairs within a group whose IoU is high enough."
+    "Finds the pairs of the same group whose IoU is at least `min_iou`."
     chunks = [CandidatePairs(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
     groups = group_of(detections, num_classes), group_of(ground_truth, num_classes)
     for dt,gt in pairs_in_group(*groups):
@@ -125,7 +125,7 @@ def candidate_matches(
     return CandidatePairs(*map(np.concatenate, zip(*chunks)))
 
 # %% ../../nbs/evaluate/01_coco_metric.ipynb #699e9d3f
-IOU_THRESHOLDS = tuple(np.linspace(.5, .95, 10))                     # IoU of a correct detection
+IOU_THRESHOLDS = tuple(np.linspace(.5, .95, 10))                     # minimum IoU of a correct detection
 RECALL_THRESHOLDS = np.linspace(0, 1, 101)                           # recalls at which precision is read
 AREA_RANGES = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10)) # all, small, medium, large: square pixels
 MAX_DETS = (1, 10, 100)                                              # detections per group that are used
@@ -149,7 +149,7 @@ def ignored_ground_truth(
 
 # %% ../../nbs/evaluate/01_coco_metric.ipynb #9ec185de
 def _sort_by_round(detections, num_classes, pairs):
-    "Pairs sorted by round, detection, IoU and ground truth box, and the end of each round."
+    "Sorts pairs by round, detection, IoU and ground truth box, and finds the end of each round."
     pairs = take_rows(pairs, np.argsort(pairs.dt, kind='stable'))
     with_candidate, num_pairs = np.unique(pairs.dt, return_counts=True)
     group = group_of(detections, num_classes)[with_candidate]
@@ -158,7 +158,7 @@ def _sort_by_round(detections, num_classes, pairs):
     return take_rows(pairs, order), np.cumsum(np.bincount(match_round))
 
 def _choose(dt, is_free, is_counted):
-    "First pair of each detection, and its match [detections, A, T], -1 for none; boxes that count take priority."
+    "Finds the first pair of each detection and its match [detections, A, T], or -1; boxes that count have priority."
     first = np.flatnonzero(np.r_[True, dt[1:] != dt[:-1]])
     num_pairs = np.int32(len(dt))
     priority = np.arange(num_pairs, dtype=np.int32)[:,None,None] + num_pairs*is_counted[:,:,None]
@@ -199,7 +199,7 @@ def precision_at_recalls(
     tp_ranks:np.ndarray, # [R] 1-based ranks of the correct detections among those that count, ascending
     num_gt:int,          # number of ground truth boxes
 )->np.ndarray:           # [101] precision at recalls 0.00, 0.01 ... 1.00; 0 beyond the last correct detection
-    "Computes precision at the recalls that COCO reads."
+    "Computes precision at COCO's 101 recalls."
     num_tp = np.arange(1., len(tp_ranks)+1)
     num_fp = tp_ranks-num_tp
     precision = num_tp / (num_fp + num_tp + np.spacing(1))
@@ -210,10 +210,10 @@ def precision_at_recalls(
 def tp_and_counted(
     detections:DetectionColumns,     # sorted as `rank_detections` orders them
     ground_truth:GroundTruthColumns, # ground truth of the same images
-    matches:np.ndarray,              # [N, A, T] as `coco_match` returned it
+    matches:np.ndarray,              # [N, A, T] as returned by `coco_match`
     area_ranges=AREA_RANGES,         # [A] size ranges
 )->tuple:                            # two [N, A, T] bool: whether a detection is correct, and whether it counts at all
-    "Determines which detections are true positives and which count at all."
+    "Determines which detections are true positives and which are counted."
     is_matched = matches >= 0
     area = detections.bbox[:,2]*detections.bbox[:,3]
     is_inside = ~outside_ranges(area, area_ranges)[:,:,None]
@@ -234,7 +234,7 @@ def rows_by_class(
 
 # %% ../../nbs/evaluate/01_coco_metric.ipynb #000ea7c6
 class PrecisionRecall(NamedTuple):
-    "The values that COCO averages; -1 where there is no ground truth."
+    "Precision and recall, from which COCO computes its means; -1 where there is no ground truth."
     precision:np.ndarray # [T IoU thresholds, 101 recalls, classes, A size ranges]
     recall:np.ndarray    # [T IoU thresholds, classes, A size ranges, 3 limits on detections]
 
@@ -262,7 +262,7 @@ def precision_recall(
     return PrecisionRecall(precision, recall)
 
 def _curves(is_tp, is_counted, rank, num_gt):
-    "Precision [T, 101] and recall [T, 3] of one class and size range, detections in the order of their scores."
+    "Computes precision [T, 101] and recall [T, 3] of one class and size range; detections are sorted by score."
     counted_rank = np.cumsum(is_counted, 0)
     precision = [precision_at_recalls(counted_rank[tp,t], num_gt) for t,tp in enumerate(is_tp.T)]
     recall = [is_tp[rank < n].sum(0)/num_gt for n in MAX_DETS]
@@ -324,7 +324,7 @@ def pycocotools_average_precision(
     return evaluation.stats.tolist(), pr
 
 def _coco_object(boxes, num_images, num_classes, **columns):
-    "A COCO object made from columns; ids start at 1, as pycocotools uses 0 for \"no match\"."
+    "Makes a COCO object from columns; ids start at 1, because pycocotools uses 0 for \"no match\"."
     from pycocotools.coco import COCO
     columns = dict(image_id=boxes.image_index+1, category_id=boxes.class_index+1, bbox=boxes.bbox) | columns
     rows = zip(*(column.tolist() for column in columns.values()))

@@ -18,21 +18,21 @@ from .coco_metric import (
 class DetectionMatches(NamedTuple):
     "Detections matched with ground truth boxes at one IoU threshold."
     detections:DetectionColumns     # sorted as `rank_detections` orders them
-    ground_truth:GroundTruthColumns # true boxes
-    matched_gt:np.ndarray           # [N] row of the ground truth box of each detection, -1 for none
-    is_tp:np.ndarray                # [N] bool
-    is_counted:np.ndarray           # [N] bool; False on a crowd, for example
+    ground_truth:GroundTruthColumns # ground truth boxes
+    matched_gt:np.ndarray           # [N] row of the matched ground truth box of each detection, -1 for none
+    is_tp:np.ndarray                # [N] bool, whether the detection is correct
+    is_counted:np.ndarray           # [N] bool, False for ignored detections, such as those on a crowd
     num_classes:int                 # number of classes
-    iou_threshold:float             # IoU of a correct box
+    iou_threshold:float             # minimum IoU of a correct box
 
 def match_detections(
     detections:DetectionColumns,     # in any order
-    ground_truth:GroundTruthColumns, # true boxes
+    ground_truth:GroundTruthColumns, # ground truth boxes
     num_classes:int,                 # number of classes
-    iou_threshold:float=.5,          # IoU of a correct box, above 0 and 1 at most
+    iou_threshold:float=.5,          # minimum IoU of a correct box, above 0 and at most 1
 )->DetectionMatches:
     "Matches detections with ground truth boxes as the metric does."
-    if not 0<iou_threshold<=1: raise ValueError(f'iou_threshold {iou_threshold}: must be above 0, and 1 at most')
+    if not 0<iou_threshold<=1: raise ValueError(f'iou_threshold {iou_threshold}: must be above 0 and at most 1')
     detections = take_rows(detections, rank_detections(detections, num_classes)[0])
     all_sizes = AREA_RANGES[:1]
     matches = coco_match(detections, ground_truth, num_classes, np.array([iou_threshold]), all_sizes)
@@ -43,7 +43,7 @@ def match_detections(
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #90bbeae6
 def num_gt_per_class(
-    ground_truth:GroundTruthColumns, # true boxes
+    ground_truth:GroundTruthColumns, # ground truth boxes
     num_classes:int,                 # number of classes
 )->np.ndarray:                       # [classes]
     "Counts the ground truth boxes of each class, without crowds."
@@ -59,24 +59,24 @@ ERROR_KINDS = dict(
 def _ignore_classes(columns): return columns._replace(class_index=np.zeros(len(columns.class_index), int))
 
 def _wrong_pairs(m, min_iou):
-    "Pairs of a wrong detection and a true box, crowds aside, whatever their classes."
+    "Finds pairs of a wrong detection and a ground truth box of any class, without crowds."
     wrong, true = np.flatnonzero(m.is_counted & ~m.is_tp), np.flatnonzero(~m.ground_truth.is_crowd)
     detections, ground_truth = take_rows(m.detections, wrong), take_rows(m.ground_truth, true)
     pairs = candidate_matches(_ignore_classes(detections), _ignore_classes(ground_truth), 1, min_iou)
     return wrong, CandidatePairs(wrong[pairs.dt], true[pairs.gt], pairs.iou)
 
 def _nearest_gt(pairs, num_detections):
-    "For each detection the true box it overlaps most with: IoU or 0, and its row or -1; of equals the first."
+    "Finds the ground truth box of highest IoU for each detection: IoU or 0, and row or -1; the first of equal boxes."
     best_iou, best_gt = np.zeros(num_detections), np.full(num_detections, -1)
-    order = np.lexsort((-pairs.gt, pairs.iou, pairs.dt))        # of several writes to one place the last stays
+    order = np.lexsort((-pairs.gt, pairs.iou, pairs.dt))        # the last write to an index is kept
     best_iou[pairs.dt[order]], best_gt[pairs.dt[order]] = pairs.iou[order], pairs.gt[order]
     return best_iou, best_gt
 
 def classify_errors(
-    matches:DetectionMatches, # as `match_detections` returned it
-    background_iou:float=.1,  # a box that overlaps less with all true boxes is on the background
-)->tuple:                     # [N] kind of error, '' if right or not counted; [N] intended true box, -1 for none
-    "Classifies each wrong detection and finds the ground truth box it was intended for."
+    matches:DetectionMatches, # as returned by `match_detections`
+    background_iou:float=.1,  # a detection whose IoU with every ground truth box is lower is on the background
+)->tuple:                     # [N] kind of error, '' if correct or ignored; [N] row of the intended box, -1 for none
+    "Classifies each wrong detection and finds the ground truth box that it was intended for."
     wrong, pairs = _wrong_pairs(matches, background_iou)
     is_same_class = matches.detections.class_index[pairs.dt] == matches.ground_truth.class_index[pairs.gt]
     own_iou, own_gt = _nearest_gt(take_rows(pairs, is_same_class), len(matches.is_tp))
@@ -102,33 +102,33 @@ def mean_ap(
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #b49973b8
 def _is_unmatched(m):
-    "[M] bool: true boxes without a correct detection."
+    "Tests which ground truth boxes have no correct detection, [M] bool."
     is_unmatched = np.ones(len(m.ground_truth.class_index), bool)
     is_unmatched[m.matched_gt[m.is_tp]] = False
     return is_unmatched
 
 def _is_missed(m, intended):
-    "[M] bool: true boxes that no detection took or was meant for."
+    "Tests which ground truth boxes no detection was matched with or intended for, [M] bool."
     is_missed = _is_unmatched(m) & ~m.ground_truth.is_crowd
     is_missed[intended[intended >= 0]] = False
     return is_missed
 
 def _ap_with_missed(m, is_missed, num_gt):
-    "AP if the missed boxes had been found, before everything else."
+    "Computes AP as if the missed boxes had been detected with the highest scores."
     counted, missed = take_rows(m.detections, m.is_counted), take_rows(m.ground_truth, is_missed)
     num_missed = len(missed.class_index)
     return mean_ap(np.r_[counted.class_index, missed.class_index], np.r_[counted.score, np.full(num_missed, np.inf)],
                    np.r_[m.is_tp[m.is_counted], np.ones(num_missed, bool)], num_gt)
 
 def _correctable(m, rows, intended):
-    "Of some wrong detections those to correct: for each unmatched intended box the one with the highest score."
+    "Selects the wrong detections to correct: the one with the highest score for each unmatched intended box."
     rows = rows[intended[rows] >= 0]
     rows = rows[np.lexsort((-m.detections.score[rows], intended[rows]))]
     is_first = rank_in_group(intended[rows]) == 0
     return rows[is_first & _is_unmatched(m)[intended[rows]]]
 
 def _ap_without(m, rows, intended, num_gt):
-    "AP if some wrong detections had been right, or not made where that cannot be."
+    "Computes AP with some wrong detections corrected, or removed where they cannot be corrected."
     class_index, is_tp, keep = m.detections.class_index.copy(), m.is_tp.copy(), m.is_counted.copy()
     corrected = _correctable(m, rows, intended)
     keep[rows] = False
@@ -138,7 +138,7 @@ def _ap_without(m, rows, intended, num_gt):
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #338e9b25
 def error_breakdown(
-    matches:DetectionMatches, # as `match_detections` returned it
+    matches:DetectionMatches, # as returned by `match_detections`
 )->list:                      # a dict for each kind: kind, what, count, cost
     "Counts each kind of error, and computes how much AP it costs at this IoU threshold."
     kind, intended = classify_errors(matches)
@@ -155,10 +155,10 @@ def error_breakdown(
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #76dfc78a
 def plot_errors(
-    breakdown:list, # as `error_breakdown` returned it
+    breakdown:list, # as returned by `error_breakdown`
     ax=None,        # matplotlib axes; None: a new small figure
 ):                  # the axes
-    "Plots what each kind of error costs."
+    "Plots the cost of each kind of error."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4.5,2.4), dpi=72)[1]
     bars = ax.barh([r['kind'] for r in breakdown], [r['cost'] for r in breakdown], color='#d9752b')
@@ -170,8 +170,8 @@ def plot_errors(
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #b083047d
 def best_threshold(
-    score:np.ndarray, # [N] of the detections that count
-    is_tp:np.ndarray, # [N] bool
+    score:np.ndarray, # [N] scores of the detections that count
+    is_tp:np.ndarray, # [N] bool, whether the detection is correct
     num_gt:int,       # number of ground truth boxes
 )->dict:              # threshold, precision, recall, F1; None without correct detections or without ground truth
     "Finds the score threshold with the highest F1."
@@ -188,7 +188,7 @@ def best_threshold(
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #bb534709
 def best_thresholds(
-    matches:DetectionMatches, # as `match_detections` returned it
+    matches:DetectionMatches, # as returned by `match_detections`
 )->list:                      # a dict for each class, and one for all classes together at the end
     "Finds the score threshold with the highest F1, for each class and for all together."
     num_gt = num_gt_per_class(matches.ground_truth, matches.num_classes).tolist()
@@ -199,8 +199,8 @@ def best_thresholds(
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #811f64c4
 def confusion_matrix(
-    matches:DetectionMatches, # as `match_detections` returned it
-    score_threshold:float=.4, # detections with lower scores do not count
+    matches:DetectionMatches, # as returned by `match_detections`
+    score_threshold:float=.4, # detections with lower scores are ignored
 )->np.ndarray:                # [classes+1, classes+1] counts: row true class or background, column detected or missed
     "Computes the confusion matrix of the classes and the background."
     detected, true = matches.detections.class_index, matches.ground_truth.class_index
@@ -214,7 +214,7 @@ def confusion_matrix(
     return counts
 
 def _match_strong(m, score_threshold):
-    "Detections above a score: those that take a true box, the boxes they take, and those on the background."
+    "Splits detections above a score: rows with a ground truth box, rows of these boxes, rows on the background."
     is_strong = m.is_counted & (m.detections.score >= score_threshold)
     correct, wrong = np.flatnonzero(is_strong & m.is_tp), np.flatnonzero(is_strong & ~m.is_tp)
     is_free = ~m.ground_truth.is_crowd
@@ -225,7 +225,7 @@ def _match_strong(m, score_threshold):
     return np.r_[correct, wrong[has_box]], matched_gt, wrong[~has_box]
 
 def _match_any_class(m, rows, gt_rows):
-    "Matches some detections with some true boxes, whatever the classes: row of the true box, -1 for none."
+    "Matches some detections with some ground truth boxes of any class: row of the box, -1 for none."
     order = np.lexsort((-m.detections.score[rows], m.detections.image_index[rows]))
     detections, ground_truth = take_rows(m.detections, rows[order]), take_rows(m.ground_truth, gt_rows)
     matches = coco_match(_ignore_classes(detections), _ignore_classes(ground_truth), 1,
@@ -236,11 +236,11 @@ def _match_any_class(m, rows, gt_rows):
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #a627eb62
 def plot_confusion_matrix(
-    counts:np.ndarray, # as `confusion_matrix` returned it
-    names:list,        # of the classes
+    counts:np.ndarray, # as returned by `confusion_matrix`
+    names:list,        # names of the classes
     ax=None,           # matplotlib axes; None: a new small figure
 ):                     # the axes
-    "Plots the confusion matrix, each row coloured by its shares."
+    "Plots the confusion matrix; colours show the shares within a row."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.6,3.2), dpi=72)[1]
     shares = counts/np.maximum(counts.sum(1, keepdims=True), 1)
@@ -255,9 +255,9 @@ def plot_confusion_matrix(
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #60ac9334
 def calibration_curve(
-    matches:DetectionMatches, # as `match_detections` returned it
-    bins:int=10,              # number of equal parts of the scores from 0 to 1
-)->dict:                      # bins: dicts of low, high, count, score (mean), right (share); error: mean gap of the two
+    matches:DetectionMatches, # as returned by `match_detections`
+    bins:int=10,              # number of equal intervals from 0 to 1
+)->dict:                      # bins: dicts of low, high, count, score (mean), right (share); error: their mean gap
     "Compares scores with the share of correct detections."
     score, is_tp = matches.detections.score[matches.is_counted], matches.is_tp[matches.is_counted]
     bin_index = np.clip((score*bins).astype(int), 0, bins-1)
@@ -271,7 +271,7 @@ def calibration_curve(
 
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #7396d775
 def plot_calibration(
-    curve:dict, # as `calibration_curve` returned it
+    curve:dict, # as returned by `calibration_curve`
     ax=None,    # matplotlib axes; None: a new small figure
 ):              # the axes
     "Plots the share of correct detections over the score."
@@ -286,12 +286,12 @@ def plot_calibration(
 # %% ../../nbs/evaluate/02_error_analysis.ipynb #9baa409b
 def analyze_errors(
     detections:DetectionColumns,     # in any order
-    ground_truth:GroundTruthColumns, # true boxes
+    ground_truth:GroundTruthColumns, # ground truth boxes
     num_classes:int,                 # number of classes
-    iou_threshold:float=.5,          # IoU of a correct box
-    score_threshold:float=.4,        # for the confusion matrix
+    iou_threshold:float=.5,          # minimum IoU of a correct box
+    score_threshold:float=.4,        # lowest score in the confusion matrix
 )->dict:                             # plain data: both thresholds, errors, thresholds, confusion, calibration
-    "Analyses how a detector is wrong, what that costs, and which score threshold is best."
+    "Counts each kind of error, computes its cost in AP, and finds the best score thresholds."
     matches = match_detections(detections, ground_truth, num_classes, iou_threshold)
     return dict(iou_threshold=iou_threshold, score_threshold=score_threshold,
                 errors=error_breakdown(matches), thresholds=best_thresholds(matches),

@@ -20,21 +20,21 @@ from ..data.record_index import Records, annotation_order, require_record_files
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #92b66a35
 def yxyx_to_xywh64(
     boxes:np.ndarray, # [N, 4] y1 x1 y2 x2
-)->np.ndarray:        # [N, 4] float64 x y width height
-    "Converts boxes to COCO's order, in double precision."
+)->np.ndarray:        # [N, 4] float64, x y width height
+    "Converts boxes to COCO's format in double precision."
     y1,x1,y2,x2 = np.asarray(boxes, np.float64).reshape(-1, 4).T
     return np.stack([x1, y1, x2-x1, y2-y1], -1)
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #7fe0c2e6
 @dataclass
 class GroundTruth:
-    "The true boxes of an image."
-    image_id:object          # as in the file, a number or text
+    "The ground truth of one image."
+    image_id:object          # number or text, as in the file
     boxes:np.ndarray         # [M, 4] float32, y1 x1 y2 x2, pixels of the original image
     category_ids:np.ndarray  # [M] int64
     is_crowd:np.ndarray=None # [M] bool; None: no crowds
-    area:np.ndarray=None     # [M] square pixels, of the outline; None: of the box
-    bbox:np.ndarray=None     # [M, 4] float64, x y width height, the file's own numbers; None: made from boxes
+    area:np.ndarray=None     # [M] area of the outlines, square pixels; None: area of the boxes
+    bbox:np.ndarray=None     # [M, 4] float64, x y width height, as in the file; None: computed from `boxes`
 
     def __post_init__(self):
         self.boxes = np.asarray(self.boxes, np.float32).reshape(-1, 4)
@@ -51,16 +51,16 @@ class GroundTruth:
         boxes, ids, crowds, areas, bbox = map(len, (self.boxes, self.category_ids, self.is_crowd, self.area, self.bbox))
         if not boxes == ids == crowds == areas == bbox:
             raise ValueError(f'ground truth of image {self.image_id}: {boxes} boxes, {ids} ids, {crowds} crowd flags, '
-                             f'{areas} areas, {bbox} bbox; give one of each for every box')
+                             f'{areas} areas, {bbox} bbox; pass one of each for every box')
 
     def __len__(self): return len(self.category_ids)
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #e5714f42
 def ground_truth_from_coco(
-    coco:CocoDataset, # as `load_coco` returned it
-    image_id,         # id of an image in it
+    coco:CocoDataset, # as returned by `load_coco`
+    image_id,         # id of one of its images
 )->GroundTruth:
-    "Takes the ground truth of an image from a COCO file."
+    "Returns the ground truth of one image of a COCO file."
     annotations = coco.annotations[image_id]
     bbox = np.array([a['bbox'] for a in annotations], np.float64).reshape(-1, 4)
     category_ids = [a['category_id'] for a in annotations]
@@ -68,25 +68,68 @@ def ground_truth_from_coco(
     return GroundTruth(image_id, xywh_to_yxyx(bbox), category_ids, is_crowd, [_area(a) for a in annotations], bbox)
 
 def _area(annotation):
-    "The area of an annotation; of its box if it has none."
+    "Returns the area of an annotation, or the area of its box if the annotation has none."
     width, height = annotation['bbox'][2:]
     return width*height if annotation.get('area') is None else annotation['area']
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #36bd8231
 def samples_from_coco(
-    coco,       # COCO file, or its `CocoDataset`
-    image_dir,  # folder its file names are relative to
+    coco,       # path of a COCO file, or a `CocoDataset`
+    image_dir,  # folder of the images; file names are relative to it
 )->Iterator:    # of (path, GroundTruth), in the order of the file
-    "Yields pairs of image and ground truth from a COCO file and a folder of images."
+    "Yields the samples of a COCO file and a folder of images."
     if not isinstance(coco, CocoDataset): coco = load_coco(coco)
     for image in coco.images: yield Path(image_dir)/image['file_name'], ground_truth_from_coco(coco, image['id'])
 
+# %% ../../nbs/evaluate/03_ground_truth.ipynb #65a4cfe8
+def _size(info):
+    "Returns (height, width) of a record or an image entry of a COCO file, or None if they are missing."
+    return (info['height'], info['width']) if info.get('height') and info.get('width') else None
+
+class _CocoMatcher:
+    "Finds the images of records in a COCO file."
+    def __init__(self, coco):
+        self.coco, self.images = coco, {str(image['id']): image for image in coco.images}
+        self.name = coco.path or 'the COCO file'
+
+    def is_known(self, example): return str(example['source_id']) in self.images
+
+    def is_same_image(self, example):
+        "Tests whether the file contains the image of a record with the same size."
+        if not self.is_known(example): return False
+        sizes = _size(example), _size(self.images[str(example['source_id'])])
+        return None in sizes or sizes[0] == sizes[1]
+
+    def ground_truth(self, example):
+        return ground_truth_from_coco(self.coco, self.images[str(example['source_id'])]['id'])
+
+# %% ../../nbs/evaluate/03_ground_truth.ipynb #b0b8deeb
+def _mismatch_error(matcher, first, others, num_before):
+    "Returns the error for records that do not match the COCO file, with the number of affected images."
+    mismatches = [first] + [e for e in others if not matcher.is_same_image(e)]
+    total = num_before + len(others) + 1
+    unknown = [e for e in mismatches if not matcher.is_known(e)]
+    if unknown:
+        problem = (f'image {unknown[0]["source_id"]} of the records is not among the {len(matcher.images):,} images of '
+                   f'{matcher.name} ({len(unknown):,} of {total:,} are not)')
+    else:
+        height, width = _size(first)
+        file_height, file_width = _size(matcher.images[str(first['source_id'])])
+        problem = (f'image {first["source_id"]} has {height} x {width} pixels in the records and {file_height} x '
+                   f'{file_width} in {matcher.name} ({len(mismatches):,} of {total:,} differ)')
+    return ValueError(f'{problem}; the records and the file must describe the same images. '
+                      'Pass the file from which the records were converted, or none')
+
+def _number_if_numeric(name):
+    "Converts an id back to a number if it was one; records store ids as text."
+    return int(name) if name.isdecimal() and str(int(name)) == name else name
+
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #5e78796a
 def samples_from_records(
-    examples,  # dicts as read from records: image (bytes), source_id, boxes, labels (category ids), is_crowd, area
-    coco=None, # COCO file with the ground truth, or its `CocoDataset`; None: the records' own
+    examples,  # decoded records: dicts with image (bytes), source_id, boxes, labels (category ids), is_crowd, area
+    coco=None, # path of a COCO file with the ground truth, or a `CocoDataset`; None: ground truth of the records
 )->Iterator:   # of (image bytes, GroundTruth)
-    "Yields pairs of image and ground truth from records, with the ground truth of a COCO file if there is one."
+    "Yields the samples of records, with the ground truth of a COCO file if one is given."
     if coco is None: return (_sample_of_example(example) for example in examples)
     return _samples_matched(examples, _CocoMatcher(coco if isinstance(coco, CocoDataset) else load_coco(coco)))
 
@@ -107,55 +150,12 @@ def _samples_matched(examples, matcher):
         warnings.warn(f'{len(missing):,} of {len(matcher.images):,} images of {matcher.name} are in no record '
                       f'(such as {min(missing)}); they are not evaluated')
 
-# %% ../../nbs/evaluate/03_ground_truth.ipynb #65a4cfe8
-def _size(info):
-    "(height, width) in a record or an entry of a COCO file; None if it does not have them."
-    return (info['height'], info['width']) if info.get('height') and info.get('width') else None
-
-class _CocoMatcher:
-    "Looks images of records up in a COCO file."
-    def __init__(self, coco):
-        self.coco, self.images = coco, {str(image['id']): image for image in coco.images}
-        self.name = coco.path or 'the COCO file'
-
-    def is_known(self, example): return str(example['source_id']) in self.images
-
-    def is_same_image(self, example):
-        "Whether the file has the image of a record, with the same size."
-        if not self.is_known(example): return False
-        sizes = _size(example), _size(self.images[str(example['source_id'])])
-        return None in sizes or sizes[0] == sizes[1]
-
-    def ground_truth(self, example):
-        return ground_truth_from_coco(self.coco, self.images[str(example['source_id'])]['id'])
-
-# %% ../../nbs/evaluate/03_ground_truth.ipynb #b0b8deeb
-def _mismatch_error(matcher, first, others, num_before):
-    "The error for records of another data set: what does not match, and how many images do not."
-    mismatches = [first] + [e for e in others if not matcher.is_same_image(e)]
-    total = num_before + len(others) + 1
-    unknown = [e for e in mismatches if not matcher.is_known(e)]
-    if unknown:
-        problem = (f'image {unknown[0]["source_id"]} of the records is not among the {len(matcher.images):,} images of '
-                   f'{matcher.name} ({len(unknown):,} of {total:,} are not)')
-    else:
-        height, width = _size(first)
-        file_height, file_width = _size(matcher.images[str(first['source_id'])])
-        problem = (f'image {first["source_id"]} has {height} x {width} pixels in the records and {file_height} x '
-                   f'{file_width} in {matcher.name} ({len(mismatches):,} of {total:,} differ)')
-    return ValueError(f'{problem}; the two must belong together. '
-                      'Give the file the records were converted from, or none')
-
-def _number_if_numeric(name):
-    "Records keep ids as text; an id that was a number becomes one again."
-    return int(name) if name.isdecimal() and str(int(name)) == name else name
-
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #3dcbb4d8
 class EvalDataset:
-    "Pairs of image and ground truth from record files; can be iterated repeatedly, and has a length."
+    "The samples of record files, with a length; can be iterated repeatedly."
     def __init__(self,
         files,     # paths of record files
-        coco=None, # COCO file with the ground truth; None: the records' own
+        coco=None, # path of a COCO file with the ground truth; None: ground truth of the records
     ):
         self.records = Records.from_files(files)
         self.coco = load_coco(coco) if coco else None
@@ -168,24 +168,24 @@ class EvalDataset:
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #d205d5e1
 def open_eval_dataset(
-    pattern:str,      # record files, with * and ?, as in `validation_file_pattern`
-    annotations=None, # COCO file with the ground truth; None or empty: the records' own
-)->EvalDataset:       # pairs of (image bytes, GroundTruth)
-    "Opens validation records as a spec names them."
+    pattern:str,      # glob pattern of the record files, as in `validation_file_pattern`
+    annotations=None, # path of a COCO file with the ground truth; None or empty: ground truth of the records
+)->EvalDataset:       # iterates over (image bytes, GroundTruth)
+    "Opens the validation records that a spec defines."
     return EvalDataset(require_record_files(pattern, 'validation_file_pattern'), annotations or None)
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #32871144
 def images_by_id(
-    samples,   # (image, GroundTruth) pairs
-    image_ids, # ids of the images to return
+    samples,   # iterable of (image, GroundTruth)
+    image_ids, # ids of the images to read
 )->dict:       # image id -> [H, W, 3] uint8
-    "Reads the images of some image ids."
+    "Reads the images with the given ids."
     image_ids, images = set(image_ids), {}
     for source,truth in samples if image_ids else ():
         if truth.image_id not in image_ids: continue
         images[truth.image_id] = source if isinstance(source, np.ndarray) else read_image(source)
         if len(images) == len(image_ids): break
     if len(images) < len(image_ids):
-        raise ValueError(f'{len(image_ids)-len(images)} of {len(image_ids)} images are not among the samples; give the '
+        raise ValueError(f'{len(image_ids)-len(images)} of {len(image_ids)} images are not among the samples; pass the '
                          'samples that were evaluated (a generator can be used only once: make a new one)')
     return images
