@@ -49,9 +49,9 @@ def test_crc_of_a_published_vector():
 
 
 @pytest.mark.parametrize('raw,message',
-                         [(b'\x1f\x8b\x08' + bytes(40), 'gzip'), (b'{"images": [], "x": 3}', 'no TFRecord file'),
+                         [(b'\x1f\x8b\x08' + bytes(40), 'gzip'), (b'{"images": [], "x": 3}', 'not a TFRecord file'),
                           (b'abc', 'ends after 3 of 12'),
-                                         (struct.pack('<Q', 1 << 40) + bytes(4), 'no TFRecord file')])
+                                         (struct.pack('<Q', 1 << 40) + bytes(4), 'not a TFRecord file')])
 def test_files_that_are_no_records_are_rejected(tmp_path, raw, message):
     (tmp_path/'x').write_bytes(raw)
     with pytest.raises(ValueError, match=message): list(read_records(tmp_path/'x'))
