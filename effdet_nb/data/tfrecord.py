@@ -262,6 +262,21 @@ def _shards_of(sidecars):
     return {os.path.join(os.path.dirname(tag), shard['file']):shard
             for tag,contents in sidecars.items() for shard in contents['shards']}
 
+# %% ../../nbs/data/07_tfrecord.ipynb #91cfe6ff
+def _check_sizes(files, shards):
+    "Raises an error if a shard has changed since it was written."
+    for file in files:
+        size,written = os.path.getsize(file),shards[file]['size']
+        if size!=written:
+            raise ValueError(f'{file}: {size:,} bytes, but {written:,} were written. The file was changed or not '
+                             'copied completely; copy or convert it again')
+
+def _check_same_classes(file_pattern, contents):
+    "Raises an error if the conversions have different categories."
+    if all(part['classes']==contents[0]['classes'] for part in contents): return
+    raise ValueError(f'{file_pattern}: these {len(contents)} conversions have different categories. '
+                     'Make their annotation files agree and convert again')
+
 # %% ../../nbs/data/07_tfrecord.ipynb #ca7f04fd
 def load_sidecar(
     file_pattern:str,  # glob pattern of shards, such as 'records/train-*'
@@ -286,18 +301,3 @@ def shards_by_sidecar(
     "Lists all shards, existing or missing, of the conversions whose shards a pattern matches."
     sidecars = _sidecars(map(os.path.abspath, find_record_files(file_pattern)))
     return {tag:_shards_of({tag:contents}) for tag,contents in sidecars.items()}
-
-# %% ../../nbs/data/07_tfrecord.ipynb #91cfe6ff
-def _check_sizes(files, shards):
-    "Raises an error if a shard has changed since it was written."
-    for file in files:
-        size,written = os.path.getsize(file),shards[file]['size']
-        if size!=written:
-            raise ValueError(f'{file}: {size:,} bytes, but {written:,} were written. The file was changed or not '
-                             'copied completely; copy or convert it again')
-
-def _check_same_classes(file_pattern, contents):
-    "Raises an error if the conversions have different categories."
-    if all(part['classes']==contents[0]['classes'] for part in contents): return
-    raise ValueError(f'{file_pattern}: these {len(contents)} conversions have different categories. '
-                     'Make their annotation files agree and convert again')
