@@ -375,22 +375,19 @@ def effdet_import(
     model_path:Option('Weights: a TensorFlow checkpoint (prefix, folder, .tar.gz), a Keras .h5 or .keras, a .tlt of '
                       'TAO 5 or of effdet_nb, or the word imagenet', '-m', '--model', required=True,
                       metavar='PATH')=None,
-    output_path:Option('The .tlt to write', '-o', required=True, metavar='FILE')=None,
+    output_path:Option('Model file to write (.tlt)', '-o', required=True, metavar='FILE')=None,
     key:_key_option()=None,
     experiment_spec_file:_spec_option(False)=None,
-    model_name:Option('The variant, such as efficientdet-d7; recognised from the weights if left out',
-                      metavar='NAME')=None,
-    num_classes:Option('Channels of the class head; recognised from the weights if left out', type=int,
-                       metavar='N')=None,
-    image_size:Option('Input of the network, "height,width"; the size of the published model if left out',
-                      metavar='H,W')=None,
+    model_name:Option('Variant, such as efficientdet-d7 (default: detected from the weights)', metavar='NAME')=None,
+    num_classes:Option('Channels of the class head (default: detected from the weights)', type=int, metavar='N')=None,
+    image_size:Option('Network input, "height,width" (default: that of the published model)', metavar='H,W')=None,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
-    "Make a model file of weights from elsewhere."
+    "Convert the weights of another project to a model file."
     if experiment_spec_file and (model_name or num_classes or image_size):
-        raise ValueError('--experiment_spec_file: describes the model already; leave --model_name, --num_classes and '
-                         '--image_size out')
+        raise ValueError('--experiment_spec_file: already describes the model. Remove --model_name, --num_classes and '
+                         '--image_size, or the spec')
     from effdet_nb.weights.import_weights import import_weights
     if not experiment_spec_file:
         from effdet_nb.train.fields import parse_image_size

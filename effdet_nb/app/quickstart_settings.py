@@ -124,7 +124,7 @@ def prepare_folder(
     settings_path,own = folder/'quickstart.json', dict(vars(settings), effdet_nb=__version__)
     if not settings_path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f'{folder}: this folder holds other files, and a quickstart needs one for itself. '
+            raise ValueError(f'{folder}: this folder contains other files. A quickstart needs a folder of its own. '
                              'Give a new name')
         write_json(settings_path, own, indent=1)
     stored = json.loads(settings_path.read_text(encoding='utf-8'))
