@@ -105,7 +105,8 @@ def most_different_images(
     ids = [[truth.image_id for truth,_ in e.metrics.results] for e in evaluations]
     if any(other!=ids[0] for other in ids):
         counts = ', '.join(f'{len(other):,}' for other in ids)
-        raise ValueError(f'comparison: the models were evaluated on different images ({counts}). Evaluate all of them on the same images')
+        raise ValueError(f'comparison: the models were evaluated on different images ({counts}). '
+                         'Evaluate all of them on the same images')
     aps = np.stack([ap_per_image(e.metrics.results, e.metrics.classes) for e in evaluations], 1)
     difference = aps.max(1)-aps.min(1)
     order = np.argsort(-difference, kind='stable')[:num_images]
