@@ -189,7 +189,7 @@ def test_models_measured_on_other_images_are_not_compared(work):
     for num_images in (3, 4):
         metrics = coco_metrics([(truth, Detections([], [], [])) for truth in truths[:num_images]], classes)
         evaluations.append(ModelEvaluation(str(num_images), metrics, metrics.analyze_errors()))
-    with pytest.raises(ValueError, match='measured on other images .3, 4.'): most_different_images(evaluations)
+    with pytest.raises(ValueError, match='evaluated on different images .3, 4.'): most_different_images(evaluations)
 
 
 def test_advice_is_about_the_most_expensive_errors():
