@@ -15,7 +15,7 @@ from .files import check_output_path, to_jsonable
 
 # %% ../../nbs/core/02_console.ipynb #e0ab79af
 def _append_line(path, line):
-    "Appends one line to a file, and first ends an incomplete line that a killed run has left."
+    "Appends one line to a file, after terminating an incomplete line that a killed run has left."
     with open(path, 'ab+') as f:
         if f.tell():
             f.seek(-1, os.SEEK_END)
@@ -39,10 +39,10 @@ def read_status(
 class Status:
     "A context manager that appends the events of one run to `status.json`, one JSON object per line."
     def __init__(self,
-        folder,            # results folder; made if absent
+        folder,            # results folder; created if absent
         task:str,          # name of the task as in TAO: 'train', 'prune', ...
         enabled:bool=True, # False in all processes but the first of a distributed run
-        secrets:tuple=(),  # texts that must not be written, such as the encryption key
+        secrets:tuple=(),  # strings that must not be written, such as the encryption key
     ):
         self.path,self.task = Path(folder)/'status.json', task
         self.enabled,self.secrets = enabled, tuple(secrets)
@@ -78,7 +78,7 @@ def _timestamp(now):
 # %% ../../nbs/core/02_console.ipynb #fc34c2dd
 @patch
 def log_progress(self:Status,
-    message:str='',      # what has happened, one sentence
+    message:str='',      # one sentence about what has happened
     kpi:dict=None,       # results of the run, such as AP; repeated on all later lines
     graphical:dict=None, # numbers to plot as curves, such as loss and learning rate; repeated as well
     **data,              # other values, for this line only: epoch=3, max_epoch=10
@@ -103,7 +103,7 @@ def format_duration(
 def format_progress(
     desc:str,      # description of the loop; may be empty
     done:int,      # number of finished steps
-    total:int,     # number of all steps, or None if unknown
+    total:int,     # total number of steps, or None if unknown
     seconds:float, # time since the start
 )->str:            # such as `convert: 250/1,000 (25%), 20 s, 12.5/s, 1 min 00 s left`
     "Formats the progress of a loop in one line."
@@ -140,7 +140,7 @@ def _with_progress_lines(iterable, total, desc, interval):
 # %% ../../nbs/core/02_console.ipynb #15dabed2
 def progress_bar(
     iterable,          # items to loop over
-    total:int=None,    # number of items; `len(iterable)` if absent
+    total:int=None,    # number of items; `len(iterable)` if None
     desc:str='',       # description of the loop, one or two words
     interval:float=5., # seconds between lines where stderr is not a terminal; shorter loops write none
 ):                     # the same items, one by one

@@ -30,7 +30,7 @@ def check_output_path(
 
 # %% ../../nbs/core/01_files.ipynb #2b28a50b
 def _open_temporary(path, mode):
-    "Makes missing folders and opens a temporary file next to `path`."
+    "Creates missing folders and opens a temporary file next to `path`."
     temporary = path.with_name(f'.{path.name[:40]}.{uuid.uuid4().hex[:8]}.part')
     encoding = None if 'b' in mode else 'utf-8'
     try:
@@ -52,7 +52,7 @@ WRITE_MODES = ('w', 'wb', 'w+', 'w+b', 'wb+')
 
 @contextmanager
 def atomic_write(
-    path,      # the file to write; missing folders are made, an existing file is replaced
+    path,      # the file to write; missing folders are created, an existing file is replaced
     mode='wb', # 'wb' bytes or 'w' text (always UTF-8); with '+' the file can be read back while open
 ):
     "Opens a file that appears under its name when it is complete, or not at all."
@@ -75,7 +75,7 @@ def atomic_write(
         raise
 
 def _remove(temporary, folders):
-    "Removes what an interrupted write has left; a folder with other files is kept."
+    "Removes the remains of an interrupted write; folders that contain other files are kept."
     if temporary: temporary.unlink(missing_ok=True)
     for p in folders:
         with suppress(OSError): p.rmdir()
@@ -83,8 +83,8 @@ def _remove(temporary, folders):
 # %% ../../nbs/core/01_files.ipynb #b3176d5a
 def to_jsonable(
     x,          # any value: nested dicts and lists, NumPy values, paths, times
-    secrets=(), # texts that must not appear, such as keys; replaced by *** in all strings
-):              # the same value in types of strict JSON; a number that is not finite becomes None
+    secrets=(), # strings that must not appear, such as keys; replaced by *** everywhere
+):              # the same value in types of strict JSON; NaN and infinity become None
     "Converts a value to types that every JSON reader accepts."
     if isinstance(x, dict): return {to_jsonable(str(k), secrets): to_jsonable(v, secrets) for k,v in x.items()}
     if isinstance(x, (list,tuple,set)): return [to_jsonable(v, secrets) for v in x]
@@ -94,13 +94,13 @@ def to_jsonable(
     return _mask(str(x), secrets)
 
 def _mask(text, secrets):
-    "Replaces secrets in a text by stars."
+    "Replaces secrets in a string with asterisks."
     for secret in filter(None, secrets): text = text.replace(secret, '***')
     return text
 
 # %% ../../nbs/core/01_files.ipynb #d6989555
 def write_json(
-    path,            # the file to write; missing folders are made, an existing file is replaced
+    path,            # the file to write; missing folders are created, an existing file is replaced
     value,           # any value that `to_jsonable` accepts
     indent:int=None, # spaces per level; None: everything on one line
 ):
