@@ -60,7 +60,7 @@ def test_the_manuals_sample_is_read_unchanged(shared_dir):
     assert spec.model_config.model_name == 'efficientdet-d0' and spec.training_config.profile_skip_steps == 100
     problems = spec.problems('train')
     assert len(problems) == 4 and all(
-        'leads to no file' in p and re.search(r'\(sample.txt:\d+:\d+\)$', p) for p in problems
+        'matches no file' in p and re.search(r'\(sample.txt:\d+:\d+\)$', p) for p in problems
     )
     for task in ('inference', 'export', 'prune', 'dataset_convert'):
         assert spec.check(task) is spec
@@ -341,7 +341,7 @@ def test_files_from_other_machines(tmp_path, text):
         ('training_config { num_epochs: -1 }', '-1 is not a whole number'),
         ('training_config { num_epochs: 4294967296 }', '4294967296 is not a whole number'),
         ('training_config { learning_rate: "0.1" }', '"0.1" is not a number'),
-        ('model_config { model_name: efficientdet-d0 }', 'is not a text in quotes'),
+        ('model_config { model_name: efficientdet-d0 }', 'is not a string in quotes'),
         ('model_config { num_scales: [1, 2] }', 'is not a whole number'),
         ('training_config { amp: { x: 1 } }', 'is not True or False'),
         ('training_config { optimizer { name: "sgd" } }', 'training_config.optimizer: no such field'),
@@ -460,7 +460,7 @@ def test_a_task_checks_only_its_sections():
 
 def test_crop_scales_must_be_in_order():
     assert (
-        'Exchange them' in Spec().replace(augmentation_config=dict(random_crop_min_scale=3)).problems()[0]
+        'Swap them' in Spec().replace(augmentation_config=dict(random_crop_min_scale=3)).problems()[0]
     )  # against the default of the other
 
 
@@ -474,7 +474,7 @@ def test_files_are_looked_for(tmp_path, monkeypatch):
             training_config={k: v for k, v in fields.items() if k == 'checkpoint'},
             dataset_config={k: v for k, v in fields.items() if k != 'checkpoint'},
         )
-        return [p for p in spec.problems('train') if 'leads to no file' in p]
+        return [p for p in spec.problems('train') if 'matches no file' in p]
 
     assert not missing(training_file_pattern='train-*', checkpoint='ckpt') and not missing(
         training_file_pattern='odd[1].tfrecord', checkpoint='model.tlt'

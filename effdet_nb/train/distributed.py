@@ -39,7 +39,7 @@ def is_chief()->bool:
 
 # %% ../../nbs/train/05_distributed.ipynb #4e24cb82
 def _expand_numbers(text):
-    "Yields the numbers of a list such as `08-10,12` as text, leading zeros kept."
+    "Yields the numbers of a list such as `08-10,12` as strings, with leading zeros."
     for part in text.split(','):
         first, _, last = part.partition('-')
         for i in range(int(first), int(last or first)+1): yield str(i).zfill(len(first))
@@ -68,7 +68,7 @@ def slurm_workers(
 
 # %% ../../nbs/train/05_distributed.ipynb #514a8056
 def cluster_resolver()->tf.distribute.cluster_resolver.ClusterResolver:
-    "Returns the addresses of the machines of a run, from TF_CONFIG or SLURM; each uses all GPUs that it sees."
+    "Returns the addresses of the machines of a run, from TF_CONFIG or SLURM; each uses all its visible GPUs."
     resolvers = tf.distribute.cluster_resolver
     if os.environ.get('TF_CONFIG'): return resolvers.TFConfigClusterResolver()
     workers = slurm_workers(8888 + int(os.environ.get('SLURM_JOB_ID', 0))%10_000)

@@ -55,7 +55,7 @@ def resolve_arch(
     spec:Spec,                               # the experiment
     initial:InitialWeights=InitialWeights(), # the files that the run starts from
 )->Arch:
-    "Returns the architecture that a run trains: the spec's, adapted to the weights it starts from."
+    "Returns the architecture that a run trains: that of the spec, adapted to the weights it starts from."
     if initial.pruned: return _pruned_arch(spec, initial.pruned)
     arch = arch_from_spec(spec)
     if initial.checkpoint: return match_preprocessing(arch, initial.checkpoint.arch)
@@ -110,11 +110,11 @@ def class_table_from_spec(
 # %% ../../nbs/train/03_experiment.ipynb #efd8c157
 @dataclass(frozen=True)
 class TrainingPlan:
-    "The plan of a training: its settings, its frozen layers, and its length in steps."
+    "The plan of a training run: its settings, its frozen layers, and its length in steps."
     config:TrainingConfig         # the settings, `num_examples_per_epoch` included
     frozen_blocks:tuple=()        # blocks of the backbone that are not trained: 0 the stem, 1 to 7 the stages
-    freeze_bn:bool=False          # whether the batch statistics of the backbone stay as they are
-    ema_decay_is_set:bool=False   # whether the spec gives `moving_average_decay` itself
+    freeze_bn:bool=False          # whether the batch normalisation layers of the backbone are frozen
+    ema_decay_is_set:bool=False   # whether the spec sets `moving_average_decay`
 
     @property
     def batch_size(self)->int: return self.config.train_batch_size   # images per replica and step
@@ -139,7 +139,7 @@ def with_epoch_size(
     spec:Spec,          # the experiment
     num_replicas:int=1, # replicas that share the images
 )->Spec:                # the same, with `num_examples_per_epoch` filled in if the spec left it out
-    "Counts the training images if the spec does not give the size of an epoch."
+    "Counts the training images if the spec does not set the size of an epoch."
     if spec.training_config.num_examples_per_epoch: return spec
     num_images = count_examples(spec.dataset_config.training_file_pattern)
     return spec.replace(training_config=dict(num_examples_per_epoch=max(1, num_images//num_replicas)))
@@ -148,7 +148,7 @@ def with_epoch_size(
 def training_plan_from_spec(
     spec:Spec,       # the experiment, `num_examples_per_epoch` included
 )->TrainingPlan:
-    "Returns the training that a spec describes; raises a ValueError if it has no step."
+    "Returns the training plan that a spec describes; raises a ValueError if it has no step."
     config, model = spec.training_config, spec.model_config
     ema_decay_is_set = spec.is_set('training_config', 'moving_average_decay')
     plan = TrainingPlan(config, model.frozen_blocks, model.freeze_bn, ema_decay_is_set)
@@ -162,11 +162,11 @@ def training_plan_from_spec(
     return plan
 
 # %% ../../nbs/train/03_experiment.ipynb #f5549d06
-VARIANT_FIELDS = ('anchor_scale', 'max_level')     # left out of a spec, these have the variant's own value
+VARIANT_FIELDS = ('anchor_scale', 'max_level')     # if left out, the default of the variant is used
 
 def with_defaults(
     spec:Spec, # the experiment
-)->Spec:       # the same, with every field given that has a valid default, but for `VARIANT_FIELDS`
+)->Spec:       # the same, with all valid defaults filled in except `VARIANT_FIELDS`
     "Returns a spec with its defaults written out."
     defaults = {}
     for section in SPEC_SECTIONS:
@@ -182,8 +182,8 @@ class Experiment:
     arch:Arch                  # the detector
     data:DataConfig            # records and augmentation
     training:TrainingPlan      # settings and length of the training
-    evaluation:EvalConfig      # when and on how many images it is evaluated
-    spec_text:str              # the spec as it was given, the number of images included
+    evaluation:EvalConfig      # when to evaluate, and on how many images
+    spec_text:str              # the spec as given, with the number of images
     full_spec_text:str         # the same with every default written out
 
 # %% ../../nbs/train/03_experiment.ipynb #d64d3362
@@ -232,7 +232,7 @@ def check_spec_changes(
               for (s,f),(old,new) in changed.items() if f in FIXED_FIELDS.get(s, ())]
     errors += _pace_changes(old_pace or new_pace, new_pace)
     if errors:
-        raise ValueError(f'{name}: {"; ".join(errors)}. A run cannot continue with that change: undo it, or start '
+        raise ValueError(f'{name}: {"; ".join(errors)}. A run cannot continue with this change: undo it, or start '
                          f'another --model_dir with training_config.checkpoint: "{name}"')
     return _describe_changes(changed) if changed else ''
 
@@ -254,7 +254,7 @@ def compare_spec_texts(
     new_pace:dict,
     name:str,       # the checkpoint, for messages
 )->str:             # one line on what changed; empty if nothing did
-    "Compares the specs of the two halves of a run."
+    "Compares the spec of a checkpoint with the current spec."
     changed = changed_fields(Spec.parse(old_text), Spec.parse(new_text))
     return check_spec_changes(changed, old_pace, new_pace, name)
 
@@ -275,13 +275,13 @@ def eval_dataset_from_spec(
 def until_timeout(
     samples,       # any iterable
     timeout:float, # seconds; 0 is no limit
-):                 # the same items, ending when time is up, but never before the first
-    "Yields samples until the time is over."
+):                 # the same items until the limit is reached, but at least one
+    "Yields samples until a time limit is reached."
     end = time.monotonic()+timeout
     for n,sample in enumerate(samples):
         if n and timeout and time.monotonic() > end:
-            warnings.warn(f'eval_config.eval_timeout: {timeout:g} s are over after {n} images; '
-                          'the metrics are those of these images')
+            warnings.warn(f'eval_config.eval_timeout: the limit of {timeout:g} s was reached after {n} images; '
+                          'the metrics cover only these images')
             return
         yield sample
 

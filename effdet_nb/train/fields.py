@@ -69,7 +69,7 @@ def _small_image_error(text, height, width):
 
 # %% ../../nbs/train/01_fields.ipynb #5f999f37
 def _parse_literal(text):
-    "Returns the Python literal of a text, without running anything; None if it is not one."
+    "Returns the value of a Python literal without executing code; None if the string is not a literal."
     try: return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError): return None
 
@@ -188,7 +188,7 @@ class TrainingConfig:
     checkpoint_period:int = spec_field(8, 10, 'Epochs between checkpoints', 'epochs', at_least(1))
     keep_checkpoint_max:int = spec_field(9, 0, 'Number of newest checkpoints to keep; 0 keeps all', 'files')
     num_examples_per_epoch:int = spec_field(
-        10, 0, 'Training images divided by the number of GPUs; left out, the records are counted', 'images',
+        10, 0, 'Training images divided by the number of GPUs; if left out, the records are counted', 'images',
         at_least(1))
     num_epochs:int = spec_field(11, 300, 'Length of the training', 'epochs', at_least(1))
     skip_checkpoint_variables:str = spec_field(
@@ -235,7 +235,7 @@ class EvalConfig:
     eval_batch_size:int = spec_field(3, 16, 'Images per batch in evaluation and inference', 'images', at_least(1))
     eval_epoch_cycle:int = spec_field(4, 10, 'Epochs between evaluations', 'epochs', at_least(1))
     eval_after_training:bool = spec_field(5, True, 'Evaluate once more at the end of training')
-    eval_samples:int = spec_field(6, 0, 'Number of images to evaluate on; left out, all', 'images', at_least(1))
+    eval_samples:int = spec_field(6, 0, 'Number of images to evaluate on; if left out, all', 'images', at_least(1))
     min_score_thresh:float = spec_field(
         7, 0.5, 'Lowest score of a detection that inference keeps; AP does not use this field', 'score', within(0,1))
     max_detections_per_image:int = spec_field(8, 100, 'Largest number of detections per image', 'boxes', at_least(1))
@@ -251,7 +251,7 @@ class AugConfig:
         3, 2.0, 'Largest random scale of an image before cropping', 'of the input', above(0))
 
 # %% ../../nbs/train/01_fields.ipynb #2562ab01
-# the last one is a toy for chapters and tests, so no message mentions it
+# the last one is a toy variant for chapters and tests, so no message mentions it
 MODEL_NAMES = tuple(f'efficientdet-{v}' for v in
     'd0 d1 d2 d3 d4 d5 d6 d7 d7x lite0 lite1 lite2 lite3 lite3x lite4 tiny'.split())
 
@@ -282,11 +282,11 @@ class ModelConfig:
         4, '[(1.0, 1.0), (1.4, 0.7), (0.7, 1.4)]', 'Shapes of the anchors: (width, height) factors', 'list',
         Constraint('a list of (width, height) factors', parse_aspect_ratios))
     anchor_scale:float = spec_field(
-        5, 4., 'Side of the smallest square anchor, in cells of its level; left out, it is 5 for d7 and 3 for lite0, '
-        'lite1, lite2 and lite3x', 'cells', above(0))
+        5, 4., 'Side of the smallest square anchor, in cells of its level; if left out, it is 5 for d7 and 3 for '
+        'lite0, lite1, lite2 and lite3x', 'cells', above(0))
     min_level:int = spec_field(6, 3, 'Finest level of the feature pyramid', 'level', min_level_constraint)
     max_level:int = spec_field(
-        7, 7, 'Coarsest level of the feature pyramid; left out, it is 8 for d7x', 'level', max_level_constraint)
+        7, 7, 'Coarsest level of the feature pyramid; if left out, it is 8 for d7x', 'level', max_level_constraint)
     num_scales:int = spec_field(
         8, 3, 'Anchor sizes per octave: 2^0, 2^(1/3), 2^(2/3) for 3', 'sizes', at_least(1))
 

@@ -19,8 +19,8 @@ from keras import ops
 def warmup_cosine(
     step,         # steps done so far, a number or a tensor
     peak,         # the largest learning rate, reached at the end of the warm-up
-    warmup_init,  # the learning rate of the very first step
-    warmup_steps, # steps on the straight line; 0 starts at the peak
+    warmup_init,  # the learning rate of the first step
+    warmup_steps, # steps of the warm-up; 0 starts at the peak
     total_steps,  # steps of the whole training; the rate is 0 afterwards
 ):                # float32 of the shape of `step`
     "Returns the learning rate of a step: linear warm-up, then half a cosine to zero."
@@ -32,12 +32,12 @@ def warmup_cosine(
 # %% ../../nbs/train/04_optim.ipynb #8a9297b9
 @keras.saving.register_keras_serializable('effdet_nb')
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
-    "The learning rate of a training as a Keras schedule: linear warm-up, then half a cosine to zero."
+    "The learning rate of a training run as a Keras schedule: linear warm-up, then half a cosine to zero."
     def __init__(
         self,
         peak:float,        # the largest learning rate
-        warmup_init:float, # the learning rate of the very first step
-        warmup_steps:int,  # steps on the straight line
+        warmup_init:float, # the learning rate of the first step
+        warmup_steps:int,  # steps of the warm-up
         total_steps:int,   # steps of the whole training
     ):
         self.peak, self.warmup_init, self.warmup_steps, self.total_steps = peak, warmup_init, warmup_steps, total_steps
@@ -53,18 +53,18 @@ def make_lr_schedule(
     config,                # a `TrainingConfig`: num_epochs, lr_warmup_epoch, lr_warmup_init, learning_rate
     steps_per_epoch:float, # images of an epoch divided by the global batch, not rounded
 )->WarmupCosine:           # to pass to `make_optimizer`
-    "Returns the learning-rate schedule of a training."
+    "Returns the learning-rate schedule of a training run."
     warmup_steps, total_steps = int(config.lr_warmup_epoch*steps_per_epoch), int(config.num_epochs*steps_per_epoch)
     if warmup_steps >= total_steps:
         warnings.warn(f'training_config.lr_warmup_epoch: the warm-up takes {config.lr_warmup_epoch:g} of '
                       f'{config.num_epochs:g} epochs, so learning_rate {config.learning_rate:g} is never reached. '
-                      'Lower lr_warmup_epoch, to a tenth of num_epochs or so')
+                      'Lower lr_warmup_epoch, for example to a tenth of num_epochs')
     return WarmupCosine(config.learning_rate, config.lr_warmup_init, warmup_steps, total_steps)
 
 # %% ../../nbs/train/04_optim.ipynb #e3d633c6
 def plot_lr_schedule(
     lr_schedule:WarmupCosine,   # from `make_lr_schedule`
-    steps_per_epoch:float=None, # marks the axis in epochs; in steps if None
+    steps_per_epoch:float=None, # to label the axis in epochs; in steps if None
     ax=None,                    # matplotlib axes to draw on
 ):                              # the axes
     "Plots the learning rate over the whole training."
@@ -100,7 +100,7 @@ def clip_by_global_norm(
 def make_optimizer(
     config,         # a `TrainingConfig`: momentum, clip_gradients_norm
     learning_rate,  # a number or a schedule
-    clip:bool=True, # False if the training loop clips by itself
+    clip:bool=True, # False if the training loop clips the gradients
 )->keras.optimizers.SGD:
     "Returns stochastic gradient descent with momentum; a norm of 0 does not clip."
     norm = config.clip_gradients_norm if clip else 0
@@ -108,14 +108,14 @@ def make_optimizer(
 
 # %% ../../nbs/train/04_optim.ipynb #05247535
 def kernel_variables(
-    variables, # Keras variables, say `model.trainable_variables`
+    variables, # Keras variables, such as `model.trainable_variables`
 )->list:       # the kernels of convolutions (depthwise and pointwise too) and dense layers
     "Returns the variables that weight decay applies to."
     return [v for v in variables if v.name.split('/')[-1].endswith('kernel')]
 
 # %% ../../nbs/train/04_optim.ipynb #4079a17e
 def l1_l2_penalty(
-    variables, # Keras variables; only the kernels among them count
+    variables, # Keras variables; only kernels are penalised
     l1=0.,     # spec field l1_weight_decay
     l2=0.,     # spec field l2_weight_decay
 ):             # scalar to add to the loss
@@ -137,7 +137,7 @@ def ema_decay(
 
 # %% ../../nbs/train/04_optim.ipynb #f0fe870b
 def float_variables(
-    variables, # Keras variables, say `model.weights`
+    variables, # Keras variables, such as `model.weights`
 )->list:       # those that can be averaged
     "Returns the float variables: weights and batch norm statistics, but no counters or RNG states."
     return [v for v in variables if 'float' in str(v.dtype)]
@@ -147,7 +147,7 @@ class Ema:
     "The exponential moving average of a model's weights."
     def __init__(
         self,
-        variables,   # Keras variables, say `model.weights`; always pass the same ones
+        variables,   # Keras variables, such as `model.weights`; always pass the same ones
         decay:float, # moving_average_decay of the spec, below 1
     ):
         averaged = float_variables(variables)
@@ -182,14 +182,14 @@ def to_dict(
 @patch
 def load_dict(
     self:Ema,
-    arrays:dict, # path of a variable → array, as `to_dict` gives it
+    arrays:dict, # path of a variable → array, as returned by `to_dict`
 ):
     "Loads a stored average; all paths and shapes must match."
     expected = dict(zip(self.paths, self.shapes))
     wrong = [path for path,shape in expected.items() if path not in arrays or np.shape(arrays[path]) != shape]
     if wrong:
         raise ValueError(f'ema: {len(wrong)} of {len(self.paths)} variables are missing or have another shape, '
-                         f'the first is {wrong[0]}. Load the file of the same model')
+                         f'the first is {wrong[0]}. Load a file of the same model')
     self.flat_weights.assign(np.concatenate([np.reshape(arrays[path], -1) for path in self.paths]))
 
 # %% ../../nbs/train/04_optim.ipynb #acc5bb4b

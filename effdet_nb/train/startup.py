@@ -41,7 +41,7 @@ def read_initial_weights(
     key:str='',            # key of all files
     model_dir=None,        # folder of the run, which may contain a checkpoint to continue from
 )->InitialWeights:
-    "Reads the files that a run starts from, each of them once."
+    "Reads each of the files that a run starts from once."
     path, checkpoint = load_latest_checkpoint(model_dir, key) if model_dir and config.resume else (None, None)
     pruned = load_plain_or_encrypted(config.pruned_model_path, key) if config.pruned_model_path else None
     if pruned: model_name = pruned.arch.name
@@ -53,11 +53,11 @@ def read_initial_weights(
 def weight_decay_hint(
     config:TrainingConfig, # l1_weight_decay, l2_weight_decay
 )->str:                    # empty if both are 0
-    "Returns a hint against weight decay in the retraining of a pruned model."
+    "Returns a hint if weight decay is active while a pruned model is retrained."
     decays = {'l1_weight_decay': config.l1_weight_decay, 'l2_weight_decay': config.l2_weight_decay}
     active = [f'{name} {value:g}' for name,value in decays.items() if value]
     if not active: return ''
-    return (f' (hint: {" and ".join(active)} keeps shrinking the filters that are left; '
+    return (f' (hint: {" and ".join(active)} keeps shrinking the remaining filters; '
             '0 usually lets a pruned model recover better)')
 
 # %% ../../nbs/train/10_startup.ipynb #b693b628
@@ -84,7 +84,7 @@ def begin_run(
     trainer:Trainer,        # the run
     initial:InitialWeights, # without a checkpoint
 )->str:                     # where the weights come from
-    "Fills the weights of a new run: from a pruned model, pretrained, or random."
+    "Initialises the weights of a new run: from a pruned model, from pretrained weights, or at random."
     config, lines = trainer.config, []
     if initial.pruned:
         set_weights_by_path(trainer.model, initial.pruned.averaged_weights, config.pruned_model_path)
@@ -108,8 +108,8 @@ def initialize_weights(
     history:MetricHistory,  # its metrics
     initial:InitialWeights, # the files that it starts from
     spec_text:str='',       # its spec
-)->str:                     # where the run starts: one line, or a table of the weights loaded
-    "Fills the weights of a run: continued, pruned, pretrained or random."
+)->str:                     # where the run starts: one line, or a table of the loaded weights
+    "Initialises the weights of a run: continued, pruned, pretrained or random."
     if initial.checkpoint: return continue_run(trainer, history, initial, spec_text)
     return begin_run(trainer, initial)
 
@@ -149,7 +149,7 @@ def prepare_training(
     key:str,    # key of all files, or ''
     strategy,   # devices, from `make_strategy`
 )->tuple:       # (Experiment, Trainer at its next step, MetricHistory, ClassTable)
-    "Resolves a spec, builds the network and fills its weights; logs where the run starts."
+    "Resolves a spec, builds the network and initialises its weights; logs where the run starts."
     set_up_process(spec.training_config)
     initial = read_initial_weights(spec.training_config, spec.model_config.model_name, key, model_dir)
     experiment = resolve_experiment(spec, initial, strategy.num_replicas_in_sync)

@@ -25,7 +25,7 @@ from .distributed import num_workers
 
 # %% ../../nbs/train/06_trainer.ipynb #72b9e6f4
 def enable_determinism():
-    "Makes operations deterministic and disables graph rewriting, for the rest of the process."
+    "Makes operations deterministic and disables graph optimisation, for the rest of the process."
     tf.config.experimental.enable_op_determinism()
     tf.config.optimizer.set_experimental_options({'disable_meta_optimizer': True})
 
@@ -85,7 +85,7 @@ def build_trainable(
     plan:TrainingPlan,        # which layers stay frozen
     synchronized:bool=False,  # whether replicas share their batch statistics
 )->keras.Model:
-    "Builds the model to train and freezes the layers that the plan names."
+    "Builds the model to train and freezes the layers that the plan lists."
     model = build(arch, synchronized=synchronized, layers=FusedNormLayers)
     freeze_backbone(model, plan.frozen_blocks, plan.freeze_bn)
     model.stop_training = False      # Keras callbacks set this to end a run
@@ -96,7 +96,7 @@ def build_optimizer(
     lr_schedule,           # from `make_lr_schedule`
     model:keras.Model,     # the model to train
 )->keras.optimizers.Optimizer:
-    "Builds the optimizer of a training, without clipping: the trainer clips the sum over all replicas."
+    "Builds the optimizer of a training run, without clipping: the trainer clips the sum over all replicas."
     optimizer = with_loss_scaling(make_optimizer(config, lr_schedule, clip=False), model)
     optimizer.build(model.trainable_variables)
     return optimizer
