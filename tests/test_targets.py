@@ -167,5 +167,5 @@ def test_grids_of_any_anchors(image_hw, shapes):
     grid = G.anchor_grid(anchors)
     assert len(grid.first_anchor) == 5 and (grid.grid_hw[0] == np.array(image_hw)//8).all()
     np.testing.assert_allclose(G.rebuild_anchors(grid), anchors, atol=1e-3)
-    with pytest.raises(ValueError, match='do not stand on grids'): G.anchor_grid(anchors[np.r_[1, 0, 2:len(anchors)]])
-    with pytest.raises(ValueError, match='do not stand on grids'): G.anchor_grid(anchors[:-1])
+    with pytest.raises(ValueError, match='do not form grids'): G.anchor_grid(anchors[np.r_[1, 0, 2:len(anchors)]])
+    with pytest.raises(ValueError, match='do not form grids'): G.anchor_grid(anchors[:-1])
