@@ -7,7 +7,7 @@ import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 import yaml
@@ -169,15 +169,56 @@ def open_anchors(site, browser, **viewport):
     browser.goto((site/'detector'/'anchors.html').as_uri())
 
 
-def test_search_finds_anchors(site, browser):
-    browser.set_viewport(*DESKTOP)
-    browser.goto((site/'search.html').as_uri()+'?q=anchors')
+WORDS = {   # what a reader may type, and the page that should be among the first results
+    'anchors': 'detector/anchors.html', 'focal loss': 'detector/loss.html', 'NMS': 'detector/nms.html',
+    'soft-NMS': 'detector/nms.html', 'EMA': 'train/optim.html', 'resume': 'train/checkpoints.html',
+    'checkpoint': 'train/checkpoints.html', 'int8': 'export/quantize.html', 'KITTI': 'reference/formats.html',
+    'ground truth': 'evaluate/ground_truth.html', 'letterbox': 'detector/images.html',
+}
+
+def found_pages(browser, site, words):
+    "The pages that the search finds, best first."
+    browser.goto((site/'search.html').as_uri()+'?q='+quote(words))
     links = 'document.querySelectorAll("#search-results li > a")'
-    assert browser.wait_for(f'{links}.length > 2'), 'the search found nothing'
-    found = browser.evaluate_js(f'[...{links}].map(a => a.getAttribute("href"))')
-    assert any(urlsplit(f).path=='detector/anchors.html' for f in found[:5]), found[:5]
+    assert browser.wait_for(f'{links}.length > 2'), f'the search for {words} found nothing'
+    return [urlsplit(f).path for f in browser.evaluate_js(f'[...{links}].map(a => a.getAttribute("href"))')]
+
+
+def test_search_finds_the_terms_of_the_field(site, browser):
+    browser.set_viewport(*DESKTOP)
+    found = {words: found_pages(browser, site, words) for words in WORDS}
+    assert not {words: found[words][:5] for words, page in WORDS.items() if page not in found[words][:5]}
     browser.goto((site/'search.html').as_uri()+'?q=zyzzyva')
     assert browser.wait_for('/did not match|no results/i.test(document.body.innerText)')
+
+
+def test_each_part_begins_with_its_overview():
+    parts = {title: notebooks for title, notebooks in sidebar() if re.match(r'[IVX]+\.|Appendix', title)}
+    assert len(parts)>8
+    assert not [title for title, notebooks in parts.items() if Path(notebooks[0]).name!='00_overview.ipynb']
+
+
+def test_answers_of_exercises_are_folded(site, browser):
+    browser.set_viewport(*DESKTOP)
+    browser.goto((site/'detector'/'first_fit.html').as_uri())
+    answers = '[...document.querySelectorAll("article details.dropdown")]'
+    count = browser.evaluate_js(f'{answers}.length')
+    titles = browser.evaluate_js(f'{answers}.map(a => a.querySelector("summary").innerText.trim())')
+    assert count and titles==['Answer']*count
+    shown = f'{answers}.filter(a => a.querySelector("p:not(.admonition-title)").checkVisibility())'
+    assert browser.evaluate_js(f'{shown}.length')==0
+    browser.evaluate_js(f'{answers}.forEach(a => a.querySelector("summary").click())')
+    assert browser.wait_for(f'{shown}.length == {count}'), 'a click does not open the answer'
+
+
+def test_the_glossary_links_each_term_to_a_page_and_is_in_order():
+    cells = json.loads((NBS/'reference'/'glossary.ipynb').read_text(encoding='utf-8'))['cells']
+    text = ''.join(cells[1]['source'])
+    entries = re.findall(r'^\*\*(.+?)\*\*: .*\[.+?\]\(\.\./(.+?)\)$', text, re.M)
+    terms = [term.lower() for term, _ in entries]
+    assert len(terms)>60 and len(terms)==len(re.findall(r'^\*\*', text, re.M))
+    assert terms==sorted(terms)
+    assert not [file for _, file in entries if not (NBS/file).is_file()]
 
 
 def test_every_page_has_a_search_button(site, browser):

@@ -11,6 +11,7 @@ are images made by tools/draw_diagrams.py. So the site also works from a memory 
 """
 import argparse
 import ast
+import html
 import json
 import os
 import posixpath
@@ -28,6 +29,8 @@ CALLOUT = re.compile(r'^(:{3,})\s*\{\.callout-(\w+)([^}]*)\}[ \t]*\n(?:\s*\n)?(?
 CELL_OPTION = re.compile(r'^#\|\s*([\w-]+)(?::\s*(.*?))?\s*$', re.M)
 CODE_BLOCK = re.compile(r'^```.*?^```', re.M | re.S)
 LINK = re.compile(r'(\]\()([^)\s]+)(\))')
+NAMED_LINK = re.compile(r'\[(`[^`\n]+`)\]\(([^()\s#]*)#([\w.-]+)\)')   # a name that nbdev linked to its definition
+HEADING = re.compile(r'(?:^|\s)#{1,6} +([^\n{]+)')
 CODE_LINK = re.compile(r'\[(`[^`\n]+`)\]\([^()\s]*\)')
 NESTED_LINK = re.compile(r'\[\[(`[^`\]]+`)\]\([^)\s]+\)\]\(([^)\s]+)\)') # a link whose text nbdev made a link as well
 EXPORT_DIRECTIVE = re.compile(r'^#\|\s*exports?\b', re.M)
@@ -71,6 +74,14 @@ class Page:
         self.page_path = posixpath.join(posixpath.dirname(notebook_path), name)
 
 
+    def anchors(self):
+        "The ids of the headings of a page, among them those of its documented definitions."
+        texts = [source_of(c) for c in self.notebook['cells'] if c['cell_type']=='markdown']
+        outputs = [o for c in self.notebook['cells'] for o in c.get('outputs', [])]
+        texts += [''.join(o.get('data', {}).get('text/markdown', '')) for o in outputs]
+        return {slug(heading) for text in texts for heading in HEADING.findall(text)}
+
+
 class MarkdownRewriter:
     "Rewrites Quarto's Markdown as MyST's, for all pages of a site."
     def __init__(self, pages, site_url):
@@ -78,6 +89,7 @@ class MarkdownRewriter:
         self.by_page_path = {p.page_path: p for p in pages}
         self.site_url = site_url.rstrip('/') + '/'
         self.missing_diagrams = []
+        self.anchors = {}
 
     def find_page(self, path, page):
         "The page that a link of `page` leads to, by the address on the site or by a relative path; None for others."
@@ -92,6 +104,14 @@ class MarkdownRewriter:
         path, hash_sign, anchor = target.partition('#')
         found = self.find_page(path, page)
         return f'/{found.page_path}.ipynb{hash_sign}{anchor}' if found else target
+
+    def name_link(self, match, page):
+        "A name with its link to the definition; without the link if that page does not show the definition."
+        name, path, anchor = match.groups()
+        found = self.find_page(path, page)
+        if not found: return match[0]
+        if found.page_path not in self.anchors: self.anchors[found.page_path] = found.anchors()
+        return match[0] if anchor in self.anchors[found.page_path] else name
 
     def diagram(self, match):
         "The image of a mermaid block; its text as long as there is no image."
@@ -108,6 +128,7 @@ class MarkdownRewriter:
         text = MERMAID_BLOCK.sub(self.diagram, text)
         text = CALLOUT.sub(callout_to_admonition, text)
         text = NESTED_LINK.sub(r'[\1](\2)', text)
+        text = NAMED_LINK.sub(lambda m: self.name_link(m, page), text)
         return LINK.sub(lambda m: m[1] + self.link(m[2], page) + m[3], text)
 
 
@@ -378,6 +399,9 @@ button.code {
 @media (max-width: 719px) {   /* beside the button a long title would break within a word */
   button.code { float: none; display: block; margin: 0 0 0 auto; }
 }
+details.admonition { padding-bottom: .1rem; }
+details.admonition > summary.admonition-title { cursor: pointer; list-style-position: inside; display: list-item; margin-bottom: 0; }
+details.admonition[open] > summary.admonition-title { margin-bottom: .6rem; }
 .cell details.hide summary { font-size: .8rem; font-weight: normal; padding: .2rem .5rem; }
 .cell.tag_hide-input { margin: .6rem 0; }
 '''
@@ -446,8 +470,20 @@ def mathml_visitor(block):
     return visit
 
 
+def fold_admonitions(app, document, page_name):
+    "Turns the admonitions that are to be folded into HTML's own folded boxes, which need no script."
+    from docutils import nodes
+    for box in list(document.findall(nodes.admonition)):
+        if 'dropdown' not in box['classes']: continue
+        title, *content = box.children
+        opening = (f'<details class="{" ".join(box["classes"])}">'
+                   f'<summary class="admonition-title">{html.escape(title.astext())}</summary>')
+        box.replace_self([nodes.raw('', opening, format='html'), *content, nodes.raw('', '</details>', format='html')])
+
+
 def setup(app):
-    "Makes this file a Sphinx extension: the one that draws formulas."
+    "Makes this file a Sphinx extension: it writes formulas as MathML and folds admonitions."
+    app.connect('doctree-resolved', fold_admonitions)
     app.add_html_math_renderer('mathml', (mathml_visitor(False), None), (mathml_visitor(True), None))
     return dict(parallel_read_safe=True, parallel_write_safe=True)
 
