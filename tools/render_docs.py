@@ -400,7 +400,9 @@ button.code {
   button.code { float: none; display: block; margin: 0 0 0 auto; }
 }
 details.admonition { padding-bottom: .1rem; }
-details.admonition > summary.admonition-title { cursor: pointer; list-style-position: inside; display: list-item; margin-bottom: 0; }
+details.admonition > summary.admonition-title {
+  cursor: pointer; list-style-position: inside; display: list-item; margin-bottom: 0;
+}
 details.admonition[open] > summary.admonition-title { margin-bottom: .6rem; }
 .cell details.hide summary { font-size: .8rem; font-weight: normal; padding: .2rem .5rem; }
 .cell.tag_hide-input { margin: .6rem 0; }
