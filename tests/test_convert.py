@@ -532,12 +532,12 @@ dataset_convert({str(images)!r}, {str(annotations)!r}, {str(out)!r}, workers=2, 
     while len(list(out.glob('.train.part/train-0*.json'))) < 3 and time.time() < deadline: time.sleep(.01)
     os.killpg(run.pid, getattr(signal, how))
     error = run.communicate(timeout=60)[1]
-    assert run.returncode != 0 and (how == 'SIGKILL' or 'goes on from the shards that are complete' in error)
+    assert run.returncode != 0 and (how == 'SIGKILL' or 'continue from the complete shards' in error)
     assert [p.name for p in out.iterdir()] == ['.train.part']                           # nothing under a final name
     done = {p.name: p.with_suffix('.tfrecord').stat().st_ino for p in (out/'.train.part').glob('train-0*.json')}
     assert 3 <= len(done) < 32
     summary = dataset_convert(images, annotations, out, num_shards=32, workers=2)
-    assert f'going on, {len(done)} of 32 shards were complete' in capsys.readouterr().err
+    assert f'continuing, {len(done)} of 32 shards were complete' in capsys.readouterr().err
     # not written again
     assert all((out/n.replace('.json', '.tfrecord')).stat().st_ino == inode for n, inode in done.items())
     straight = dataset_convert(images, annotations, tmp_path/'straight', num_shards=32, workers=1)
@@ -605,7 +605,7 @@ def test_a_full_disk_keeps_finished_shards(toy_dataset, monkeypatch, capsys):
     with pytest.raises(OSError, match='No space left'): dataset_convert(images, annotations, out, num_shards=4)
     monkeypatch.undo()
     assert dataset_convert(images, annotations, out, num_shards=4).num_images == 14
-    assert 'going on, 2 of 4 shards' in capsys.readouterr().err
+    assert 'continuing, 2 of 4 shards' in capsys.readouterr().err
 
 
 # --- beyond one machine ---
