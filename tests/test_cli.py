@@ -116,10 +116,10 @@ def test_help_describes_a_task_without_heavy_imports(task, tmp_path):
 
 
 @pytest.mark.parametrize('task', TASKS)
-def test_the_help_of_a_task_ends_with_an_example_that_its_parser_accepts(task, tmp_path):
+def test_the_help_of_a_task_contains_an_example_that_its_parser_accepts(task, tmp_path):
     command = cli.TASKS[task]
-    last_line = run(task, '--help', cwd=tmp_path).stdout.rstrip().split('\n')[-1].strip()
-    assert last_line==f'effdet_{task} {command.example}'
+    help_text = ' '.join(run(task, '--help', cwd=tmp_path).stdout.split())
+    assert f'Example: effdet_{task} {command.example} options:' in help_text
     assert parse_options(command, shlex.split(command.example))
 
 
