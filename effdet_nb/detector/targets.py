@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 from math import prod
 from .anchors import feature_size
+from .boxes import label_color
 
 # %% ../../nbs/detector/11_targets.ipynb #98942e89
 def anchor_iou(
@@ -40,12 +41,12 @@ def append_background(
 def forced_matches(
     iou_matrix, # [M+1, A] IoU, the last row being background
 ):              # [M+1] index of the anchor that each row forces; A if none
-    "Finds the best anchor of each object; if two objects share one, the lower row gets it."
+    "Finds the best anchor of each object; if two objects share one, the row with the smaller index gets it."
     best = ops.argmax(iou_matrix, axis=1)
     overlaps = ops.take_along_axis(iou_matrix, best[:, None], axis=1)[:, 0] > 0
     row = ops.arange(ops.shape(iou_matrix)[0])
-    lower_row_has_it = (best[:, None] == best) & overlaps & (row < row[:, None])
-    is_forced = overlaps & ~ops.any(lower_row_has_it, axis=1)
+    earlier_row_has_it = (best[:, None] == best) & overlaps & (row < row[:, None])
+    is_forced = overlaps & ~ops.any(earlier_row_has_it, axis=1)
     return ops.where(is_forced, best, ops.shape(iou_matrix)[1])
 
 # %% ../../nbs/detector/11_targets.ipynb #508dd686
@@ -88,7 +89,7 @@ def show_positives(
     ax.set_axis_off()
     anchors, cls_targets = np.asarray(anchors), np.asarray(cls_targets)
     positive = np.flatnonzero(cls_targets >= 0)
-    for i in positive: draw_box(ax, anchors[i], lw=.8, alpha=.8, ec=f'C{cls_targets[i] % 10}')
+    for i in positive: draw_box(ax, anchors[i], lw=.8, alpha=.8, ec=label_color(cls_targets[i]))
     for box in np.asarray(gt_boxes): draw_box(ax, box, lw=2.5, ec='w')
     ax.set_title(title or f'{len(positive)} of {len(cls_targets):,} anchors are positive', fontsize=10)
     return ax
