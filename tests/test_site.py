@@ -232,6 +232,7 @@ def test_the_page_can_be_dark(site, browser):
     light = f'({background}.reduce((a, b) => +a + +b) / 3)'
     open_anchors(site, browser, dark=True)
     assert browser.wait_for(f'{light} < 60'), 'a reader who prefers dark pages got a light one'
+    SHOTS.mkdir(exist_ok=True)
     browser.screenshot(SHOTS/'dark.png')
     browser.set_viewport(*DESKTOP)
     assert browser.wait_for(f'{light} > 200')

@@ -478,9 +478,10 @@ def fold_admonitions(app, document, page_name):
     for box in list(document.findall(nodes.admonition)):
         if 'dropdown' not in box['classes']: continue
         title, *content = box.children
-        opening = (f'<details class="{" ".join(box["classes"])}">'
-                   f'<summary class="admonition-title">{html.escape(title.astext())}</summary>')
-        box.replace_self([nodes.raw('', opening, format='html'), *content, nodes.raw('', '</details>', format='html')])
+        classes, summary_text = ' '.join(['admonition', *box['classes']]), html.escape(title.astext())
+        opening = f'<details class="{classes}"><summary class="admonition-title">{summary_text}</summary>'
+        folded = [nodes.raw('', opening, format='html'), *content, nodes.raw('', '</details>', format='html')]
+        box.parent.replace(box, folded)
 
 
 def setup(app):
