@@ -96,7 +96,7 @@ def nms(
     classes:np.ndarray=None,   # [N] int; boxes of different classes do not suppress each other. None: all compete
     iou_threshold:float=.5,    # a box that overlaps a better one by more is dropped, 0 to 1
     score_threshold:float=0.,  # a score must be above this
-    max_detections:int=100,    # keep at most so many
+    max_detections:int=100,    # keep at most this many
 )->np.ndarray:                 # indices of the kept boxes, best first
     "Suppresses duplicates by hard NMS."
     groups = np.zeros(len(scores), int) if classes is None else classes
@@ -110,7 +110,7 @@ def soft_nms(
     classes:np.ndarray=None,     # [N] int; boxes of different classes do not suppress each other. None: all compete
     sigma:float=.5,              # width of the bell curve: a smaller one lowers scores more
     score_threshold:float=.001,  # a lowered score must stay above this
-    max_detections:int=100,      # keep at most so many
+    max_detections:int=100,      # keep at most this many
 )->tuple:                        # indices of the kept boxes, best first, and their lowered scores
     "Lowers the scores of duplicates by Gaussian soft-NMS."
     groups = np.zeros(len(scores), int) if classes is None else classes
