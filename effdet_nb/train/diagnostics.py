@@ -22,7 +22,7 @@ from .trainer import Trainer, worker_dataset
 from .callbacks import MetricsCallback
 
 # %% ../../nbs/train/09_diagnostics.ipynb #b97c45d9
-LR_PER_IMAGE = .08/64      # learning rate per image of a step, from the paper
+LR_PER_IMAGE = .08/64      # learning rate per image of a step, from automl
 
 def hyperparameter_warnings(
     plan:TrainingPlan,  # the training
@@ -32,7 +32,7 @@ def hyperparameter_warnings(
     return [*_learning_rate_warnings(plan, num_replicas), *_ema_warnings(plan)]
 
 def _learning_rate_warnings(plan, num_replicas):
-    "Compares the learning rate with that of the paper for the same batch size."
+    "Compares the learning rate with that of automl for the same batch size."
     rate, batch_size = plan.config.learning_rate, plan.batch_size*num_replicas
     usual = LR_PER_IMAGE*batch_size
     if usual/100 <= rate <= 10*usual: return
