@@ -22,19 +22,19 @@ def _tf_config_members():
 
 # %% ../../nbs/train/05_distributed.ipynb #cda1d1f1
 def worker_rank()->int:
-    "Returns the index of this machine in its run, from TF_CONFIG or SLURM; 0 for a single machine."
+    "Returns the index of this process in its run, from TF_CONFIG or SLURM; 0 for a single process."
     members, own = _tf_config_members()
     return members.index(own) if members else int(os.environ.get('SLURM_PROCID', 0))
 
 # %% ../../nbs/train/05_distributed.ipynb #9f8e9724
 def num_workers()->int:
-    "Returns the number of machines of a run, from TF_CONFIG or SLURM; 1 for a single machine."
+    "Returns the number of processes of a run, from TF_CONFIG or SLURM; 1 for a single process."
     members, _ = _tf_config_members()
     return len(members) or int(os.environ.get('SLURM_STEP_NUM_TASKS', 1))
 
 # %% ../../nbs/train/05_distributed.ipynb #c32a77a5
 def is_chief()->bool:
-    "Returns whether this machine is the one that writes files and messages."
+    "Returns whether this process is the one that writes files and messages."
     return worker_rank() == 0
 
 # %% ../../nbs/train/05_distributed.ipynb #4e24cb82
@@ -68,7 +68,7 @@ def slurm_workers(
 
 # %% ../../nbs/train/05_distributed.ipynb #514a8056
 def cluster_resolver()->tf.distribute.cluster_resolver.ClusterResolver:
-    "Returns the addresses of the machines of a run, from TF_CONFIG or SLURM; each uses all its visible GPUs."
+    "Returns the addresses of the processes of a run, from TF_CONFIG or SLURM; each uses all its visible GPUs."
     resolvers = tf.distribute.cluster_resolver
     if os.environ.get('TF_CONFIG'): return resolvers.TFConfigClusterResolver()
     workers = slurm_workers(8888 + int(os.environ.get('SLURM_JOB_ID', 0))%10_000)

@@ -137,7 +137,11 @@ def scale_tensors(tensors, factor):
 STEP_METRICS = ('loss', 'cls_loss', 'box_loss', 'reg_loss', 'gradient_norm', 'positives')
 
 class Trainer:
-    "Holds the model, optimizer, learning-rate schedule and moving average of a run, and takes its steps."
+    """Holds the model, optimizer, learning-rate schedule and moving average of a run, and takes its steps.
+
+    Gradients are clipped after their sum over the replicas, because clipping each replica's own would change the
+    direction of the sum. The sum is then divided by the number of replicas,
+    because the optimizer sums over the replicas again."""
     def __init__(self,
         arch:Arch,          # the detector
         plan:TrainingPlan,  # settings and length of the training
