@@ -260,12 +260,12 @@ def test_repacked_files_open(tmp_path, arrays):
     'data, message',
     [
         (b'', 'empty'),
-        (b'hello', 'unknown here'),
+        (b'hello', 'unknown format'),
         (b'\x89HDF\r\n\x1a\n' + bytes(99), 'HDF5'),
         (b'\x08\x07' + bytes(99), 'ONNX'),
         (b'\x80\x04.', 'pickle'),
-        (np.random.default_rng(0).bytes(50_000), 'NVIDIA TAO, most likely'),
-        (bytes(4) + np.random.default_rng(0).bytes(50_000), 'NVIDIA TAO, most likely'),
+        (np.random.default_rng(0).bytes(50_000), 'written by NVIDIA TAO'),
+        (bytes(4) + np.random.default_rng(0).bytes(50_000), 'written by NVIDIA TAO'),
         (b'version https://git-lfs.github.com/spec/v1', 'Git LFS'),
     ],
 )
@@ -289,9 +289,9 @@ def test_zips_of_other_programs_are_named(tmp_path):
         (bytes(4), 'empty'),
         (b'\x08\x07abc', 'plain ONNX'),
         (b'\x07\0\0\0input_1' + bytes(99), 'UFF'),
-        (bytes(4) + np.random.default_rng(0).bytes(50_000), 'NVIDIA TAO, most likely'),
-        (np.random.default_rng(0).bytes(50_000), 'NVIDIA TAO, most likely'),
-        (bytes(4) + b'hello', 'unknown here'),
+        (bytes(4) + np.random.default_rng(0).bytes(50_000), 'written by NVIDIA TAO'),
+        (np.random.default_rng(0).bytes(50_000), 'written by NVIDIA TAO'),
+        (bytes(4) + b'hello', 'unknown format'),
     ],
 )
 def test_exported_files_of_other_programs_are_named(tmp_path, data, message):

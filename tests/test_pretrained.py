@@ -33,7 +33,7 @@ def test_greyscale_networks_load_colour_weights():
     colour.get_layer('stem_bn').moving_mean.assign(rng.normal(size=32))
     weights = SourceWeights('c', 'colour', 'ours', weights_by_path(colour), ARCH.mean_rgb, ARCH.std_rgb)
     report = load_pretrained(grey, weights, grey_arch)
-    assert 'the stem for three colours was converted for greyscale images' in report.notes
+    assert 'the stem was converted from colour to greyscale images' in report.notes
     image = rng.integers(0, 256, (1, *HW, 1)).astype('uint8')
     expected, found = stem_output(colour, np.repeat(image, 3, -1)), stem_output(grey, image)
     # the last row and column see the padding
@@ -49,7 +49,7 @@ def test_another_number_of_anchors_reinitialises_both_predictors(model):
     arch = Arch(image_hw=HW, num_classes=90, num_scales=2)
     report = load_pretrained(build(arch), SourceWeights('c', 'ours', 'ours', weights_by_path(model)), arch)
     assert {path.split('/')[0] for path in report.missing} == {'class-predict', 'box-predict'}
-    assert '9 anchors per cell there, 6 here' in report.notes[0]
+    assert '9 anchors per location in the file, 6 in the model' in report.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_another_number_of_anchors_reinitialises_both_predictors(model):
         (
             'box_net/box-1/pointwise_kernel',
             np.zeros((1, 1, 64, 88), 'f4'),
-            r'\(1, 1, 64, 88\) there, \(1, 1, 64, 64\) here',
+            r'\(1, 1, 64, 88\) in the file, \(1, 1, 64, 64\) in the model',
         ),
     ],
 )

@@ -171,7 +171,7 @@ def test_an_efficientnet_pytorch_backbone_is_loaded_and_its_head_left(tmp_path, 
     assert matching_variants(weights) == [f'efficientdet-{c}' for c in candidates]
     report = load_pretrained(build(arch), weights, arch)
     assert report.unexpected == ['_fc.bias'] and len(report.loaded) == len(theirs)
-    with pytest.raises(WeightsError, match='holds a backbone only'): arch_for_weights(weights)
+    with pytest.raises(WeightsError, match='contains only a backbone'): arch_for_weights(weights)
 
 
 def test_a_timm_backbone_in_safetensors(tmp_path):

@@ -127,7 +127,7 @@ def test_starting_from_weights_loads_those_that_fit(spec, trained):
     experiment, initial = experiment_of(other)
     trainer, history = Trainer(experiment.arch, experiment.training), MetricHistory([])
     start = initialize_weights(trainer, history, initial)
-    assert '4 classes there, 6 here: class-predict is re-initialised' in start    # nothing to be set for that
+    assert '4 classes in the file, 6 in the model: class-predict is re-initialised' in start    # without a setting
     trainer.config = set_training(other, skip_checkpoint_variables='-predict').training_config
     counts = [line.split() for line in initialize_weights(trainer, history, initial).splitlines() if '_net' in line]
     assert counts == [['class_net', '23', '3'], ['box_net', '23', '3']]

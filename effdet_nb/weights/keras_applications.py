@@ -28,8 +28,8 @@ KERAS_NUM_BLOCKS = dict(B0=16, B1=23, B2=23, B3=26, B4=32, B5=39, B6=45, B7=55)
 
 def inspect_keras_file(
     h5,    # an open HDF5 file
-)->tuple:  # (number of blocks, channels of the images or None, classes of the classifier or None)
-    "Finds out which network of `keras.applications` an HDF5 file may belong to."
+)->tuple:  # (number of blocks, image channels or None, classes of the classifier or None)
+    "Counts blocks, image channels and classes of the EfficientNet in an HDF5 file."
     shapes = {path: d.shape for path,d in h5_datasets(h5).items()}
     block_name = re.compile(r'block\d[a-z]_dwconv(?=/)|layers/depthwise_conv2d(_\d+)?(?=/)')
     matches = [block_name.search(path) for path in shapes]
@@ -45,12 +45,12 @@ def _shape_at(shapes, pattern):
 IMAGENET_STD = .229, .224, .225   # of red, green, blue, on the scale 0..1
 
 def keras_mean_std(
-    mean,     # [C] of its Normalization layer
-    variance, # [C] likewise
+    mean,     # [C] mean of the Normalization layer
+    variance, # [C] variance of that layer
 )->tuple:     # (mean, standard deviation) on the scale 0..255
     "Computes the pixel scale of a `keras.applications` EfficientNet."
     std = np.sqrt(np.asarray(variance, 'float64'))
-    # its ImageNet files store the deviation as the variance, and Keras divides twice
+    # the ImageNet files of Keras store the deviation as the variance, and Keras divides twice
     if np.allclose(std**2, IMAGENET_STD[:len(std)], rtol=1e-3): std = std**2
     return tuple(255*float(m) for m in mean), tuple(255*float(s) for s in std)
 
@@ -60,9 +60,9 @@ TAO_MEAN_STD = tuple(255*v for v in (.485,.456,.406)), (255*.224,)*3
 # %% ../../nbs/weights/06_keras_applications.ipynb #42c56c0e
 def weights_from_keras_model(
     model,    # a `keras.applications` EfficientNet
-    name:str, # where its weights come from
+    name:str, # where its weights come from, for reports
 )->SourceWeights:
-    "Takes the backbone of a Keras model, with its pixel scale."
+    "Returns the backbone weights of a Keras model, with its pixel scale."
     arrays = {w.path: np.asarray(keras.ops.convert_to_numpy(w)) for w in model.weights}
     backbone = {path: a for path,a in arrays.items() if part_of(path) == 'backbone'}
     mean_std = keras_mean_std(_normalization(arrays, 'mean'), _normalization(arrays, 'variance'))
@@ -75,23 +75,23 @@ def _normalization(arrays, variable):
 def read_keras_applications(
     path,          # .h5, .weights.h5 or .keras
     h5,            # the open HDF5 file, or the one inside
-    name:str=None, # what to call it in messages; None: the path
+    name:str=None, # name for error messages; None: the path
 )->SourceWeights:
     "Reads a file of `keras.applications`' EfficientNet B0 to B7."
     num_blocks, channels, num_classes = inspect_keras_file(h5)
     candidates = [b for b,n in KERAS_NUM_BLOCKS.items() if n == num_blocks]
     name = str(name or path)
     if not candidates or channels not in (1,3):
-        raise WeightsError(f'{name}: a Keras file, but of none of the networks read here: keras.applications '
-                           "EfficientNetB0 to B7, and google/automl's efficientdet")
+        raise WeightsError(f'{name}: a Keras file of an unsupported network. Supported are EfficientNetB0 to B7 of '
+                           "keras.applications, and google/automl's efficientdet")
     extension, problem = '.weights.h5' if 'layers' in h5 else '.h5', ''
     for b in candidates:
         model = _keras_model(b, include_top=bool(num_classes), classes=num_classes or 1000,
                              input_shape=(224, 224, channels), weights=None)
         problem = _load_keras_file(model, path, extension)
         if not problem: return weights_from_keras_model(model, name)
-    raise WeightsError(f'{name}: looks like EfficientNet{" or ".join(candidates)}, but its weights do not fit there '
-                       f'({problem}). Save them with model.save_weights of the plain keras.applications model')
+    raise WeightsError(f'{name}: looks like EfficientNet{" or ".join(candidates)}, but its weights do not fit '
+                       f'({problem}). Save an unmodified keras.applications model with model.save_weights')
 
 def _keras_model(b, **options):
     return getattr(keras.applications, f'EfficientNet{b}')(name=f'EfficientNet{b}', **options)
@@ -116,22 +116,22 @@ def keras_backbone(
     "Finds the `keras.applications` network that is the backbone of a detector."
     variant, num_blocks = get_variant(model_name), len(blocks_by_name(Arch(model_name)))
     names = [b for b,n in KERAS_NUM_BLOCKS.items() if n == num_blocks and not variant.lite]
-    if names == ['B1', 'B2']: names = ['B1'] if variant.width == 1. else ['B2']     # as many blocks, of other widths
+    if names == ['B1', 'B2']: names = ['B1'] if variant.width == 1. else ['B2']     # they differ only in their widths
     return names[0] if names else None
 
 # %% ../../nbs/weights/06_keras_applications.ipynb #b569cd90
 def imagenet_weights(
     model_name:str, # the variant whose backbone is needed
 )->SourceWeights:
-    "Takes the ImageNet backbone that Keras downloads."
+    "Downloads the ImageNet weights of a backbone through Keras."
     b = keras_backbone(model_name)
     if b is None:
         raise WeightsError(f'checkpoint "imagenet": Keras has no ImageNet weights for the backbone of {model_name}. '
-                           'Give a checkpoint of google/automl instead')
+                           'Use a checkpoint of google/automl instead')
     try: model = _keras_model(b, weights='imagenet', include_top=False)
     except Exception as e:
         raise WeightsError(
-            f'checkpoint "imagenet": Keras could not fetch EfficientNet{b} ({_first_line(e, 160)}). On a machine with '
-            f'a network, save keras.applications.EfficientNet{b}(weights="imagenet", include_top=False) as a '
-            '.weights.h5 and give its path') from None
+            f'checkpoint "imagenet": Keras could not download EfficientNet{b} ({_first_line(e, 160)}). On a machine '
+            f'with internet access, save keras.applications.EfficientNet{b}(weights="imagenet", include_top=False) as '
+            'a .weights.h5 and pass its path') from None
     return weights_from_keras_model(model, 'imagenet')

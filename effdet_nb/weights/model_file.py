@@ -22,12 +22,12 @@ from .container import (ARRAY_GROUPS, open_container, read_array, reject_unneede
 
 # %% ../../nbs/weights/03_model_file.ipynb #e74282ea
 def save_model_file(
-    path,                # the file, usually .tlt; parent folders are made
+    path,                # the file, usually .tlt; parent folders are created
     weights:dict,        # name → array
-    meta:dict,           # what the file should know: architecture, input size, classes, spec, step …
-    key:str='',          # encrypts the file; empty leaves it a plain zip
+    meta:dict,           # description of the model: architecture, input size, classes, spec, step …
+    key:str='',          # encrypts the file; empty: a plain zip
     ema:dict=None,       # name → array: the averaged weights, if any
-    optimizer:dict=None, # name → array: what a checkpoint needs to continue
+    optimizer:dict=None, # name → array: state needed to resume training
 )->Path:                 # the file written
     "Writes a model or a checkpoint to one file, encrypted if there is a key."
     groups = dict(weights=weights, ema=ema, optimizer=optimizer)
@@ -45,7 +45,7 @@ def read_meta(
 # %% ../../nbs/weights/03_model_file.ipynb #9811f006
 def summarize_arrays(
     arrays:dict, # name → array; slashes in names make the levels
-    depth:int=1, # how many parts of the names to keep
+    depth:int=1, # how many parts of a name to keep
 )->dict:         # name → (arrays, numbers, bytes), in the order of first appearance
     "Adds up arrays whose names begin with the same parts."
     rows = {}
@@ -62,7 +62,7 @@ class ModelFile:
     meta:dict      # its metadata
     weights:dict=field(default_factory=dict)   # name → array
     ema:dict=field(default_factory=dict)       # name → array: averaged weights; empty if none
-    optimizer:dict=field(default_factory=dict) # name → array: what a checkpoint needs to continue; empty if none
+    optimizer:dict=field(default_factory=dict) # name → array: state needed to resume training; empty if none
     path:Path=None # the file it was read from; None if it was not read
 
     @property
@@ -78,13 +78,13 @@ class ModelFile:
 
     @property
     def averaged_weights(self)->dict:
-        "The weights, replaced by their averages where the file has them: those to evaluate and export."
+        "The weights to evaluate and export: the averaged ones where the file has them."
         return {**self.weights, **self.ema}
 
 # %% ../../nbs/weights/03_model_file.ipynb #c0bc931f
 @patch
 def __repr__(self:ModelFile):
-    "One line: the model's name, and arrays and numbers of each group."
+    "One line: the name of the model, and the size of each group of arrays."
     sizes = []
     for group in ARRAY_GROUPS:
         arrays = getattr(self, group)
@@ -104,7 +104,7 @@ def load_model_file(
     key:str='',          # the key it was saved with; empty for a file without encryption
     groups=ARRAY_GROUPS, # which of weights, ema, optimizer to read; the others stay empty
 )->ModelFile:            # metadata and arrays
-    "Reads a model or a checkpoint, or raises an error that says why it cannot."
+    "Reads a model or a checkpoint, or raises an error that gives the reason."
     with open_container(path, key) as (z,manifest):
         arrays = {g: _read_group(z, g, manifest['arrays'][g]) for g in ARRAY_GROUPS if g in groups}
         return ModelFile(manifest['meta'], **arrays, path=Path(path))
@@ -116,19 +116,19 @@ def _read_group(z, group, expected):
 def is_onnx(
     data:bytes, # the beginning of a file
 )->bool:        # True if it starts like an ONNX model
-    "Whether bytes start as ONNX does: field 1, the version of its format, a small number."
+    "Whether bytes start like an ONNX model: with field 1, a small version number."
     return len(data)>1 and data[0]==8 and 3<=data[1]<64
 
 # %% ../../nbs/weights/03_model_file.ipynb #958b90ba
 def save_etlt(
-    path,             # the file, usually .etlt; parent folders are made
+    path,             # the file, usually .etlt; parent folders are created
     onnx_bytes:bytes, # a serialised ONNX model
-    key:str='',       # encrypts the file; empty leaves the ONNX readable in it
+    key:str='',       # encrypts the model; empty: no encryption
 )->Path:              # the file written
-    "Writes an exported model the way TAO frames it."
+    "Writes an exported model in the layout of TAO's `.etlt`."
     if not is_onnx(onnx_bytes[:2]):
-        raise ValueError(f'{path}: the bytes to save do not start as an ONNX model does. '
-                         'Give ModelProto.SerializeToString(), or the content of a .onnx file')
+        raise ValueError(f'{path}: the bytes to save are not an ONNX model. '
+                         'Pass ModelProto.SerializeToString(), or the content of an .onnx file')
     with atomic_write(path) as f:
         f.write(bytes(4))
         with output_stream(f, key) as out: out.write(onnx_bytes)
@@ -139,7 +139,7 @@ def load_etlt(
     path,        # an .etlt file
     key:str='',  # the key it was saved with; empty for a file without encryption
 )->bytes:        # a serialised ONNX model
-    "Reads an exported model, or raises an error that says why it cannot."
+    "Reads an exported model, or raises an error that gives the reason."
     with open(require_file(path), 'rb') as f:
         data = f.read(CHUNK_SIZE)
         if data[:4] == bytes(4) and data[4:].startswith(ENCRYPTED_MAGIC):
@@ -152,15 +152,16 @@ def load_etlt(
     return data[4:]
 
 def _check_frame(data, path):
-    "Refuses what does not start with the four zero bytes of an ONNX model in an .etlt."
+    "Raises an error if a file does not start with the four zero bytes of an `.etlt` with an ONNX model."
     if is_onnx(data):
-        raise ModelFileError(f'{path}: a plain ONNX file, not an .etlt. Open it as it is, or name it .onnx')
+        raise ModelFileError(f'{path}: a plain ONNX file, not an .etlt. Rename it to .onnx')
     if len(data) < 4:
-        raise DamagedFileError(f'{path}: ends after {len(data)} bytes; an .etlt has at least 4. Copy the file again')
+        raise DamagedFileError(f'{path}: ends after {len(data)} bytes, but an .etlt has at least 4. '
+                               'Copy the file again')
     name_length = int.from_bytes(data[:4], 'little', signed=True)
     if 0 < name_length < 256:
-        raise ModelFileError(f'{path}: holds a UFF model (its input has a name of {name_length} letters); '
-                             'only ONNX is read. Export it again')
+        raise ModelFileError(f'{path}: contains a UFF model (the name of its input has {name_length} letters), '
+                             'but only ONNX can be read. Export it again as ONNX')
     if name_length: raise unknown_format_error(path, data[:CHUNK_SIZE])
 
 # %% ../../nbs/weights/03_model_file.ipynb #389c8fe6
@@ -175,13 +176,14 @@ def weights_by_path(
 def set_weights_by_path(
     model,                 # a Keras model
     weights:dict,          # {path: array}
-    source:str='the file', # where they come from, for the message
+    source:str='the file', # name of their file, for the error message
 ):
-    "Copies weights into a model by path; every weight must be there, in its shape."
+    "Copies weights into a model by path; every weight must be present with the right shape."
     wrong = [v.path for v in model.weights if v.path not in weights or weights[v.path].shape != tuple(v.shape)]
     if wrong:
         raise ValueError(f'{source}: {len(wrong)} of {len(model.weights)} weights are missing or have another shape, '
-                         f'{wrong[0]} first. Was it saved from another architecture, or another number of classes?')
+                         f'{wrong[0]} first. Was it saved from another architecture, '
+                         'or with another number of classes?')
     for v in model.weights: v.assign(weights[v.path])
 
 # %% ../../nbs/weights/03_model_file.ipynb #b343734f
@@ -190,12 +192,12 @@ def save_detector(
     model,               # the Keras model of a detector
     arch,                # its description, an `Arch`
     classes:ClassTable,  # its classes
-    key:str='',          # encrypts the file; empty leaves it a plain zip
-    ema:dict=None,       # {path: array}: averaged weights, used instead of the plain ones when present
-    optimizer:dict=None, # {name: array}: what a checkpoint needs to continue
+    key:str='',          # encrypts the file; empty: a plain zip
+    ema:dict=None,       # {path: array}: averaged weights, used instead of `weights` if present
+    optimizer:dict=None, # {name: array}: state needed to resume training
     **meta,              # more metadata: step, epoch, spec, scores
 )->Path:                 # the file written
-    "Saves a detector in a file that can be opened without anything else."
+    "Saves a detector in a file that can be opened without any other file."
     from effdet_nb.detector.efficientdet import arch_to_dict
     meta = dict(arch=arch_to_dict(arch), classes=classes.to_dict()) | meta
     return save_model_file(path, weights_by_path(model), meta, key, ema=ema, optimizer=optimizer)
@@ -203,7 +205,7 @@ def save_detector(
 # %% ../../nbs/weights/03_model_file.ipynb #ce38bf2f
 @patch
 def build_model(self:ModelFile,
-    use_ema:bool=True, # take the averaged weights if the file has them
+    use_ema:bool=True, # use the averaged weights if the file has them
     **build_options,   # for `build`
 ):                     # a Keras model
     "Builds the Keras model that the file describes, with its weights."
@@ -217,7 +219,7 @@ def build_model(self:ModelFile,
 def load_keras_model(
     path,              # a model file
     key:str='',        # the key it was saved with; empty for a file without encryption
-    use_ema:bool=True, # take the averaged weights if the file has them
+    use_ema:bool=True, # use the averaged weights if the file has them
     **build_options,   # for `build`
 )->tuple:              # (Keras model, its `Arch`, the `ModelFile`)
     "Opens a model file as a Keras model."
@@ -227,7 +229,7 @@ def load_keras_model(
 # %% ../../nbs/weights/03_model_file.ipynb #28d4bdc8
 @patch
 def build_detector(self:ModelFile,
-    nms_options:NmsOptions=None, # how to suppress, and how much to keep; None: the default
+    nms_options:NmsOptions=None, # suppression and limits; None: the defaults
 ):                               # a `KerasDetector`: images -> detections
     "Builds the detector that the file describes, with its averaged weights."
     from effdet_nb.accel.cpu_session import predict_with_tensorflow
@@ -238,7 +240,7 @@ def build_detector(self:ModelFile,
 def load_keras_detector(
     path,                        # a model file
     key:str='',                  # the key it was saved with; empty for a file without encryption
-    nms_options:NmsOptions=None, # how to suppress, and how much to keep; None: the default
+    nms_options:NmsOptions=None, # suppression and limits; None: the defaults
 ):                               # a `KerasDetector`: images -> detections
     "Opens a model file as a detector."
     return load_model_file(path, key, groups=('weights', 'ema')).build_detector(nms_options)

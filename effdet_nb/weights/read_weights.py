@@ -46,18 +46,18 @@ CHECKPOINT_FILE = re.compile(r'\.(index|meta|data-\d+-of-\d+)$')
 def checkpoint_prefix(
     path, # a prefix, one of its files, or a folder
 )->str:   # the prefix
-    "Finds the prefix of a TensorFlow checkpoint; in a folder, the one it names as latest or the one with most steps."
+    "Finds the prefix of a TensorFlow checkpoint; in a folder, that of the latest one."
     prefix = CHECKPOINT_FILE.sub('', str(path))
     if os.path.isfile(prefix+'.index'): return prefix
     names = [p.stem for p in Path(path).glob('*.index')] if os.path.isdir(path) else []
     if not names:
-        raise WeightsError(f'{path}: no TensorFlow checkpoint there (a file ending in .index). '
-                           'Give the prefix, the folder that holds it, or the .tar.gz it came in')
+        raise WeightsError(f'{path}: no TensorFlow checkpoint found (a file ending in .index). '
+                           'Pass the prefix, the folder that contains it, or its .tar.gz archive')
     latest = _latest_checkpoint(Path(path)/'checkpoint')
     return str(Path(path)/(latest if latest in names else max(names, key=_step_and_name)))
 
 def _latest_checkpoint(file):
-    "The checkpoint that the file `checkpoint` names as latest; None without one."
+    "Returns the name of the latest checkpoint according to the file `checkpoint`; None if there is none."
     if not file.is_file(): return None
     m = re.search(r'model_checkpoint_path:\s*"(?:.*[/\\])?([^"/\\]+)"', file.read_text(errors='replace'))
     return m and m[1]
@@ -68,7 +68,7 @@ def _step_and_name(name):
 
 # %% ../../nbs/weights/08_read_weights.ipynb #88e63e95
 def _identify_checkpoint(name, variables, arrays):
-    "Says whose checkpoint it is, from the names of its variables."
+    "Identifies the program that wrote a checkpoint by the names of its variables."
     if '_CHECKPOINTABLE_OBJECT_GRAPH' in variables:
         return SourceWeights(name, 'TensorFlow 2 checkpoint of google/automl', 'graph', arrays)
     if any(n.startswith(('backbone/', 'fpn_cells/', 'class_net/')) for n in arrays):
@@ -78,7 +78,7 @@ def _identify_checkpoint(name, variables, arrays):
 # %% ../../nbs/weights/08_read_weights.ipynb #449902f3
 def read_checkpoint(
     path,          # prefix, folder, or one of the files
-    name:str=None, # what to call it in messages; None: the path
+    name:str=None, # name for error messages; None: the path
 )->SourceWeights:
     "Reads a TensorFlow checkpoint of google/automl or of TAO."
     prefix, name = checkpoint_prefix(path), str(name or path)
@@ -89,15 +89,15 @@ def read_checkpoint(
     except (tf.errors.OpError, RuntimeError, ValueError, OSError, IndexError) as e:
         problem = str(e).strip().splitlines()[0][:200]
         raise WeightsError(f'{name}: the checkpoint cannot be read ({problem}). '
-                           'Are all its files there, .index and .data-...? Copy or unpack it again') from None
+                           'Check that its .index and .data-... files are all there, or copy it again') from None
     if not arrays:
-        raise WeightsError(f'{name}: a TensorFlow checkpoint without a single name of an EfficientDet '
+        raise WeightsError(f'{name}: this TensorFlow checkpoint is not of an EfficientDet '
                            f"({len(variables)} variables, such as {', '.join(variables[:3])}). "
-                           "Give one of google/automl's or of TAO's efficientdet")
+                           'Use a checkpoint of the efficientdet of google/automl or TAO')
     return _identify_checkpoint(name, variables, arrays)
 
 def _select_variables(variables):
-    "{plain name: name in the checkpoint}, with the moving average of a weight where there is one."
+    "Returns {plain name: name in the checkpoint}; the moving average of a weight is preferred."
     selected = {}
     for full in variables:
         plain = plain_variable_name(full)
@@ -108,20 +108,20 @@ def _select_variables(variables):
 
 # %% ../../nbs/weights/08_read_weights.ipynb #bb1540f2
 def check_archive_member(
-    name:str,           # of a member
-    size:int,           # bytes it unpacks to
-    extracted_size:int, # bytes unpacked so far
-    archive_size:int,   # bytes of the whole archive
-    path,               # the archive, for messages
+    name:str,           # name of a member
+    size:int,           # its uncompressed size, bytes
+    extracted_size:int, # bytes that were unpacked so far
+    archive_size:int,   # size of the archive, bytes
+    path,               # the archive, for error messages
 ):
-    "Raises an error for a member outside of the folder, or more data than weights could be."
+    "Raises an error if a member would be written outside the folder, or is too large to be weights."
     if name.startswith(('/','\\')) or '..' in re.split(r'[/\\]', name) or ':' in name:
-        raise WeightsError(f'{path}: holds a file called {name!r}, which would land outside of the folder. '
+        raise WeightsError(f'{path}: contains the name {name!r}, which is outside the target folder. '
                            'Do not trust this archive')
     total = extracted_size+size
     if total > max(2**28, 40*archive_size):
-        raise WeightsError(f'{path}: {archive_size:,} bytes claim to unpack to {total:,} and more; weights do not pack '
-                           'that well. Do not trust this archive')
+        raise WeightsError(f'{path}: its {archive_size:,} bytes would expand to at least {total:,}, too many for '
+                           'weights. Do not trust this archive')
 
 # %% ../../nbs/weights/08_read_weights.ipynb #03095cb7
 def _archive_members(archive, path):
@@ -133,17 +133,17 @@ def _archive_members(archive, path):
     for m in archive:
         if m.isfile(): yield m.name, m.size, partial(archive.extractfile, m)
         elif not m.isdir():
-            raise WeightsError(f'{path}: holds a link or a device ({m.name!r}), which no checkpoint has. '
+            raise WeightsError(f'{path}: contains a link or a device ({m.name!r}), which no checkpoint has. '
                                'Do not trust this archive')
 
 def _copy_member(source, target, size, path):
-    "Copies a member of the announced size, and not a byte more."
+    "Copies a member, up to its announced size."
     with source, open(target, 'wb') as f:
         left = size
         while left and (part := source.read(min(left, 2**20))):
             f.write(part)
             left -= len(part)
-    if left: raise WeightsError(f'{path}: ends inside of {target.name}. Copy it again from where it was made')
+    if left: raise WeightsError(f'{path}: the archive ends within {target.name}. Copy it again from its source')
 
 def _extract(path, folder, pattern):
     extracted_size, archive_size = 0, os.path.getsize(path)
@@ -163,20 +163,20 @@ WEIGHT_FILES = r'(^checkpoint$|\.index$|\.data-\d+-of-\d+$|\.h5$|\.hdf5$|\.keras
 @contextmanager
 def extracted_archive(
     path,                 # .tar, .tar.gz, .tgz or .zip
-    pattern=WEIGHT_FILES, # pattern of the file names to unpack
-):                        # gives a temporary folder
-    "Unpacks the weights of an archive into a temporary folder, without trusting it."
+    pattern=WEIGHT_FILES, # regular expression of the file names to unpack
+):                        # yields a temporary folder
+    "Unpacks the weights of an untrusted archive into a temporary folder."
     with tempfile.TemporaryDirectory() as folder:
         try: _extract(path, folder, pattern)
         except ARCHIVE_ERRORS as e:
-            raise WeightsError(f'{path}: the archive is damaged or cut short ({type(e).__name__}: {e}). '
-                               'Copy it again from where it was made') from None
+            raise WeightsError(f'{path}: the archive is damaged or truncated ({type(e).__name__}: {e}). '
+                               'Copy it again from its source') from None
         yield folder
 
 # %% ../../nbs/weights/08_read_weights.ipynb #0acab93b
 def read_automl_h5(
     h5,       # an open HDF5 file
-    name:str, # what to call it in messages
+    name:str, # name for error messages
 )->SourceWeights:
     "Reads the weights of google/automl's Keras-2 file."
     arrays = {}
@@ -188,7 +188,7 @@ def read_automl_h5(
 # %% ../../nbs/weights/08_read_weights.ipynb #3b083121
 def read_h5(
     path,          # an HDF5 file
-    name:str=None, # what to call it in messages; None: the path
+    name:str=None, # name for error messages; None: the path
 )->SourceWeights:
     "Reads an HDF5 file of google/automl or of `keras.applications`."
     name = str(name or path)
@@ -197,15 +197,15 @@ def read_h5(
             if 'class_net' in h5 or 'fpn_cells' in h5: return read_automl_h5(h5, name)
             return read_keras_applications(path, h5, name)
     except (OSError, KeyError, RuntimeError) as e:
-        raise WeightsError(f'{name}: the HDF5 file is damaged or cut short ({str(e).splitlines()[0][:160]}). '
-                           'Copy it again from where it was made') from None
+        raise WeightsError(f'{name}: the HDF5 file is damaged or truncated ({str(e).splitlines()[0][:160]}). '
+                           'Copy it again from its source') from None
 
 # %% ../../nbs/weights/08_read_weights.ipynb #3fb85ff0
 def read_effdet_nb(
     path,       # a .tlt of this package
-    key:str='', # its key; ignored if it is not encrypted
+    key:str='', # its key; ignored if the file is not encrypted
 )->SourceWeights:
-    "Reads a model file of this package, its averaged weights where it has them."
+    "Reads a model file of this package; averaged weights are preferred."
     stored = load_model_file(path, key if is_encrypted(path) else '', groups=('weights', 'ema'))
     arch = stored.arch
     return SourceWeights(str(path), f'{arch.name} of effdet_nb', 'ours', stored.averaged_weights,
@@ -216,18 +216,17 @@ def read_zip(
     path,       # a zip
     key:str='', # key of a model file of this package
 )->SourceWeights:
-    "Reads a zip of this package, of Keras or of TAO."
+    "Reads a zip of this package, PyTorch, Keras or TAO."
     try:
         with zipfile.ZipFile(path) as z: names = z.namelist()
     except (zipfile.BadZipFile, EOFError) as e:
-        raise WeightsError(f'{path}: the zip is damaged or cut short ({e}). '
-                           'Copy it again from where it was made') from None
+        raise WeightsError(f'{path}: the zip is damaged or truncated ({e}). '
+                           'Copy it again from its source') from None
     if 'meta.json' in names: return read_effdet_nb(path, key)
     if any(n.endswith('/data.pkl') for n in names): return read_torch(path)
     if any(n.endswith('.hdf5') for n in names):
-        raise WeightsError(f'{path}: a model pruned by TAO. Its pruning does not keep the weights of the BiFPN and the '
-                           'heads, so there is nothing worth loading. Give the .tlt it was retrained to, or the one '
-                           'before pruning')
+        raise WeightsError(f'{path}: a model pruned by TAO. TAO does not keep the weights of the BiFPN and the heads '
+                           'when it prunes. Use the .tlt from before pruning, or the one after retraining')
     with extracted_archive(path) as folder:
         if 'model.weights.h5' in names: return read_h5(Path(folder)/'model.weights.h5', path)
         return read_checkpoint(folder, path)
@@ -260,7 +259,7 @@ def file_format(
     path,        # a file
     start:bytes, # its first bytes, at least 262
 )->str:          # a key of `FILE_READERS`; None if unknown
-    "Tells the format of a file of weights."
+    "Identifies the format of a file of weights."
     for name,magic in FILE_MAGIC.items():
         if start.startswith(magic): return name
     if start[257:262] == b'ustar': return 'tar'
@@ -273,7 +272,7 @@ def read_weights(
     key:str='', # key of an encrypted .tlt
     model_name:str='efficientdet-d0', # the variant whose backbone is needed; only used for `imagenet`
 )->SourceWeights:
-    "Reads weights of any of the known formats, or raises an error that says why it cannot."
+    "Reads weights in any supported format, or raises an error that gives the reason."
     if str(path) == 'imagenet' and not os.path.exists(path):
         is_lite = get_variant(model_name).lite
         return lite_imagenet_weights(model_name) if is_lite else imagenet_weights(model_name)

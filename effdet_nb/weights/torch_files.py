@@ -21,15 +21,15 @@ from ..detector.efficientdet import variant_name
 from .pretrained import SourceWeights, WeightsError
 
 # %% ../../nbs/weights/07_torch_files.ipynb #c42ca5f2
-STORAGE_DTYPES = {      # PyTorch's class of a storage -> NumPy's type; bfloat16 are the upper halves of float32
+STORAGE_DTYPES = {      # PyTorch's class of a storage -> NumPy's type; a bfloat16 is the upper half of a float32
     'FloatStorage': '<f4', 'DoubleStorage': '<f8', 'HalfStorage': '<f2', 'BFloat16Storage': '<u2', 'LongStorage': '<i8',
     'IntStorage': '<i4', 'ShortStorage': '<i2', 'CharStorage': 'i1', 'ByteStorage': 'u1', 'BoolStorage': '?'}
 
-MAX_AXES = 8      # of a tensor; kernels have 4
+MAX_AXES = 8      # a tensor may have; kernels have 4
 
 @dataclass(frozen=True)
 class Storage:
-    "The announcement of a storage: its numbers come later in the file."
+    "A reference to a storage, whose numbers are elsewhere in the file."
     kind:str     # a key of `STORAGE_DTYPES`
     key:str      # its name in the file
     numel:int    # how many numbers it has
@@ -38,23 +38,23 @@ class Storage:
 class TensorView:
     "A tensor as a PyTorch file describes it."
     storage:Storage
-    offset:int     # of its first number
-    size:tuple     # as NumPy's shape
+    offset:int     # index of its first number in the storage
+    size:tuple     # shape, as in NumPy
     stride:tuple   # numbers to step along each axis
 
 # %% ../../nbs/weights/07_torch_files.ipynb #45f92e8a
 def tensor_array(
     view:TensorView,    # description of a tensor
-    numbers:np.ndarray, # [numel] its storage
-)->np.ndarray:          # of the tensor's size
+    numbers:np.ndarray, # [numel] the numbers of its storage
+)->np.ndarray:          # with the tensor's shape
     "Returns the numbers of a tensor; raises a ValueError if it reaches beyond its storage."
     size, stride = view.size, view.stride
     integers = (view.offset, *size, *stride)
     if len(size) != len(stride) or len(size) > MAX_AXES or not all(type(n) is int and 0 <= n < 2**63 for n in integers):
-        raise ValueError('it has a tensor whose size or strides are not valid')
+        raise ValueError('a tensor has an invalid size or invalid strides')
     last = view.offset+sum((n-1)*step for n,step in zip(size, stride))
     if prod(size) > len(numbers) or (prod(size) and last >= len(numbers)):
-        raise ValueError(f'it has a tensor of {prod(size):,} numbers in a storage of {len(numbers):,}')
+        raise ValueError(f'a tensor has {prod(size):,} numbers, which exceed its storage of {len(numbers):,}')
     if view.storage.kind == 'BFloat16Storage': numbers = (numbers.astype('<u4') << 16).view('<f4')
     strides = [step*numbers.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(numbers[view.offset:], size, strides).copy()
@@ -71,28 +71,28 @@ def _rebuild_parameter(data, *_): return data
 
 def _empty_dict(): return {}
 
-ALLOWED_NAMES = {       # (module, name) in a pickle -> what it stands for here
+ALLOWED_NAMES = {       # (module, name) in a pickle -> what replaces it here
     ('collections', 'OrderedDict'): _empty_dict,
     ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
     ('torch._utils', '_rebuild_parameter'): _rebuild_parameter,
 } | {('torch', kind): kind for kind in STORAGE_DTYPES}
 
 # %% ../../nbs/weights/07_torch_files.ipynb #9e3a80f9
-class TensorUnpickler(pickle._Unpickler):      # Python's own, in Python: its table of instructions can be shortened
-    "Unpickles dicts of tensors, numbers and text; refuses every other object and instruction."
+class TensorUnpickler(pickle._Unpickler):      # the one written in Python: its table can be restricted
+    "Unpickles dicts of tensors, numbers and text; rejects every other object and instruction."
     dispatch = {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
                 for name in ALLOWED_OPCODES}
 
     def find_class(self, module, name):
         if (module, name) in ALLOWED_NAMES: return ALLOWED_NAMES[module, name]
-        raise ValueError(f'it contains an object of {module}.{name}')
+        raise ValueError(f'it contains an object of {module}.{name}, which weights do not need')
 
     def persistent_load(self, reference):
         "Returns the storage that a reference announces: ('storage', class, key, device, number of elements, ...)."
         kind, storage_class, key, _, numel = reference[:5]
         is_valid = type(kind) is type(storage_class) is type(key) is str and type(numel) is int
         if not is_valid or kind != 'storage' or storage_class not in STORAGE_DTYPES:
-            raise ValueError('it refers to an object outside of the file')
+            raise ValueError('it refers to an object outside the file')
         return Storage(storage_class, key, numel)
 
     def load_setitems(self):
@@ -117,8 +117,8 @@ class TensorUnpickler(pickle._Unpickler):      # Python's own, in Python: its ta
 
 # %% ../../nbs/weights/07_torch_files.ipynb #ec64c544
 def unpickle_tensors(
-    file, # binary file at the start of a pickle; afterwards behind it
-):        # what was pickled, with `TensorView` for tensors
+    file, # binary file, positioned at a pickle; afterwards at its end
+):        # the pickled object, with `TensorView` for tensors
     "Reads a pickle that contains tensors, numbers and text."
     try: return TensorUnpickler(file, encoding='utf-8').load()
     except KeyError: raise ValueError('it contains an instruction that weights do not need') from None
@@ -128,19 +128,19 @@ MAX_PICKLE_BYTES = 2**23      # a detector needs some 300 KB
 
 def read_torch_zip(
     path, # a .pth file of PyTorch 1.6 or later
-):        # (what it contains, with `TensorView` for tensors; function of a `Storage` -> its numbers)
+):        # (content, with `TensorView` for tensors; function from a `Storage` to its numbers)
     "Opens a PyTorch file that is a zip."
     archive = zipfile.ZipFile(path)
     pickles = [m for m in archive.infolist() if m.filename.endswith('/data.pkl')]
     if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
-        raise ValueError('it has no description of tensors, or one that is too large')
+        raise ValueError('its description of tensors (data.pkl) is missing or too large')
     stored = [m for m in archive.infolist() if m not in pickles]
     is_packed = any(m.compress_type != zipfile.ZIP_STORED for m in stored)
     if is_packed or sum(m.file_size for m in stored) > os.path.getsize(path):
-        raise ValueError('it has compressed storages, or more numbers than its size allows')
+        raise ValueError('its storages are compressed, or larger than the file')
     folder = pickles[0].filename.removesuffix('data.pkl')
     if folder+'byteorder' in archive.namelist() and archive.read(folder+'byteorder') != b'little':
-        raise ValueError('its numbers are stored with the highest byte first')
+        raise ValueError('its numbers are big-endian')
 
     @cache
     def storage_bytes(key): return archive.read(f'{folder}data/{key}')
@@ -153,14 +153,14 @@ LEGACY_MAGIC = b'\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.'      # how a file o
 
 def read_torch_legacy(
     path, # a .pth file of PyTorch before 1.6
-):        # as `read_torch_zip`
-    "Opens a PyTorch file that is a row of pickles."
+):        # as in `read_torch_zip`
+    "Opens a PyTorch file that is a sequence of pickles."
     data = Path(path).read_bytes()
     pickles = io.BytesIO(data[:MAX_PICKLE_BYTES])
     _magic, version, _machine, content, keys = (unpickle_tensors(pickles) for _ in range(5))
-    if version != 1001: raise ValueError('its version of the format is not 1001')
+    if version != 1001: raise ValueError(f'its format has version {version}, not 1001')
     if type(keys) is not list or not all(type(key) is str for key in keys):
-        raise ValueError('it has no list of storages')
+        raise ValueError('its list of storages is missing')
     kinds, places, position = _storages_by_key(content), {}, pickles.tell()
     for key in keys:
         count, start = int.from_bytes(data[position:position+8], 'little'), position+8
@@ -170,11 +170,11 @@ def read_torch_legacy(
     return content, numbers
 
 def _storages_by_key(content):
-    "Returns {key: class} of all storages in a nest of dicts and lists."
+    "Returns {key: class} of all storages in nested dicts and lists."
     kinds, todo, seen = {}, [content], set()
     while todo:
         item = todo.pop()
-        if id(item) in seen: continue      # a pickle may contain one object many times, or in itself
+        if id(item) in seen: continue      # a pickle may contain an object repeatedly, or in itself
         seen.add(id(item))
         if isinstance(item, TensorView): kinds[item.storage.key] = item.storage.kind
         elif isinstance(item, dict): todo += item.values()
@@ -188,7 +188,7 @@ MAX_WRAPPERS = 4
 def find_state_dict(
     content, # what a PyTorch file contains
 )->dict:     # {name: tensor}
-    "Finds the dict of weights in a file, averaged ones first."
+    "Finds the dict of weights in the content of a file; averaged weights are preferred."
     for _ in range(MAX_WRAPPERS):
         if not isinstance(content, dict): break
         content = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), content)
@@ -197,52 +197,52 @@ def find_state_dict(
     return _without_prefix(tensors)
 
 def _without_prefix(tensors):
-    "Removes what training programs put before all names."
+    "Removes the prefixes that training programs add to names."
     for prefix in ('module.', 'model.', 'module.'):
         inner = {name.removeprefix(prefix): t for name,t in tensors.items() if name.startswith(prefix)}
         if len(inner) > len(tensors)/2: tensors = inner
     return {name: t for name,t in tensors.items() if not name.endswith('num_batches_tracked')}
 
 # %% ../../nbs/weights/07_torch_files.ipynb #586d2994
-TORCH_SOURCES = (      # (a name that only this format has, its key in `NAME_MAP`, in words, what to put before names)
+TORCH_SOURCES = (      # (a name that only this format has, its key in `NAME_MAP`, description, prefix to add to names)
     ('backbone.conv_stem.weight', 'effdet', 'EfficientDet of effdet', ''),
     ('conv_stem.weight', 'effdet', 'backbone of timm', 'backbone.'),
     ('_conv_stem.weight', 'efficientnet_pytorch', 'backbone of efficientnet_pytorch', ''),
     ('backbone_net.model._conv_stem.conv.weight', 'zylo117', 'EfficientDet of Yet-Another-EfficientDet-Pytorch', ''))
 
 def identify_torch(
-    names, # of the tensors of a file
+    names, # names of the tensors in a file
 )->tuple:  # a row of `TORCH_SOURCES`
-    "Tells whose network a dict of weights belongs to."
+    "Identifies the network that a dict of weights belongs to."
     for row in TORCH_SOURCES:
         if row[0] in names: return row
     examples = ', '.join(list(names)[:3]) or 'none'
-    raise ValueError(f'its names belong to none of the networks read here ({examples}). Weights of effdet, timm, '
-                     'efficientnet_pytorch and of Yet-Another-EfficientDet-Pytorch can be read')
+    raise ValueError(f'its names ({examples}) belong to no supported network. Supported are effdet, timm, '
+                     'efficientnet_pytorch and Yet-Another-EfficientDet-Pytorch')
 
 # %% ../../nbs/weights/07_torch_files.ipynb #89986eb5
 DEPTHWISE = re.compile(r'(conv_dw|depthwise_conv)(\.conv)?\.weight$')
 
 def from_torch_layout(
-    name:str,         # of a PyTorch tensor
+    name:str,         # name of a PyTorch tensor
     array:np.ndarray, # its numbers
-)->np.ndarray:        # the same in the order of axes used here
-    "Reorders the axes of a kernel; other arrays stay as they are."
+)->np.ndarray:        # the same numbers with the axes in Keras' order
+    "Reorders the axes of a kernel; other arrays are unchanged."
     if array.ndim != 4: return array
     return array.transpose(2,3,0,1) if DEPTHWISE.search(name) else array.transpose(2,3,1,0)
 
 # %% ../../nbs/weights/07_torch_files.ipynb #cff7a115
 def _to_source_weights(path, tensors, read):
-    "Describes the tensors of a file; `read` returns the numbers of one."
+    "Makes `SourceWeights` of the tensors of a file; `read` returns the array of one tensor."
     _, source_format, description, prefix = identify_torch(tensors)
     arrays = {prefix+name: from_torch_layout(name, read(tensor)) for name,tensor in tensors.items()}
     return SourceWeights(str(path), description, source_format, arrays)
 
 def _damaged(path, error):
-    "The error for a file that could not be read."
+    "Returns the error for a file that could not be read."
     text = str(error).strip().splitlines() or [type(error).__name__]
     return WeightsError(f'{path}: cannot be read as a PyTorch file of weights: {text[0][:300]}. If it contains '
-                        'more than weights, save model.state_dict() alone; if it was cut short, copy it again')
+                        'more than weights, save only model.state_dict(); if it is truncated, copy it again')
 
 def _check_sizes(tensors, num_bytes):
     "Raises a ValueError if tensors have more numbers than a file of that size: each would be a copy of one storage."
@@ -284,9 +284,9 @@ def lite_weights_file(
     "Finds the file of ImageNet weights of a lite backbone among the installed packages."
     package = LITE_PACKAGES.get(variant_name(model_name))
     if not package:
-        raise WeightsError(f'checkpoint "imagenet": there are no ImageNet weights for the backbone of {model_name}; '
-                           f'there are for {", ".join(LITE_PACKAGES)} and for D0 to D7. Choose one of these, '
-                           'or give a checkpoint of google/automl')
+        raise WeightsError(f'checkpoint "imagenet": there are no ImageNet weights for the backbone of {model_name}. '
+                           f'Choose {", ".join(LITE_PACKAGES)} or one of D0 to D7, '
+                           'or use a checkpoint of google/automl')
     spec = find_spec(package)
     files = sorted(Path(spec.origin).parent.glob('models/*.pth')) if spec else []
     if files: return files[0]
@@ -297,12 +297,12 @@ def lite_weights_file(
 def lite_imagenet_weights(
     model_name:str, # efficientdet-lite0, lite1 or lite2
 )->SourceWeights:
-    "Reads the ImageNet weights of a lite backbone; no network is needed."
+    "Reads the ImageNet weights of a lite backbone from an installed package."
     path = lite_weights_file(model_name)
     checksum, expected = hashlib.sha256(path.read_bytes()).hexdigest(), path.stem.split('-')[-1]
     if not checksum.startswith(expected):
-        raise WeightsError(f'{path}: is damaged: its checksum begins with {checksum[:8]}, not with {expected}. '
-                           'Install its package again')
+        raise WeightsError(f'{path}: the file is damaged; its checksum begins with {checksum[:8]}, not {expected}. '
+                           'Reinstall its package')
     weights = read_torch(path)
     weights.path, weights.description = 'imagenet', f'ImageNet weights of {path.stem.rsplit("-", 1)[0]}'
     return weights
