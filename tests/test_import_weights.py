@@ -276,7 +276,7 @@ def test_the_word_imagenet_uses_what_keras_downloads(keras_b0, tmp_path, monkeyp
         raise OSError('no route to host')
 
     monkeypatch.setattr(efficientnet.file_utils, 'get_file', offline)
-    with pytest.raises(WeightsError, match='no route to host.*give its path'):
+    with pytest.raises(WeightsError, match='no route to host.*pass its path'):
         read_weights('imagenet')
     with pytest.raises(WeightsError, match='no ImageNet weights for the backbone of efficientdet-lite3'):
         read_weights('imagenet', model_name='efficientdet-lite3')
