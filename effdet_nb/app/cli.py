@@ -372,9 +372,9 @@ def effdet_quickstart(
 # %% ../../nbs/app/10_cli.ipynb #7b006794
 @command(example='-m efficientdet-d0.tar.gz -o efficientdet-d0.tlt')
 def effdet_import(
-    model_path:Option('Weights: a TensorFlow checkpoint (prefix, folder, .tar.gz), a Keras .h5 or .keras, a .tlt of '
-                      'TAO 5 or of effdet_nb, or the word imagenet', '-m', '--model', required=True,
-                      metavar='PATH')=None,
+    model_path:Option('Weights: a TensorFlow checkpoint (prefix, folder, .tar.gz), a PyTorch .pth or .safetensors, '
+                      'a Keras .h5 or .keras, a .tlt of TAO 5 or effdet_nb, or the word imagenet',
+                      '-m', '--model', required=True, metavar='PATH')=None,
     output_path:Option('Model file to write (.tlt)', '-o', required=True, metavar='FILE')=None,
     key:_key_option()=None,
     experiment_spec_file:_spec_option(False)=None,
