@@ -17,7 +17,7 @@ from ..train.fields import parse_image_size
 from ..train.spec import Spec
 
 # %% ../../nbs/app/07_quickstart_settings.ipynb #56ec5c96
-SPEC_TEMPLATE = Template('''# Made by effdet_quickstart: EfficientDet-D0 on drawn shapes, some minutes on a CPU.
+SPEC_TEMPLATE = Template('''# Made by effdet_quickstart: EfficientDet-Lite0 on drawn shapes, some minutes on a CPU.
 dataset_config {
   training_file_pattern: "$folder/records/train-*"
   validation_file_pattern: "$folder/records/val-*"
@@ -31,6 +31,7 @@ training_config {
   num_examples_per_epoch: $num_train
   num_epochs: $num_epochs
   learning_rate: $learning_rate
+  checkpoint: "imagenet"           # the backbone starts from ImageNet weights
   lr_warmup_epoch: $warmup
   lr_warmup_init: 0.01
   l2_weight_decay: 0.00004
@@ -49,7 +50,7 @@ augmentation_config {
   random_crop_min_scale: 0.8
   random_crop_max_scale: 1.25
 }
-model_config { model_name: "efficientdet-d0" }
+model_config { model_name: "efficientdet-lite0" }
 ''')
 
 # %% ../../nbs/app/07_quickstart_settings.ipynb #1d1d9f07
@@ -64,7 +65,7 @@ class QuickstartSettings:
     batch_size:int=8              # images per step
     learning_rate:float=.08       # peak of the first training
     retrain_rate:float=.04        # peak of the training after pruning
-    pruning_threshold:float=.84   # filters are kept if their norm is above this share of the largest in their layer
+    pruning_threshold:float=.65   # filters are kept if their norm is above this share of the largest in their layer
     seed:int=0                    # of images, weights and sample order
 
     def __post_init__(self):
@@ -110,7 +111,8 @@ def retrain_spec(
     "Returns the spec of the training after pruning."
     eval_every = max(1, self.retrain_epochs//3)
     training = dict(
-        pruned_model_path=str(pruned_path), num_epochs=self.retrain_epochs, learning_rate=self.retrain_rate,
+        checkpoint='', pruned_model_path=str(pruned_path), num_epochs=self.retrain_epochs,
+        learning_rate=self.retrain_rate,
         lr_warmup_epoch=warmup_epochs(self.retrain_epochs), checkpoint_period=eval_every)
     return self.spec(folder).replace(training_config=training, eval_config=dict(eval_epoch_cycle=eval_every))
 
