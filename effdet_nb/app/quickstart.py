@@ -42,7 +42,7 @@ from .evaluation_page import class_comparison_rows, detections_figure, ground_tr
 
 # %% ../../nbs/app/08_quickstart.ipynb #736473ef
 STAGE_DESCRIPTIONS = dict(
-    draw='drawing shapes', convert='converting them to records', train='training EfficientDet-D0 from random weights',
+    draw='drawing shapes', convert='converting them to records', train='training EfficientDet-Lite0 from ImageNet weights',
     evaluate='evaluating it', prune='pruning filters', retrain='retraining the pruned model',
     reevaluate='evaluating that', export='exporting to ONNX', check='evaluating the exported file with ONNX Runtime',
     inference='annotating images', speed='measuring speed', report='writing the report')
@@ -337,7 +337,7 @@ def _measure_speed(run, size):
 def _describe_run(settings, seconds):
     "A sentence on what was run, and on which machine."
     versions = f'TensorFlow {version("tensorflow")}, effdet_nb {__version__}, {time.strftime("%Y-%m-%d")}'
-    return (f'EfficientDet-D0 at {settings.size} x {settings.size} pixels, from random weights, '
+    return (f'EfficientDet-Lite0 at {settings.size} x {settings.size} pixels, from ImageNet weights, '
             f'on {settings.num_train} drawn images: {format_duration(seconds)} '
             f'on {os.cpu_count()} CPU cores ({platform.machine()}, {versions}).')
 
