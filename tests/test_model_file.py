@@ -343,7 +343,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, key, save):
         (dict(weights={'w': [None]}), 'weights/w: type object'),
         (dict(weights={}, ema={'w': ['a']}), 'ema/w'),
         (dict(weights={}, meta={'a': {1: 2}}), 'meta.a: key 1'),
-        (dict(weights={}, meta={'a': [{1}]}), 'meta.a[0]: a set'),
+        (dict(weights={}, meta={'a': [{1}]}), 'meta.a[0]: a value of type set'),
         (dict(weights={}, optimizer={'v': np.zeros(2, 'V2')}), 'optimizer/v'),
     ],
 )

@@ -99,7 +99,7 @@ def begin_run(
 
 def _beside_pruned(weights):
     "Renames pretrained weights so that an error about their shapes mentions the pruned model."
-    advice = 'where shapes fit, they replace its weights'
+    advice = 'where shapes fit, they replace its weights; otherwise leave checkpoint out'
     return replace(weights, path=f'{weights.path}, beside pruned_model_path ({advice})')
 
 # %% ../../nbs/train/10_startup.ipynb #3ece7b4b
