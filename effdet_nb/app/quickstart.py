@@ -42,7 +42,8 @@ from .evaluation_page import class_comparison_rows, detections_figure, ground_tr
 
 # %% ../../nbs/app/08_quickstart.ipynb #736473ef
 STAGE_DESCRIPTIONS = dict(
-    draw='drawing shapes', convert='converting them to records', train='training EfficientDet-Lite0 from ImageNet weights',
+    draw='drawing shapes', convert='converting them to records',
+    train='training EfficientDet-Lite0 from ImageNet weights',
     evaluate='evaluating it', prune='pruning filters', retrain='retraining the pruned model',
     reevaluate='evaluating that', export='exporting to ONNX', check='evaluating the exported file with ONNX Runtime',
     inference='annotating images', speed='measuring speed', report='writing the report')
