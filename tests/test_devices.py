@@ -128,7 +128,8 @@ def check_equal(one, two, tolerance=1e-5):
     assert a.meta['step'] == b.meta['step'] and a.weights.keys() == b.weights.keys()
     for group in ('weights', 'ema'):
         for k, v in getattr(a, group).items():
-            np.testing.assert_allclose(getattr(b, group)[k], v, rtol=0, atol=tolerance, err_msg=f'{group} {k}')
+            atol = 20*tolerance if 'moving_' in k else tolerance      # a step moves statistics a tenth of the way
+            np.testing.assert_allclose(getattr(b, group)[k], v, rtol=1e-4, atol=atol, err_msg=f'{group} {k}')
     for x, y in zip(a.meta['history'], b.meta['history'], strict=True):
         for k in ('loss', 'box_loss', 'positives', 'lr'): np.testing.assert_allclose(y[k], x[k], rtol=1e-4, err_msg=k)
     a, b = (np.load(f'{p}-detections.npz') for p in (one, two))
