@@ -128,8 +128,10 @@ def check_equal(one, two, tolerance=1e-5):
     assert a.meta['step'] == b.meta['step'] and a.weights.keys() == b.weights.keys()
     for group in ('weights', 'ema'):
         for k, v in getattr(a, group).items():
-            atol = 20*tolerance if 'moving_' in k else tolerance      # a step moves statistics a tenth of the way
-            np.testing.assert_allclose(getattr(b, group)[k], v, rtol=1e-4, atol=atol, err_msg=f'{group} {k}')
+            # A step moves the running statistics by a tenth of their distance to those of the batch. In units of what
+            # the batches had, 1e-4 is what 1e-5 was when a step moved them by a hundredth.
+            atol = 10*tolerance if 'moving_' in k else tolerance
+            np.testing.assert_allclose(getattr(b, group)[k], v, rtol=0, atol=atol, err_msg=f'{group} {k}')
     for x, y in zip(a.meta['history'], b.meta['history'], strict=True):
         for k in ('loss', 'box_loss', 'positives', 'lr'): np.testing.assert_allclose(y[k], x[k], rtol=1e-4, err_msg=k)
     a, b = (np.load(f'{p}-detections.npz') for p in (one, two))
@@ -185,7 +187,7 @@ def test_a_machine_that_dies_ends_the_others_and_the_restart_under_slurm_continu
     killed = time.monotonic()
     _, err = first.communicate(timeout=300)
     assert time.monotonic()-killed < 60 and first.returncode not in (0, None)
-    assert 'another of the 2 machines is gone' in err.splitlines()[-1], err[-3000:]
+    assert 'another of the 2 machines stopped' in err.splitlines()[-1], err[-3000:]
     assert read_status(folder/'lost')[-1]['status'] == 'FAILURE'
     step = int(latest_checkpoint(folder/'lost').stem.split('-')[-1])
     for process in start_pair(folder, ['lost', 'lost'], step//2+1, variables=slurm_variables):

@@ -264,8 +264,8 @@ def output_texts(cell):
 
 
 # A folder of one machine, a progress bar, TensorFlow's chatter, a warning, an address in memory
-UNWANTED_OUTPUT = re.compile(r'(?:/(?:tmp|home|root|Users)/|[A-Z]:\\Users)\S*|\d+%\|.*\||cuda_\w+\.cc:\d+|\w+Warning:'
-                             r'|object at 0x[0-9a-f]+')
+UNWANTED_OUTPUT = re.compile(r'(?:/(?:tmp|home|root|Users)/|[A-Z]:\\Users)\S*|\S*\btmp[a-z0-9_]{8}/\S*|\d+%\|.*\|'
+                             r'|cuda_\w+\.cc:\d+|\w+Warning:|object at 0x[0-9a-f]+')
 
 @pytest.mark.parametrize('path', notebooks(), ids=relative_path)
 def test_kept_outputs_fit_every_machine(path):
