@@ -147,6 +147,7 @@ dataset_convert -i a -a b -o c -t d -s 3 --include_mask
 dataset_convert --image_dir a --annotations_file b --output_dir c --tag d --num_shards 3 --include_masks
 train -e a -d b -k c --gpus 2 --gpu_index 0 1 --log_file d
 train --experiment_spec_file a --model_dir b --key c --experiment_spec x
+train -e a --results_dir b -k c
 evaluate -e a -m b -k c --gpu_index 0 --log_file d
 evaluate --experiment_spec_file a --model_path b --key c -r d
 evaluate --experiment_spec a -m b

@@ -76,8 +76,8 @@ def effdet_check(
 @command(example='-e spec.txt -d runs/first')
 def effdet_train(
     experiment_spec_file:_spec_option(True)=None,
-    model_dir:Option('Folder for checkpoints; an unfinished run in it is continued', '-d', required=True,
-                     metavar='FOLDER')=None,
+    model_dir:Option('Folder for checkpoints; an unfinished run in it is continued', '-d', '--results_dir',
+                     required=True, metavar='FOLDER')=None,
     key:_key_option()=None,
     gpus:Option('Number of GPUs', type=int, metavar='N')=1,
     gpu_index:Option('GPUs to use, counted from 0 (default: the first ones)', type=int, nargs='+', metavar='N')=None,
