@@ -285,7 +285,8 @@ def test_unusual_settings_come_with_a_remedy(spec):
     def warnings_for(**changes):
         return diagnostics.hyperparameter_warnings(training_plan_from_spec(set_training(spec, **changes)))
     assert 'learning_rate: 0.005' in warnings_for(learning_rate=.5)[0] and not warnings_for(learning_rate=.01)
-    assert 'Set it to' in warnings_for(learning_rate=.01, moving_average_decay=.9999)[0]
+    # the decay grows from the first step, so a large one averages over a tenth of a short run
+    assert not warnings_for(learning_rate=.01, moving_average_decay=.9999)
 
 
 def test_the_second_evaluation_with_ap_0_is_diagnosed(spec, capfd):

@@ -29,23 +29,11 @@ def hyperparameter_warnings(
     num_replicas:int=1, # replicas that take a step together
 )->list:                # sentences
     "Lists the unusual settings of a run, each with a remedy."
-    return [*_learning_rate_warnings(plan, num_replicas), *_ema_warnings(plan)]
-
-def _learning_rate_warnings(plan, num_replicas):
-    "Compares the learning rate with that of automl for the same batch size."
     rate, batch_size = plan.config.learning_rate, plan.batch_size*num_replicas
     usual = LR_PER_IMAGE*batch_size
-    if usual/100 <= rate <= 10*usual: return
-    yield (f'training_config.learning_rate: {rate:g} for {batch_size} images per step; the recipe is {usual:.2g}, in '
-           f'proportion to the batch size. Set learning_rate: {usual:.2g} unless this is intended')
-
-def _ema_warnings(plan):
-    "Compares the window of the moving average, in steps, with the length of the run."
-    decay, num_steps = plan.config.moving_average_decay, plan.total_steps
-    window = 1/(1-decay)
-    if not plan.ema_decay_is_set or window <= num_steps: return
-    yield (f'training_config.moving_average_decay: {decay:g} averages over {window:,.0f} steps, but the run has '
-           f'{num_steps:,}. Set it to {max(0, 1-10/num_steps):.3g}')
+    if usual/100 <= rate <= 10*usual: return []
+    return [f'training_config.learning_rate: {rate:g} for {batch_size} images per step; the recipe is {usual:.2g}, in '
+            f'proportion to the batch size. Set learning_rate: {usual:.2g} unless this is intended']
 
 # %% ../../nbs/train/09_diagnostics.ipynb #80035ad9
 def batch_of_step(

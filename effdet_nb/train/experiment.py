@@ -114,7 +114,6 @@ class TrainingPlan:
     config:TrainingConfig         # the settings, `num_examples_per_epoch` included
     frozen_blocks:tuple=()        # blocks of the backbone that are not trained: 0 the stem, 1 to 7 the stages
     freeze_bn:bool=False          # whether the batch normalisation layers of the backbone are frozen
-    ema_decay_is_set:bool=False   # whether the spec sets `moving_average_decay`
 
     @property
     def batch_size(self)->int: return self.config.train_batch_size   # images per replica and step
@@ -150,8 +149,7 @@ def training_plan_from_spec(
 )->TrainingPlan:
     "Returns the training plan that a spec describes; raises a ValueError if it has no step."
     config, model = spec.training_config, spec.model_config
-    ema_decay_is_set = spec.is_set('training_config', 'moving_average_decay')
-    plan = TrainingPlan(config, model.frozen_blocks, model.freeze_bn, ema_decay_is_set)
+    plan = TrainingPlan(config, model.frozen_blocks, model.freeze_bn)
     batch, parts = config.train_batch_size, config.gradient_accumulation_steps
     if plan.total_steps < 1:
         raise ValueError(f'training_config: num_examples_per_epoch {config.num_examples_per_epoch} x num_epochs '
