@@ -15,7 +15,7 @@ from fastcore.script import anno_parser
 from PIL import Image
 
 import effdet_nb.app.cli as cli
-from effdet_nb.app.command import parse_options
+from effdet_nb.app.options import parse_options
 from effdet_nb.core.console import read_status
 from effdet_nb.detector.toy_data import make_toy_dataset
 
