@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
 
+from effdet_nb.core import files
 from effdet_nb.core.console import Status, format_duration, log_message, progress_bar, read_status
 from effdet_nb.core.files import atomic_write, check_output_path, to_jsonable, write_json
 
@@ -251,3 +252,53 @@ def test_importing_is_light():
 print([m for m in ("tensorflow", "tqdm", "matplotlib") if m in sys.modules])'''
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == '[]'
+
+
+# --- locks, and files that killed processes have left ---
+
+@pytest.mark.parametrize('name', ['.a.tlt.0123abcd.part', '.train_records.json.ffffffff.part', '.x.00000000.part'])
+def test_the_next_write_deletes_temporary_files_of_killed_processes_only(tmp_path, name):
+    (tmp_path/name).write_bytes(b'half')
+    (tmp_path/'.train.part').mkdir()
+    for kept in ('.mine.part', 'b.0123abcd.part', '.notes.0123abcz.part'): (tmp_path/kept).write_bytes(b'')
+    with open(tmp_path/name, 'rb') as f:
+        assert files._lock_file(f)
+        with files.atomic_write(tmp_path/'a.tlt') as g: g.write(b'whole')
+        assert (tmp_path/name).exists()
+    files.remove_stale_parts.cache_clear()
+    with files.atomic_write(tmp_path/'a.tlt') as g: g.write(b'whole')
+    kept = {'.train.part', '.mine.part', 'b.0123abcd.part', '.notes.0123abcz.part', 'a.tlt'}
+    assert {p.name for p in tmp_path.iterdir()} == kept
+
+
+def test_a_lock_keeps_other_processes_out_and_ends_with_its_process(tmp_path):
+    code = f'''
+import time
+from effdet_nb.core.files import exclusive_lock
+with exclusive_lock({str(tmp_path/"new"/".lock")!r}, "busy"):
+    print("ready", flush=True)
+    time.sleep(60)
+'''
+    other = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == 'ready\n'
+    with pytest.raises(ValueError, match='busy'), files.exclusive_lock(tmp_path/'new'/'.lock', 'busy'): pass
+    other.kill()
+    other.wait()
+    for _ in range(2):
+        with files.exclusive_lock(tmp_path/'new'/'.lock', 'busy'): pass
+    assert not (tmp_path/'new'/'.lock').exists()
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='no named pipes')
+def test_only_ordinary_files_of_a_sensible_size_are_read(tmp_path):
+    os.mkfifo(tmp_path/'pipe')
+    with open(tmp_path/'sparse', 'wb') as f: f.truncate(2**40)
+    for path, message in ((tmp_path/'pipe', 'not an ordinary file'), ('/dev/zero', 'not an ordinary file'),
+                          (tmp_path, 'not an ordinary file'), (tmp_path/'sparse', 'at most')):
+        with pytest.raises(ValueError, match=message): files.read_file(path)
+    with pytest.raises(FileNotFoundError): files.read_file(tmp_path/'none')
+
+
+def test_text_that_utf8_cannot_store_is_written_with_escapes(tmp_path):
+    with files.atomic_write(tmp_path/'names.txt', 'w') as f: f.write('caf\udce9, \ud800, größe')
+    assert (tmp_path/'names.txt').read_text(encoding='utf-8') == r'caf\udce9, \ud800, größe'
