@@ -23,8 +23,8 @@ from ..detector.efficientdet import Arch, detector_outputs, get_variant
 
 # %% ../../nbs/accel/01_cpu_layers.ipynb #29e4ea1b
 @cache
-def tf_on_cpu()->bool: # True if Keras uses TensorFlow and TensorFlow has no device but CPUs
-    "Returns whether TensorFlow computes on a CPU."
+def tf_on_cpu()->bool: # True if Keras uses TensorFlow and TensorFlow has no other devices
+    "Returns whether TensorFlow runs on CPUs only."
     if keras.backend.backend() != 'tensorflow': return False
     import tensorflow as tf
     return {device.device_type for device in tf.config.list_physical_devices()} == {'CPU'}
@@ -66,7 +66,7 @@ def bias_activation(
 def is_pointwise(
     conv,    # a `Conv2D`
 )->bool:     # True for a 1x1 kernel without stride and groups
-    "Returns whether a convolution is the same matrix product at each location."
+    "Returns whether a convolution is a product of the feature map, as a table, and its kernel."
     return conv.kernel_size == conv.strides == (1,1) and conv.groups == 1 and conv.data_format == 'channels_last'
 
 # %% ../../nbs/accel/01_cpu_layers.ipynb #d26158e7
@@ -74,7 +74,7 @@ def fast_conv(
     conv, # a `Conv2D`
     x,    # [N,H,W,C]
 ):        # [N,H',W',D]
-    "Applies a convolution; a 1x1 one computes its gradients as matrix products."
+    "Applies a convolution; if it is 1x1, its gradients are computed as matrix products."
     if not is_pointwise(conv): return conv(x)
     return bias_activation(conv, pointwise_conv2d(x, conv.kernel))
 
@@ -190,7 +190,7 @@ def train_batch_norm(
 # %% ../../nbs/accel/01_cpu_layers.ipynb #670e4a01
 @keras.saving.register_keras_serializable('effdet_nb')
 class FusedBatchNorm(layers.BatchNormalization):
-    "Normalises the channels of [N,H,W,C] as Keras' layer does, with the fused kernel on TensorFlow."
+    "Normalises the channels of [N,H,W,C] as the Keras layer does; on TensorFlow, with the fused kernel."
     def call(self, x, training=None, mask=None):
         if not self.fits_kernel(x, mask): return super().call(x, training=training, mask=mask)
         if training and self.trainable: return train_batch_norm(self, x)[0]
@@ -253,7 +253,7 @@ def norm_swish(
     norm, # a trainable `BatchNormalization`
     x,    # [N,H,W,C]
 ):        # [N,H,W,C]
-    "Applies batch normalisation and swish in training, without keeping the map between them."
+    "Applies batch normalisation and swish in training; the map between them is not kept."
     y, affine = train_batch_norm(norm, x)
     return memory_efficient_swish(y, x, affine)[0]
 

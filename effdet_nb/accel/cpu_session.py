@@ -15,7 +15,7 @@ from ..detector.predictor import predict_on_batch
 def no_remapping(
     enabled:bool=True, # False leaves the setting unchanged
 ):
-    "Disables, within a `with` block, the fusing of convolutions with the operations after them."
+    "Disables, in a `with` block, the fusion of convolutions with the operations after them."
     options = tf.config.optimizer
     before = options.get_experimental_options().get('remapping', True)
     if enabled: options.set_experimental_options({'remapping': False})

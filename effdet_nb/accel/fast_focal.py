@@ -29,13 +29,13 @@ def background_focal_sum(
     gamma,           # focusing parameter
     label_smoothing, # 0..1
 )->tuple:            # loss of each row [N], derivatives [N,C]
-    "Computes the focal loss of a table of logits with background as the target of all of them."
+    "Computes the focal loss of a table of logits whose target is always background."
     loss, slope = background_focal_and_grad(logits, gamma, label_smoothing)
     return (1-alpha)*ops.sum(loss, axis=-1), (1-alpha)*slope
 
 # %% ../../nbs/accel/03_fast_focal.ipynb #ddfa1fe5
 def correct_positives(
-    logits,   # [N] the logit of the target class of each anchor; any value for background
+    logits,   # [N] logit of the target class of each anchor; any value for background
     positive, # [N] True for an anchor with a target
     alpha,    # weight of objects, 0..1
     gamma,    # focusing parameter

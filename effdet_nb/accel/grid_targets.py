@@ -19,7 +19,7 @@ class AnchorGrid:
     anchors:np.ndarray      # [A, 4] yxyx pixels, level by level, row by row, the shapes of a location together
     anchor_hw:np.ndarray    # [L, S, 2] height and width, pixels
     origin:np.ndarray       # [L, 2] centre of the first location, pixels
-    stride:np.ndarray       # [L, 2] distance of neighbouring centres, pixels
+    stride:np.ndarray       # [L, 2] distance between neighbouring centres, pixels
     grid_hw:np.ndarray      # [L, 2] rows and columns
     first_anchor:np.ndarray # [L] index of the first anchor of the level
 
@@ -50,7 +50,7 @@ def level_starts(
 def level_grid(
     centers, # [P, 2] centres of the locations of one level, row by row, pixels
 )->tuple:    # origin [2], stride [2], (rows, columns)
-    "Computes the grid of one level; the stride along an axis with a single location is 1e9."
+    "Computes the grid of one level; along an axis with a single location the stride is 1e9."
     num_columns = _count_leading(centers[:, 0] <= centers[0,0]+1e-3)
     grid_hw = np.array([len(centers)//num_columns, num_columns])
     stride = (centers[-1]-centers[0])/np.maximum(grid_hw-1, 1)
@@ -130,7 +130,7 @@ def max_center_distance(
     anchor_hw, # [W, 2] height and width of anchors, pixels
     ious,      # [W] IoU to reach, above 0
 ):             # [W, 2] vertical and horizontal distance, pixels
-    "Computes the largest distance of the centres of a box and an anchor for an IoU, plus 0.01 pixels."
+    "Computes the largest distance between the centres of a box and an anchor that have an IoU, plus 0.01 pixels."
     intersection = ious/(1+ious) * (box_hw.prod(1)+anchor_hw.prod(1))           # minimum, square pixels
     shared_hw = intersection[:, None]/np.minimum(box_hw, anchor_hw)[:, ::-1]     # minimum height and width
     return (box_hw+anchor_hw)/2 - shared_hw + .01
@@ -143,7 +143,7 @@ def anchor_windows(
     shapes,          # [W] shape of its anchors
     ious,            # [W] IoU to reach, above 0
 )->tuple:            # first [W, 2] and last [W, 2] (row, column); last < first for an empty window
-    "Computes the window of rows and columns that contains all anchors of a shape with at least an IoU."
+    "Computes the window of rows and columns that contains all anchors of a shape that reach an IoU."
     centers = (boxes[:, :2].astype(float)+boxes[:, 2:])/2
     box_hw = boxes[:, 2:].astype(float)-boxes[:, :2]
     distance = max_center_distance(box_hw, grid.anchor_hw[levels, shapes], ious)
@@ -156,7 +156,7 @@ def unroll_windows(
     first, # [W, 2] first row and column
     last,  # [W, 2] last row and column
 )->tuple:  # window [P], row [P], column [P]
-    "Lists all locations of windows, row by row."
+    "Lists the locations of all windows, row by row."
     count = np.maximum(last-first+1, 0)
     total = count.prod(1)
     window = np.repeat(np.arange(len(total)), total)
@@ -170,7 +170,7 @@ def candidate_anchors(
     boxes,            # [M, 4] yxyx pixels, float32
     iou_threshold=.5, # an anchor with this IoU or more is positive
 )->tuple:             # object [P], anchor [P], their IoU [P]; includes every pair that can be a match
-    "Finds the pairs of objects and anchors that reach the IoU threshold, or the best IoU of the object."
+    "Finds the pairs of objects and anchors whose IoU reaches the threshold, or the best IoU of the object."
     nearest = nearest_iou(grid, boxes)
     enough = np.minimum(nearest.max((1, 2)), iou_threshold)*.999
     objects, levels, shapes = np.nonzero((nearest >= enough[:, None, None]) & (nearest > 0))
@@ -187,7 +187,7 @@ def best_object_of_anchors(
     num_anchors:int,   # length of the result
     iou_threshold,     # an anchor with this IoU or more is positive
 ):                     # [num_anchors] object of each anchor, -1 for background
-    "Finds the object with the highest IoU of each anchor, if it reaches the threshold; the first of equal ones."
+    "Finds for each anchor the object with the highest IoU that reaches the threshold; in a tie, the first."
     best = np.zeros(num_anchors, np.float32)
     np.maximum.at(best, anchors, ious)
     is_match = (ious == best[anchors]) & (ious >= iou_threshold)
@@ -203,7 +203,7 @@ def best_anchor_of_objects(
     num_objects:int, # length of the result
     num_anchors:int, # also the result for an object without an anchor
 ):                   # [num_objects] anchor of each object
-    "Finds the anchor of the forced match of each object: its best, the first of equal ones."
+    "Finds for each object the anchor of its forced match: the one with the highest IoU; in a tie, the first."
     best = np.zeros(num_objects, np.float32)
     np.maximum.at(best, objects, ious)
     is_best = ious == best[objects]
@@ -217,7 +217,7 @@ def match_on_grid(
     boxes,            # [M, 4] yxyx pixels, float32
     iou_threshold=.5, # an anchor with this IoU or more is positive
 ):                    # [A] object of each anchor; -1 for background
-    "Matches anchors with objects as `match_anchors` does, from the candidate pairs alone."
+    "Matches anchors with objects as `match_anchors` does, using only the candidate pairs."
     iou_threshold, num_anchors = np.float32(iou_threshold), len(grid.anchors)
     pairs = candidate_anchors(grid, boxes, iou_threshold)
     matches = best_object_of_anchors(*pairs, num_anchors, iou_threshold)
