@@ -56,13 +56,20 @@ def test_the_settings_are_those_of_the_file(tmp_path, add_nms, batch):
     assert settings['infer-dims'].split(';') == [str(n) for n in shape[1:]] and settings['network-input-order'] == '1'
     assert settings['output-blob-names'].split(';') == [o.name for o in proto.graph.output]
     assert settings['onnx-file'] == 'a.onnx' and int(settings['batch-size']) == (4 if batch == 4 else 1)
-    lowest_score = get_metadata(proto)['nms']['score_threshold']
-    assert float(config['class-attrs-all']['pre-cluster-threshold']) >= lowest_score
+    default = .5 if add_nms is add_trt_nms else .3
+    assert float(config['class-attrs-all']['pre-cluster-threshold']) == default
     labels = (folder/'labels.txt').read_text().splitlines()
     assert len(labels) == int(settings['num-detected-classes']) == 3 and labels[:2] == ['thing 1', 'thing 2']
     assert settings['labelfile-path'] == 'labels.txt'
     assert settings['custom-lib-path'] in (folder/'README.md').read_text()
     assert settings['parse-bbox-func-name'] in (folder/'nvdsinfer_effdet_nb.cpp').read_text()
+
+
+@pytest.mark.parametrize('threshold', [0., .05, .3, .77])
+@pytest.mark.parametrize('add_nms', [add_trt_nms, add_onnx_nms])
+def test_the_lowest_score_is_the_one_that_was_given(add_nms, threshold):
+    meta = get_metadata(add_nms(toy_onnx_model()))
+    assert nvinfer_config(meta, 'a.onnx', threshold).endswith(f'pre-cluster-threshold={threshold}\n')
 
 
 @pytest.mark.parametrize('name, data_type', [('a.etlt', 'fp32'), ('a.onnx', 'int8')])

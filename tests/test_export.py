@@ -168,7 +168,21 @@ def test_arguments_take_precedence_over_the_spec(traced, tmp_path):
     result = export_traced(traced, tmp_path/'a.etlt', score_threshold=.02, max_detections=7, iou_threshold=.6)
     assert result.meta['nms'] == dict(
         kind='efficient_nms_trt', score_threshold=.02, max_detections=7, iou_threshold=.6)
-    assert export_traced(traced, tmp_path/'b.onnx', nms='none').meta['nms'] == dict(kind='none')
+    raw = export_traced(traced, tmp_path/'b.onnx', nms='none', max_detections=7)
+    assert raw.meta['nms'] == dict(kind='none', max_detections=7, score_threshold=.001)
+    assert load_detector(raw.path).nms_options == NmsOptions(max_detections=7)
+
+
+@pytest.mark.parametrize('threshold', [0., .0001, .009, .4, 1.])
+@pytest.mark.parametrize('kind', ['onnx', 'efficient_nms_trt', 'none'])
+def test_a_threshold_is_kept_as_it_was_given(kind, threshold):
+    from effdet_nb.export.onnx_nms import add_nms
+    proto = add_nms(toy_onnx_model(), kind, score_threshold=threshold)
+    assert get_metadata(proto)['nms']['score_threshold'] == threshold
+    if kind == 'efficient_nms_trt':
+        attribute, = (a for a in proto.graph.node[-1].attribute if a.name == 'score_threshold')
+        assert attribute.f == np.float32(threshold)
+    assert OnnxDetector(proto.SerializeToString()).nms_options.score_threshold == threshold
 
 
 def initializer(proto, name): return next(t for t in proto.graph.initializer if t.name == name)
@@ -334,7 +348,7 @@ def check_predictions_are_float(proto):
     (dict(output_path='a.tflite', nms='onnx'), 'fp32 without suppression only'),
     (dict(data_type='int4'), 'fp32, fp16, int8'), (dict(opset=12), '13 to 18'), (dict(opset=19), '13 to 18'),
     (dict(max_batch_size=0), 'at least 1'), (dict(nms='soft'), 'Allowed: onnx'),
-    (dict(data_type='int8'), 'cal_image_dir'), (dict(nms='none', score_threshold=.3), 'nms "none"')])
+    (dict(data_type='int8'), 'cal_image_dir'), (dict(nms='none', score_threshold=3.), 'from 0 to 1')])
 def test_invalid_options_are_refused_before_the_model_is_opened(monkeypatch, tmp_path, options, words):
     monkeypatch.setattr(chapter, 'load_model_file', lambda *a: pytest.fail('opened too early'))
     with pytest.raises(ValueError, match=words):
@@ -357,12 +371,15 @@ def test_the_model_file_is_opened_once(traced, monkeypatch, tmp_path):
     assert paths == [traced['path']]
 
 
-ZERO_AS_IN_TAO = dict(max_detections=100, score_threshold=.4)    # 0 counts as not set
-
 @pytest.mark.parametrize('spec, kind, settings', [
     (None, 'onnx', {}), ('', 'none', {}), ('', 'efficient_nms_trt', {}),
-    ('eval_config { min_score_thresh: 0.0 }', 'efficient_nms_trt', ZERO_AS_IN_TAO),
-    ('eval_config { min_score_thresh: 0.0001 }', 'onnx', dict(max_detections=100))])
+    ('eval_config { min_score_thresh: 0.0 }', 'efficient_nms_trt', dict(score_threshold=0.)),
+    ('eval_config { min_score_thresh: 0.0001 }', 'efficient_nms_trt', dict(score_threshold=.0001)),
+    ('eval_config { min_score_thresh: 0.9 }', 'efficient_nms_trt', dict(score_threshold=.9)),
+    ('eval_config { min_score_thresh: 0 }', 'onnx', dict(score_threshold=0)),
+    ('eval_config { min_score_thresh: 0.0001 }', 'none', dict(score_threshold=.0001)),
+    ('eval_config { min_score_thresh: 0.9 }', 'onnx', dict(score_threshold=.001)),     # it can be evaluated
+    ('eval_config { max_detections_per_image: 7 }', 'none', dict(max_detections=7))])
 def test_thresholds_of_the_spec_in_the_model(spec, kind, settings):
     meta = {} if spec is None else dict(spec=Spec.parse(spec).to_text())
     assert saved_nms_settings(ModelFile(meta), kind) == settings

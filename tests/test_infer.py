@@ -251,6 +251,41 @@ def test_every_way_to_open_and_run_a_model_gives_the_same_boxes(model_files, tmp
             assert_same(replace(found, class_table=detector.classes).select(THRESHOLD), want)
 
 
+@pytest.mark.parametrize('limit', [3, 137, 300])
+def test_the_limit_of_the_training_spec_is_obeyed_by_every_file(model_files, tmp_path, limit):
+    from effdet_nb.app.model_evaluation import open_detector
+    from effdet_nb.export.onnx_nms import NMS_BUILDERS
+    from effdet_nb.export.runtimes import load_detector
+    from effdet_nb.weights.model_file import load_model_file, save_etlt, save_model_file
+    stored = load_model_file(model_files/'a.tlt')
+    stored.meta['spec'] = f'eval_config {{ max_detections_per_image: {limit} }}'
+    save_model_file(tmp_path/'a.tlt', stored.weights, stored.meta)
+    for kind in NMS_BUILDERS: write_exported(model_files, stored, kind, tmp_path/f'{kind}.onnx')
+    save_etlt(tmp_path/'a.etlt', (tmp_path/'efficient_nms_trt.onnx').read_bytes())
+    image = find_images(model_files/'in')[0]
+    counts = {}
+    for path in sorted(tmp_path.glob('*.*')):
+        detector = load_detector(path)
+        assert detector.nms_options.max_detections==limit, path
+        counts[path.name] = infer(detector, image, out_label_path=tmp_path/'own', score_threshold=0.).counts['boxes']
+        few = infer(detector, image, out_label_path=tmp_path/'few', score_threshold=0., max_detections=2)
+        assert few.counts['boxes']==2
+    assert open_detector(tmp_path/'onnx.onnx', max_detections=2).nms_options.max_detections==2
+    assert len(counts)==5 and max(counts.values())<=limit
+    assert min(counts.values())>=max(counts.values())-2>0      # two scores may differ by a rounding error
+
+
+def write_exported(model_files, stored, kind, path):
+    "Writes an exported file with the settings of a model's spec, from a graph that was traced once."
+    import onnx
+    from effdet_nb.export.export import saved_nms_settings
+    from effdet_nb.export.onnx_nms import add_nms, strip_nms
+    raw = strip_nms(onnx.load(model_files/'none.onnx'))
+    settings = saved_nms_settings(stored, kind)
+    if kind=='efficient_nms_trt': settings |= dict(score_threshold=.001)
+    onnx.save(add_nms(raw, kind, **settings), path)
+
+
 @pytest.mark.parametrize('name', ['a.tlt', 'onnx.onnx', 'none.onnx'])
 def test_thresholds_and_limits_are_obeyed_by_every_file(model_files, name):
     image = read_letterboxed(find_images(model_files/'in')[0], (128,128)).image

@@ -79,7 +79,7 @@ def test_the_plugin_node_is_as_tao_writes_it():
     assert (node.op_type, node.domain, node.name) == ('EfficientNMS_TRT', '', 'nms/non_maximum_suppression')
     assert list(node.input) == ['box_deltas', 'cls_logits', 'nms/anchors:0']
     assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == dict(
-        plugin_version=b'1', background_class=-1, max_output_boxes=100, score_threshold=np.float32(.01),
+        plugin_version=b'1', background_class=-1, max_output_boxes=100, score_threshold=np.float32(.001),
         iou_threshold=.5, score_activation=1, box_coding=1)
     anchors = graph_initializers(proto.graph)['nms/anchors:0']
     assert anchors.shape == (1, 3069, 4) and anchors.dtype == np.float32

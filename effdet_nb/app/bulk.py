@@ -13,7 +13,7 @@ from ..core.console import Status
 from ..core.files import check_output_path, write_json
 from ..detector.detections import Detections
 from .infer import (
-    DEFAULT_MAX_DETECTIONS, FilePrediction, InferenceSummary, OutputWriter, find_images, load_for_inference,
+    FilePrediction, InferenceSummary, OutputWriter, detection_limit, find_images, load_for_inference,
     make_output_writer, predict_files, predictions_to_coco, read_label_map, rename_classes)
 
 # %% ../../nbs/app/02_bulk.ipynb #738e1811
@@ -27,7 +27,7 @@ def predict_and_save(
     model_path:str,           # .tlt, .onnx, .etlt or .engine
     names:dict,               # category id -> name, in place of the names in the model
     score_threshold:float=.5, # lowest score to keep, 0 to 1
-    max_detections:int=None,  # largest number of detections; None: 100
+    max_detections:int=None,  # largest number of detections; None: that of the model
     class_agnostic:bool=False,# suppress across classes
 )->dict:                      # JSON-ready: the path, and either an error or the detections
     "Detects the objects in one image and writes its files; an unreadable image becomes a row with an error."
@@ -36,7 +36,7 @@ def predict_and_save(
     def on_error(path, error): errors.append(str(error))
     detector = _load_once(model_path, score_threshold, max_detections, class_agnostic)
     class_table = rename_classes(detector.classes, names, source=None)     # `infer_bulk` has printed the warning
-    limit = DEFAULT_MAX_DETECTIONS if max_detections is None else max_detections
+    limit = detection_limit(detector, max_detections)
     found = list(predict_files(detector, [Path(path)], 1, 1, on_error, score_threshold, limit, class_table))
     if errors: return dict(path=path, error=errors[0])
     prediction, = found
@@ -81,7 +81,7 @@ def infer_bulk(
     label_map=None,           # text file, line i is the name of category i; None: the names in the model
     score_threshold:float=.5, # lowest score to keep, 0 to 1
     class_agnostic:bool=False,# suppress across classes, as TAO's inference does
-    max_detections:int=None,  # largest number of detections per image; None: 100
+    max_detections:int=None,  # largest number of detections per image; None: that of the model
     recursive:bool=False,     # also search subfolders
     draw:bool=True,           # also write annotated images
     options=(),               # Beam options as on its command line, such as '--runner=FlinkRunner'

@@ -272,27 +272,22 @@ def effdet_export(
     "Export a model to ONNX, TFLite or SavedModel, and compare the exported file with the original."
     from effdet_nb.train.spec import Spec
     output_path = output_path or os.path.splitext(model_path)[0] + ('.etlt' if key else '.onnx')
-    nms = nms or _default_nms(output_path)
     spec = Spec.load(experiment_spec_file, 'export') if experiment_spec_file else None
     if data_type!='fp32': _check_validation_files(spec)
-    from effdet_nb.export.export import export
+    from effdet_nb.export.export import default_nms, export
     from effdet_nb.train.experiment import export_nms_settings
+    nms = nms or default_nms(output_path)
     nms_options = export_nms_settings(spec, nms) if spec else {}
     result = export(
         model_path, output_path, key, nms, opset, max_batch_size, data_type, cal_image_dir=cal_image_dir,
         cal_cache_file=cal_cache_file, batches=batches, batch_size=batch_size, **nms_options)
     print(result, flush=True)
     if data_type!='fp32': print(_quantization_report(spec, model_path, output_path, key), flush=True)
-    if deepstream: _write_deepstream(result.meta, output_path, deepstream)
+    if deepstream: _write_deepstream(result.meta, output_path, deepstream, _inference_threshold(spec, model_path, key))
     if engine_file is None: return
     from effdet_nb.export.tensorrt import gen_trt_engine
     return gen_trt_engine(output_path, engine_file, key, max_batch_size=max_batch_size or 1,
                           max_workspace_size=max_workspace_size, verbose=verbose)
-
-def _default_nms(output_path):
-    "The kind of NMS that suits a file format."
-    extension = os.path.splitext(output_path)[1].lower()
-    return {'.etlt': 'efficient_nms_trt', '.onnx': 'onnx'}.get(extension, 'none')
 
 def _has_validation(spec): return bool(spec and spec.dataset_config.validation_file_pattern)
 
@@ -308,10 +303,20 @@ def _quantization_report(spec, model_path, output_path, key):
     from effdet_nb.export.runtimes import quantization_ap_drop
     return quantization_ap_drop(spec, model_path, output_path, key)
 
-def _write_deepstream(meta, output_path, folder):
+def _inference_threshold(spec, model_path, key):
+    "Returns `min_score_thresh` of the spec, else that of the spec in the model; None if neither sets it."
+    from effdet_nb.export.export import saved_nms_settings
+    from effdet_nb.train.experiment import export_nms_settings
+    from effdet_nb.weights.encryption import resolve_key
+    from effdet_nb.weights.model_file import load_model_file
+    settings = saved_nms_settings(load_model_file(model_path, resolve_key(key), groups=()), 'efficient_nms_trt')
+    if spec: settings |= export_nms_settings(spec, 'efficient_nms_trt')
+    return settings.get('score_threshold')
+
+def _write_deepstream(meta, output_path, folder, score_threshold):
     "Writes the DeepStream files and prints their paths."
     from effdet_nb.export.deepstream import write_deepstream
-    for path in write_deepstream(meta, output_path, folder): print(path)
+    for path in write_deepstream(meta, output_path, folder, score_threshold): print(path)
 
 # %% ../../nbs/app/11_cli.ipynb #2eb95ae1
 @command(example='-m runs/first/model.onnx --engine_file runs/first/model.engine --data_type fp16')

@@ -360,7 +360,7 @@ def _open_status(results_dir, key):
 def _detect_testdev(spec, model_path, key, nms):
     "Writes the detections of one model for images without ground truth."
     config,path = spec.eval_config, Path(spec.dataset_config.testdev_dir)/'detections.json'
-    samples,detector = _open_samples(spec), open_detector(model_path, key, nms)
+    samples,detector = _open_samples(spec), open_detector(model_path, key, nms, _detection_limit(spec))
     return write_testdev_detections(path, detector, samples, config.eval_batch_size, config.eval_samples or None)
 
 def _evaluation_options(spec, measure_speed, iou_threshold, score_threshold):
@@ -369,8 +369,13 @@ def _evaluation_options(spec, measure_speed, iou_threshold, score_threshold):
     return dict(
         batch_size=spec.eval_config.eval_batch_size, eval_samples=spec.eval_config.eval_samples or None,
         analysis_options=dict(iou_threshold=iou_threshold, score_threshold=score_threshold),
-        image_hw=spec.dataset_config.image_hw if is_size_set else None,
+        image_hw=spec.dataset_config.image_hw if is_size_set else None, max_detections=_detection_limit(spec),
         classes=_ground_truth_classes(spec.dataset_config), measure_speed=measure_speed)
+
+def _detection_limit(spec):
+    "The largest number of detections per image, if the spec sets it."
+    is_set = spec.is_set('eval_config', 'max_detections_per_image')
+    return spec.eval_config.max_detections_per_image if is_set else None
 
 def _ground_truth_classes(config):
     "The classes of the validation annotations, else those of the records, else None."

@@ -211,6 +211,7 @@ def evaluate_model_file(
     show_progress:bool=False,  # show progress on stderr
     image_hw:tuple=None,       # (height, width) the spec sets, for a warning
     classes:ClassTable=None,   # of the ground truth: for a warning, and to read a .json
+    max_detections:int=None,   # largest number of detections per image; as the file specifies if absent
 )->ModelEvaluation:
     "Evaluates one model file, or one file of detections."
     path,speed = Path(model_path), None
@@ -218,7 +219,7 @@ def evaluate_model_file(
         metrics,nms_description = _evaluate_detections_file(path, samples, classes, eval_samples,
                                                             pycocotools), 'done before'
     else:
-        detector = open_detector(path, key, nms)
+        detector = open_detector(path, key, nms, max_detections)
         for message in evaluation_warnings(detector, path, image_hw, classes): warnings.warn(message)
         metrics = evaluate(detector, samples, batch_size=batch_size, eval_samples=eval_samples,
                            show_progress=show_progress, pycocotools=pycocotools)
@@ -231,10 +232,15 @@ def open_detector(
     path,         # .tlt, .onnx, .etlt or .engine
     key:str='',   # key of the model file
     nms:str=None, # 'soft' or 'hard'; as the file specifies if absent
+    max_detections:int=None, # largest number of detections per image; as the file specifies if absent
 ):                # a detector
     "Opens a model file with a chosen kind of NMS."
-    if nms is None: return load_detector(path, key)
-    return load_detector(path, key, method=NMS_METHOD_BY_FLAG[nms])
+    changes = {} if nms is None else dict(method=NMS_METHOD_BY_FLAG[nms])
+    detector = load_detector(path, key, **changes)
+    if max_detections is None: return detector
+    try: detector.set_nms_options(max_detections=max_detections)
+    except ValueError as e: warnings.warn(f'{path}: {e}')      # an exported file that keeps fewer
+    return detector
 
 def _first_batch(detector, samples, batch_size):
     "The first images, resized to the network input."

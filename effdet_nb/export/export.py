@@ -7,7 +7,7 @@ __all__ = ['NUM_VERIFICATION_IMAGES', 'TOLERANCES', 'Agreement', 'MATCH_TOLERANC
            'max_difference', 'verification_images', 'compare_with_keras', 'check_difference', 'random_raw_outputs',
            'extract_nms', 'nms_detections', 'expected_detections', 'count_matching_detections', 'compare_nms',
            'Verification', 'verify_export', 'ExportResult', 'write_export', 'check_export_options',
-           'saved_nms_settings', 'export_tensorflow', 'export']
+           'saved_nms_settings', 'export_tensorflow', 'default_nms', 'export']
 
 # %% ../../nbs/export/05_export.ipynb #f3f849d0
 import json, shutil, tempfile
@@ -299,12 +299,13 @@ def export_tensorflow(
     model_file:ModelFile, # the model, pruned or not
     path:Path,            # FOLDER/saved_model.pb, or a .tflite file
     batch_size:int=None,  # a fixed batch size; None: any for a SavedModel, 1 for LiteRT
+    **nms_settings,       # fields of `NmsOptions` for the metadata
 )->ExportResult:
     "Exports a model without suppression, as a SavedModel or a LiteRT file."
     is_saved_model = path.suffix.lower()=='.pb'
     destination = path.parent if is_saved_model else path
     if not is_saved_model: batch_size = batch_size or 1
-    meta = build_metadata(model_file.meta, batch_size)
+    meta = build_metadata(model_file.meta, batch_size) | dict(nms=dict(kind='none') | nms_settings)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix='.export') as folder:
         temporary = Path(folder)/destination.name
@@ -327,12 +328,19 @@ def _write_and_run(model_file, path, batch_size, is_saved_model):
     write(model, path, batch_size)
     return run(path, pixels), raw_forward(model, pixels)
 
+# %% ../../nbs/export/05_export.ipynb #f4d9101d
+def default_nms(
+    path,  # file to write
+)->str:    # 'onnx', 'efficient_nms_trt' or 'none'
+    "Returns the kind of suppression that suits the format of a file."
+    return {'.etlt': 'efficient_nms_trt', '.onnx': 'onnx'}.get(Path(path).suffix.lower(), 'none')
+
 # %% ../../nbs/export/05_export.ipynb #d847b092
 def export(
     model_path,                # .tlt to export, pruned or not
     output_path,               # .onnx (plain), .etlt (as TAO writes it), .tflite, or FOLDER/saved_model.pb
     key:str='',                # key of the model file, also encrypts an .etlt; EFFDET_KEY if empty
-    nms:str=None,              # 'onnx' (default of .onnx), 'efficient_nms_trt' (default of .etlt) or 'none'
+    nms:str=None,              # 'onnx', 'efficient_nms_trt' or 'none'; None: the `default_nms` of the format
     opset:int=17,              # version of the ONNX operators, 13 to 18
     max_batch_size:int=None,   # a fixed batch size; None: any
     data_type:str='fp32',      # fp32, fp16 or int8
@@ -348,21 +356,21 @@ def export(
     check_export_options(output_path, opset, max_batch_size)
     check_precision(data_type, cal_image_dir, cal_cache_file)
     path, key = Path(output_path), resolve_key(key)
-    if path.suffix.lower() in ('.pb','.tflite'):
-        _check_tensorflow_options(path, data_type, nms)
-        return export_tensorflow(load_model_file(model_path, key, ('weights','ema')), path, max_batch_size)
-    nms = nms or ('efficient_nms_trt' if path.suffix.lower()=='.etlt' else 'onnx')
+    nms = nms or default_nms(path)
     thresholds = dict(score_threshold=score_threshold, max_detections=max_detections, iou_threshold=iou_threshold)
     thresholds = check_nms_options(nms, thresholds)
+    if path.suffix.lower() in ('.pb','.tflite'): _check_tensorflow_options(path, data_type, nms)
     model_file = load_model_file(model_path, key, ('weights','ema'))
+    settings = saved_nms_settings(model_file, nms) | thresholds
+    if path.suffix.lower() in ('.pb','.tflite'): return export_tensorflow(model_file, path, max_batch_size, **settings)
     raw, model = model_to_onnx(model_file, max_batch_size, opset)
     raw = quantize(raw, data_type, cal_image_dir, cal_cache_file, batches, batch_size)
-    proto = add_nms(raw, nms, **(saved_nms_settings(model_file, nms) | thresholds))
+    proto = add_nms(raw, nms, **settings)
     verification = verify_export(proto, model, verification_images(model_file.arch.image_hw), path)
     return write_export(proto, path, key, verification)
 
 def _check_tensorflow_options(path, data_type, nms):
     "Raises an error for a precision or a suppression that TensorFlow's formats do not support."
-    if data_type!='fp32' or nms not in (None,'none'):
+    if data_type!='fp32' or nms!='none':
         raise ValueError(f'output_path {path}: TensorFlow\'s formats are written as fp32 without suppression only. '
                          'Leave data_type and nms out, or write .onnx')

@@ -44,13 +44,13 @@ def anchors_to_center_size(
 # %% ../../nbs/export/03_onnx_nms.ipynb #b4d83dfe
 def add_trt_nms(
     raw_proto,                                       # onnx.ModelProto with outputs cls_logits and box_deltas
-    score_threshold:float=.4,                        # lowest score, at least 0.01, as in TAO
+    score_threshold:float=.5,                        # a score must be above this, 0 to 1
     max_detections:int=NmsOptions.max_detections,    # boxes per image
     iou_threshold:float=NmsOptions.iou_threshold,    # IoU with a better box above which a box is dropped, 0 to 1
 ):                                                   # a new onnx.ModelProto
     "Completes a network with the node `EfficientNMS_TRT`, for TensorRT and DeepStream."
     from onnx import helper
-    proto, meta, score_threshold = copy_proto(raw_proto), get_metadata(raw_proto), max(.01, score_threshold)
+    proto, meta = copy_proto(raw_proto), get_metadata(raw_proto)
     anchors = add_initializer(proto.graph, 'nms/anchors:0', anchors_to_center_size(anchors_from_metadata(meta)))
     attributes = dict(
         plugin_version='1', background_class=-1, max_output_boxes=max_detections, score_activation=1, box_coding=1,
@@ -258,8 +258,9 @@ def add_onnx_nms(
 
 # %% ../../nbs/export/03_onnx_nms.ipynb #7deb0bab
 def add_anchors_output(
-    raw_proto, # onnx.ModelProto with outputs cls_logits and box_deltas
-):             # a new onnx.ModelProto with a third output, anchors [A,4] yxyx pixels
+    raw_proto,  # onnx.ModelProto with outputs cls_logits and box_deltas
+    **settings, # fields of `NmsOptions` to store in the metadata, where a detector that opens the file reads them
+):              # a new onnx.ModelProto with a third output, anchors [A,4] yxyx pixels
     "Adds the anchors to the outputs of a network, for programs that decode its raw outputs."
     from onnx import TensorProto, helper
     proto = copy_proto(raw_proto)
@@ -267,7 +268,7 @@ def add_anchors_output(
     constant = add_initializer(proto.graph, 'anchors/boxes', anchors)
     proto.graph.node.append(helper.make_node('Identity', [constant], ['anchors'], name='anchors'))
     proto.graph.output.append(helper.make_tensor_value_info('anchors', TensorProto.FLOAT, list(anchors.shape)))
-    return proto
+    return set_metadata(proto, get_metadata(proto) | dict(nms=dict(kind='none') | settings))
 
 # %% ../../nbs/export/03_onnx_nms.ipynb #159e6beb
 NMS_BUILDERS = {'onnx': add_onnx_nms, 'efficient_nms_trt': add_trt_nms, 'none': add_anchors_output}
@@ -280,9 +281,6 @@ def check_nms_options(
     if kind not in NMS_BUILDERS:
         raise ValueError(f'nms: "{kind}" is unknown. Allowed: {", ".join(NMS_BUILDERS)}')
     given = {name: value for name,value in thresholds.items() if value is not None}
-    if kind=='none' and given:
-        raise ValueError(f'{", ".join(given)}: cannot be used with nms "none", which exports no suppression. '
-                         'Give it to the runtime instead')
     for name,value in given.items():
         is_valid = 0<=value<=1 if name in ('score_threshold','iou_threshold') else value>=1
         if not is_valid:

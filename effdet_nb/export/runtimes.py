@@ -18,7 +18,7 @@ from ..detector.images import to_channels
 from ..detector.detections import Detections, predict_image
 from ..detector.nms import NmsOptions, postprocess_batch
 from ..weights.encryption import ENCRYPTED_MAGIC, resolve_key
-from ..weights.model_file import is_onnx, load_etlt
+from ..weights.model_file import is_onnx, load_etlt, load_model_file
 from ..weights.container import ZIP_MAGIC, require_file
 from .onnx_graph import get_metadata, anchors_from_metadata
 from .onnx_nms import NMS_OUTPUTS, strip_nms
@@ -71,7 +71,6 @@ def resolve_nms_options(
     is_fixed:bool=False, # whether the graph contains the suppression
 )->NmsOptions:           # the options of the detector
     "Combines the suppression options of a file with changes to them."
-    if nms['kind']=='none': return NmsOptions(**changes)
     own = NmsOptions(**{k: v for k,v in nms.items() if k!='kind'})
     if is_fixed: _check_fixed_options(own, changes)
     return replace(own, **changes)
@@ -359,8 +358,9 @@ def load_detector(
     file_type = model_file_type(path)
     if file_type=='engine': return TrtDetector(path, **nms_changes)
     if file_type!='tlt': return OnnxDetector(path, key, threads, **nms_changes)
-    from effdet_nb.weights.model_file import load_keras_detector
-    return load_keras_detector(path, resolve_key(key), NmsOptions(**nms_changes))
+    from effdet_nb.export.export import saved_nms_settings
+    model_file = load_model_file(path, resolve_key(key), ('weights','ema'))
+    return model_file.build_detector(NmsOptions(**(saved_nms_settings(model_file, 'onnx') | nms_changes)))
 
 # %% ../../nbs/export/06_runtimes.ipynb #cfe85b9d
 def quantization_ap_drop(

@@ -7,12 +7,13 @@ __all__ = ['VARIANT_FIELDS', 'FIXED_FIELDS', 'arch_from_spec', 'InitialWeights',
            'class_table', 'class_table_from_spec', 'TrainingPlan', 'with_epoch_size', 'training_plan_from_spec',
            'with_defaults', 'Experiment', 'resolve_experiment', 'changed_fields', 'check_spec_changes',
            'compare_spec_texts', 'eval_dataset', 'eval_dataset_from_spec', 'until_timeout', 'evaluate_data',
-           'evaluate_spec', 'export_nms_settings']
+           'evaluate_spec', 'export_nms_settings', 'nms_options']
 
 # %% ../../nbs/train/03_experiment.ipynb #bd6b1bf2
 import time, warnings
 from dataclasses import dataclass, replace
 from ..detector.efficientdet import Arch
+from ..detector.nms import NmsOptions
 from ..data.classes import ClassTable
 from ..data.coco import load_coco
 from ..data.tfrecord import load_sidecar
@@ -311,11 +312,21 @@ def evaluate_spec(
 # %% ../../nbs/train/03_experiment.ipynb #083c5b78
 def export_nms_settings(
     spec:Spec, # the experiment
-    kind:str,  # suppression of the exported file: 'onnx', 'efficient_nms_trt' or 'none'
-)->dict:       # max_detections, and score_threshold for the plugin
-    "Returns the settings of a spec for the suppression in an exported file."
-    if kind == 'none': return {}
-    config, settings = spec.eval_config, dict(max_detections=spec.eval_config.max_detections_per_image)
-    if kind == 'efficient_nms_trt' and spec.is_set('eval_config', 'min_score_thresh'):
-        settings['score_threshold'] = config.min_score_thresh or .4
+    kind:str,  # 'efficient_nms_trt', 'onnx' or 'none' for an exported file; a trained model has those of 'onnx'
+)->dict:       # max_detections and score_threshold, if the spec sets them
+    "Returns the settings of a spec for the suppression of a model."
+    config, settings = spec.eval_config, {}
+    if spec.is_set('eval_config', 'max_detections_per_image'):
+        settings['max_detections'] = config.max_detections_per_image
+    if spec.is_set('eval_config', 'min_score_thresh'):
+        floor = 1. if kind == 'efficient_nms_trt' else NmsOptions.score_threshold
+        settings['score_threshold'] = min(floor, config.min_score_thresh)
     return settings
+
+# %% ../../nbs/train/03_experiment.ipynb #f418e15a
+def nms_options(
+    evaluation:EvalConfig, # the evaluation settings of a run
+)->NmsOptions:             # the suppression of its model
+    "Returns the options with which a model is evaluated during training."
+    floor = min(NmsOptions.score_threshold, evaluation.min_score_thresh)
+    return NmsOptions(max_detections=evaluation.max_detections_per_image, score_threshold=floor)

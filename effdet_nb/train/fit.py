@@ -19,7 +19,7 @@ from ..data.pipeline import DataConfig
 from ..evaluate.evaluate import Metrics
 from .fields import EvalConfig
 from .spec import Spec
-from .experiment import eval_dataset, evaluate_data
+from .experiment import eval_dataset, evaluate_data, nms_options
 from .distributed import DistributedPredictor, is_chief, make_strategy, num_workers
 from .trainer import Trainer, training_batches
 from .checkpoints import CheckpointCallback, MetricHistory
@@ -74,7 +74,8 @@ class Evaluator:
     ):
         self.trainer, self.history = trainer, history
         self.data, self.evaluation, self.classes = data, evaluation, classes
-        detector = KerasDetector(trainer.model, trainer.arch, classes, predict_fn=predict_with_tensorflow)
+        detector = KerasDetector(trainer.model, trainer.arch, classes, nms_options=nms_options(evaluation),
+                                 predict_fn=predict_with_tensorflow)
         self.detector = DistributedPredictor(detector, trainer.strategy) if trainer.num_replicas > 1 else detector
         self.metrics = None                # `Metrics` of the last evaluation
         self.last_time = -float('inf')     # time of its end, seconds
