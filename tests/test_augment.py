@@ -112,6 +112,70 @@ def test_images_without_objects_and_of_one_pixel():
             assert canvas.shape==(64,64,3) and boxes.shape==(0,4) and labels.shape==(0,)
 
 
+COLORS = {'red': (255,0,0), 'green': (0,255,0), 'blue': (0,0,255), 'yellow': (255,255,0)}
+
+
+def mosaic_of_colors(key, image_hw, hw=(60,90), box=(5,10,55,80), scales=(.5,2.)):
+    "A mosaic of four black images, each with a rectangle of its own colour and class."
+    tiles = A.mosaic_tiles(key, image_hw)
+    samples = []
+    for i,color in enumerate(COLORS.values()):
+        image = np.zeros((*hw,3), np.uint8)
+        image[box[0]:box[2],box[1]:box[3]] = color
+        samples.append(A.augment(tf.constant(image), tf.constant([box], tf.float32), tf.constant([i]), image_hw,
+                                 (key[0],i), True, *scales, window_hw=tiles[i,2:]-tiles[i,:2],
+                                 min_visible=A.MIN_VISIBLE))
+    return tiles.numpy(), [part.numpy() for part in A.join_tiles(tiles, samples, image_hw)]
+
+
+@pytest.mark.parametrize('image_hw', [(128,128), (96,160), (160,96)])
+def test_boxes_of_a_mosaic_cover_their_object_and_have_its_class(image_hw):
+    num_boxes = 0
+    for seed in range(12):
+        _,(image,boxes,labels) = mosaic_of_colors((seed,5), image_hw)
+        assert image.shape==(*image_hw,3) and image.dtype==np.uint8
+        for box,label in zip(boxes, labels):
+            color = np.array(list(COLORS.values())[label])
+            ys,xs = np.nonzero((np.abs(image.astype(int)-color)<128).all(-1))
+            assert np.abs(box-[ys.min(), xs.min(), ys.max()+1, xs.max()+1]).max()<=1.01, (seed, label)
+        num_boxes += len(boxes)
+    assert num_boxes>=24                                    # more than one image on average
+
+
+def test_boxes_of_a_mosaic_stay_inside_their_tiles():
+    for seed in range(12):
+        tiles,(_,boxes,labels) = mosaic_of_colors((seed,6), (128,96), scales=(1.,3.))
+        for box,label in zip(boxes, labels):
+            y1,x1,y2,x2 = tiles[label]
+            assert y1<=box[0]<box[2]<=y2 and x1<=box[1]<box[3]<=x2
+            assert (box[2]-box[0])*(box[3]-box[1])>0
+
+
+@pytest.mark.parametrize('visible,is_kept', [(.05, False), (.19, False), (.21, True), (1., True)])
+def test_slivers_are_dropped_and_visible_objects_kept(visible, is_kept):
+    boxes = tf.constant([[0.,100-100*visible,50,200-100*visible]])     # of 100 columns, `visible` lie in the window
+    _,labels = A.transform_boxes(boxes, tf.constant([7]), (0,0), (50,100), (50,100), A.MIN_VISIBLE)
+    assert labels.numpy().tolist()==([7] if is_kept else [])
+
+
+def test_color_jitter_off_is_the_identity_and_on_is_repeatable():
+    image = tf.constant(np.random.default_rng(3).integers(0, 256, (20,30,3), dtype=np.uint8))
+    assert np.array_equal(A.jitter_colors(image, (0,1), 0.), image)
+    graph = tf.function(lambda key: A.jitter_colors(image, key, .4, .1))
+    for i in range(4):
+        key = tf.constant([9,i], tf.int64)
+        assert np.array_equal(graph(key), A.jitter_colors(image, key, .4, .1))
+        assert not np.array_equal(graph(key), image)
+
+
+def test_hue_jitter_keeps_brightness_and_grey():
+    for seed in range(5):
+        red = A.jitter_colors(tf.constant(np.full((2,2,3), (200,0,0), np.uint8)), (seed,0), 0., .5).numpy()
+        assert red.max()==200 and red.min()==0
+        grey = np.full((2,2,3), 90, np.uint8)
+        assert np.array_equal(A.jitter_colors(tf.constant(grey), (seed,0), 0., .5), grey)
+
+
 # --- properties, whatever the picture, the boxes and the draw
 
 sides = st.integers(1, 400)

@@ -253,6 +253,8 @@ def test_fields_of_the_augmentation_reach_the_pipeline(spec):
     assert matches <= {(True, False), (False, True)} and not np.array_equal(straight, mirrored)
     smaller = first(plain.replace(augmentation_config=dict(random_crop_min_scale=.3, random_crop_max_scale=.3)))
     assert (smaller == smaller[:, -1:, -1:]).all(-1).mean() > .5            # most of the canvas is padding
+    for field in ('color_jitter', 'hue_jitter', 'mosaic'):
+        assert not np.array_equal(straight, first(plain.replace(augmentation_config={field: .5}))), field
 
 
 def test_a_pruned_file_is_retrained(spec, tmp_path):

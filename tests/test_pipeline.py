@@ -99,6 +99,35 @@ def test_every_epoch_has_every_record_once_for_any_batch_size():
             assert sorted(record_index.record_of_sample(k, n, 1) for k in range(epoch*n, epoch*n+n)) == list(range(n))
 
 
+NEW_AUGMENTATION = dict(color_jitter=.4, hue_jitter=.1, mosaic=.5)
+
+
+def test_mosaic_and_colors_are_the_same_when_a_run_continues_or_is_divided(pattern):
+    config = make_config(pattern, **NEW_AUGMENTATION)
+    whole = batches(4, config)
+    assert same(whole[2:], batches(2, config, start_step=2))
+    halves = [batches(1, config, 2, worker=(w,2))[0] for w in (0,1)]
+    assert np.array_equal(np.concatenate([half['images'] for half in halves]), whole[0]['images'])
+
+
+def test_colors_do_not_move_boxes_and_single_images_stay_as_they_were(pattern):
+    plain = batches(3, make_config(pattern))
+    colored = batches(3, make_config(pattern, color_jitter=.4))
+    for a,b in zip(plain, colored):
+        assert np.array_equal(a['gt_boxes'], b['gt_boxes']) and not np.array_equal(a['images'], b['images'])
+    mixed = batches(3, make_config(pattern, mosaic=.5))
+    equal = [np.array_equal(x, y) for a,b in zip(plain, mixed) for x,y in zip(a['images'], b['images'])]
+    assert 0<sum(equal)<len(equal)
+
+
+def test_a_mosaic_with_too_many_objects_is_replaced_by_the_single_image(tmp_path):
+    crowd = [(.1*i,.1*j,.1*i+.08,.1*j+.08) for i in range(5) for j in range(4)]
+    pattern = write_shards(tmp_path, [api_record(f'c{i}', crowd) for i in range(6)])
+    config = make_config(pattern, max_instances=20, hflip=False, min_scale=.3, max_scale=.3)
+    for a,b in zip(batches(2, config), batches(2, replace(config, mosaic=1.))):
+        assert np.array_equal(a['gt_boxes'], b['gt_boxes']) and (b['num_boxes']<=20).all()
+
+
 def test_records_of_the_object_detection_api_give_batches(pattern):
     batch, = batches(1, make_config(pattern))
     assert batch['images'].shape==(4,128,128,3) and batch['images'].dtype==np.uint8

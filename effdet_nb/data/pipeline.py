@@ -17,7 +17,7 @@ from ..core.console import log_message
 from ..detector.boxes import label_color, show_boxes
 from .classes import ClassTable
 from .tfrecord import decode_example, load_sidecar
-from .augment import augment, sample_scale_jitter
+from .augment import MIN_VISIBLE, augment, join_tiles, mosaic_tiles, sample_scale_jitter
 from .record_index import CorruptRecord, Records, record_of_sample, require_record_files, sample_index
 
 # %% ../../nbs/data/14_pipeline.ipynb #412a75e4
@@ -36,6 +36,9 @@ class DataConfig:
     hflip:bool = False                # flip half of the images horizontally
     min_scale:float = .1              # smallest factor of the scale jitter
     max_scale:float = 2.              # largest factor
+    color_jitter:float = 0.           # largest change of brightness, contrast and saturation, 0..1
+    hue_jitter:float = 0.             # largest change of the hue, 0..0.5 of the colour circle
+    mosaic:float = 0.                 # probability of joining four images into one sample
     seed:int = 42                     # seed of the order and of the augmentation
 
 # %% ../../nbs/data/14_pipeline.ipynb #691f5ca0
@@ -222,13 +225,46 @@ def _pad_objects(boxes, classes, count):
 def _training_example(number, loader):
     "Makes the training example of one sample, in a graph: draw, load, augment, pad."
     config = loader.config
-    scales = config.min_scale,config.max_scale
     key = tf.stack([tf.constant(config.seed, tf.int64), number])
+    image,boxes,classes = _mosaic_or_single(number, key, loader)
+    return dict(images=tf.ensure_shape(image, (*config.image_hw,3)),
+                **_pad_objects(boxes, classes, config.max_instances))
+
+def _augmented(number, key, loader, **tile):
+    "Loads and augments one image, for the whole input or for a tile of it."
+    config = loader.config
+    scales = config.min_scale,config.max_scale
     scale,_ = sample_scale_jitter(key, *scales)
     image,boxes,classes = tf.py_function(_recording_failures(loader), [number, scale], (tf.uint8, tf.float32, tf.int32))
     image,boxes,classes = map(tf.ensure_shape, (image, boxes, classes), ((None,None,3), (None,4), (None,)))
-    image,boxes,classes = augment(image, boxes, classes, config.image_hw, key, config.hflip, *scales)
-    return dict(images=image, **_pad_objects(boxes, classes, config.max_instances))
+    colors = config.color_jitter,config.hue_jitter
+    return augment(image, boxes, classes, config.image_hw, key, config.hflip, *scales, *colors, **tile)
+
+# %% ../../nbs/data/14_pipeline.ipynb #7cb66051
+def _mosaic_or_single(number, key, loader):
+    "Makes a mosaic with the probability that the configuration sets, otherwise augments a single image."
+    config = loader.config
+    def single(): return _augmented(number, key, loader)
+    if not config.mosaic: return single()
+    def mosaic_if_it_fits():
+        image,boxes,classes = _mosaic(number, key, loader)
+        is_full = tf.shape(boxes)[0] > config.max_instances
+        return tf.cond(is_full, single, lambda: (image, boxes, classes))
+    is_mosaic = tf.random.stateless_uniform([], _derived_seed(key, 3)) < config.mosaic
+    return tf.cond(is_mosaic, mosaic_if_it_fits, single)
+
+def _mosaic(number, key, loader):
+    "Joins the image of a sample with those of three random samples."
+    image_hw = loader.config.image_hw
+    tiles = mosaic_tiles(_derived_seed(key, 4), image_hw)
+    others = tf.random.stateless_uniform([3], _derived_seed(key, 5), 0, len(loader.records), tf.int64)
+    samples = []
+    for i,sample in enumerate([number, *tf.unstack(others)]):
+        tile = dict(window_hw=tiles[i,2:]-tiles[i,:2], min_visible=MIN_VISIBLE)
+        samples.append(_augmented(sample, _derived_seed(key, 6+i), loader, **tile))
+    return join_tiles(tiles, samples, image_hw)
+
+def _derived_seed(key, purpose): return tf.random.experimental.stateless_fold_in(key, purpose)
 
 # %% ../../nbs/data/14_pipeline.ipynb #e5e94a65
 _failures = deque(maxlen=16) # the latest messages of Python functions that failed in pipelines of this process

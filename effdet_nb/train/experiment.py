@@ -89,6 +89,9 @@ def data_config_from_spec(
         hflip=augmentation.rand_hflip,
         min_scale=augmentation.random_crop_min_scale,
         max_scale=augmentation.random_crop_max_scale,
+        color_jitter=augmentation.color_jitter,
+        hue_jitter=augmentation.hue_jitter,
+        mosaic=augmentation.mosaic,
         seed=spec.training_config.tf_random_seed)
 
 # %% ../../nbs/train/03_experiment.ipynb #572cc401

@@ -249,6 +249,13 @@ class AugConfig:
         2, 0.1, 'Smallest random scale of an image before cropping', 'of the input', above(0))
     random_crop_max_scale:float = spec_field(
         3, 2.0, 'Largest random scale of an image before cropping', 'of the input', above(0))
+    color_jitter:float = spec_field(
+        101, 0., 'Largest random change of brightness, contrast and saturation; 0 disables it; not in TAO', '',
+        within(0,1))
+    hue_jitter:float = spec_field(
+        102, 0., 'Largest random change of the hue; 0 disables it; not in TAO', 'of the colour circle', within(0,.5))
+    mosaic:float = spec_field(
+        103, 0., 'Probability of a training sample that joins four images; 0 disables it; not in TAO', '', within(0,1))
 
 # %% ../../nbs/train/01_fields.ipynb #2562ab01
 # the last one is a toy variant for chapters and tests, so no message mentions it
