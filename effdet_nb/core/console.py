@@ -11,7 +11,7 @@ from contextlib import suppress
 from datetime import datetime
 from fastcore.basics import patch
 from pathlib import Path
-from .files import check_output_path, to_jsonable
+from .files import check_output_path, readable_disk_errors, to_jsonable
 
 # %% ../../nbs/core/02_console.ipynb #e0ab79af
 def _append_line(path, line):
@@ -55,7 +55,7 @@ class Status:
     def __exit__(self, error_type, error, traceback):
         is_success = error is None or (error_type is SystemExit and error.code in (None,0))
         if is_success: return self._write_event('SUCCESS', f'{self.task} finished successfully.')
-        message = f'{self.task} was interrupted.' if error_type is KeyboardInterrupt else str(error)
+        message = f'{self.task} was interrupted.' if issubclass(error_type, KeyboardInterrupt) else str(error)
         with suppress(OSError): # the error that ended the run is more important
             self._write_event('FAILURE', message or error_type.__name__)
 
@@ -69,7 +69,7 @@ def _write_event(self:Status, state, message, **data):
     if message: event['message'] = message
     event = to_jsonable({**event, **self.lasting_numbers, **data}, self.secrets)
     check_output_path(self.path).parent.mkdir(parents=True, exist_ok=True)
-    _append_line(self.path, json.dumps(event))
+    with readable_disk_errors(self.path): _append_line(self.path, json.dumps(event))
 
 def _timestamp(now):
     "Formats the local date and time of an event as in TAO."
