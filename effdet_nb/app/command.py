@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from fastcore.script import call_parse
 from ..core.signals import StopSignal, StopSignalHandler
-from .options import Option
 
 # %% ../../nbs/app/10_command.ipynb #2f2ae66c
 def format_error(
