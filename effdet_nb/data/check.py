@@ -247,7 +247,7 @@ def check_epoch_size(
     batch_size:int=None,   # images per step; None is not checked
     eval_samples:int=None, # images to evaluate on in the spec; None is not checked
 ):                         # yields problems
-    "Compares the lengths in the spec with the number of images."
+    "Compares the numbers of images in the spec with the number of records."
     if epoch_size and epoch_size>num_train:
         yield _note('training_config.num_examples_per_epoch',
                     f'{epoch_size:,}, but there are {num_train:,} training images: an epoch reads each '

@@ -29,7 +29,7 @@ from .workers import choose_num_workers, run_jobs, run_jobs_on_beam, worker_pool
 # %% ../../nbs/data/11_convert.ipynb #8f7cfd92
 @dataclass(frozen=True)
 class Conversion:
-    "What is to be converted, and where the records go."
+    "Describes what is converted, and where the records are written."
     coco:CocoDataset        # the annotation file
     encoder:RecordEncoder   # makes the records
     output_dir:Path         # folder for the records

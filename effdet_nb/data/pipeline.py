@@ -208,7 +208,7 @@ def __call__(
 # %% ../../nbs/data/14_pipeline.ipynb #df527cfb
 @patch
 def validate_records(self:SampleLoader):
-    "Reads all records without decoding an image; the first unusable one raises an error that names it."
+    "Reads all records without decoding an image; raises an error for the first one that cannot be used."
     for i in range(len(self.records)): self.read_example(i)
 
 # %% ../../nbs/data/14_pipeline.ipynb #9d78db0a

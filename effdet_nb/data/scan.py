@@ -19,7 +19,7 @@ from .tfrecord import decode_example
 # %% ../../nbs/data/16_scan.ipynb #89e4d47e
 @dataclass(eq=False)
 class SplitScan:
-    "Holds the values collected from the records of one split: I images, N boxes."
+    "Contains the values collected from the records of one split: I images, N boxes."
     records:Records
     num_records:int             # all records of the split; more than I if only a sample was read
     image_ids:list              # [I] source id of each image, str

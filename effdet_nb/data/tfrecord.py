@@ -252,7 +252,7 @@ def find_record_files(
 
 # %% ../../nbs/data/07_tfrecord.ipynb #723df8bc
 def _sidecars(files):
-    "Loads the sidecars of shards, by the common part of the shards' names; missing ones are left out."
+    "Returns the contents of the sidecars of shards, by the common part of the shards' names; missing ones are left out."
     tags = sorted({re.sub(r'-\d{5}-of-\d{5}(\.tfrecord)?$', '', file) for file in files})
     paths = {tag:Path(f'{tag}_records.json') for tag in tags}
     return {tag:json.loads(path.read_text()) for tag,path in paths.items() if path.is_file()}
@@ -264,7 +264,7 @@ def _shards_of(sidecars):
 
 # %% ../../nbs/data/07_tfrecord.ipynb #91cfe6ff
 def _check_sizes(files, shards):
-    "Raises an error if a shard has changed since it was written."
+    "Raises an error if the size of a shard has changed since it was written."
     for file in files:
         size,written = os.path.getsize(file),shards[file]['size']
         if size!=written:
