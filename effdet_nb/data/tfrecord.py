@@ -252,7 +252,7 @@ def find_record_files(
 
 # %% ../../nbs/data/07_tfrecord.ipynb #723df8bc
 def _sidecars(files):
-    "Returns the contents of the sidecars of shards, by the common part of the shards' names; missing ones are left out."
+    "Loads the sidecars that exist, by the common part of the names of their shards."
     tags = sorted({re.sub(r'-\d{5}-of-\d{5}(\.tfrecord)?$', '', file) for file in files})
     paths = {tag:Path(f'{tag}_records.json') for tag in tags}
     return {tag:json.loads(path.read_text()) for tag,path in paths.items() if path.is_file()}
