@@ -19,7 +19,7 @@ from ..detector.detections import Detections, predict_image
 from ..detector.nms import NmsOptions, postprocess_batch
 from ..weights.encryption import ENCRYPTED_MAGIC, resolve_key
 from ..weights.model_file import is_onnx, load_etlt, load_model_file
-from ..weights.container import ZIP_MAGIC, require_file
+from ..weights.container import ZIP_MAGIC, reject_unneeded_key, require_file
 from .onnx_graph import get_metadata, anchors_from_metadata
 from .onnx_nms import NMS_OUTPUTS, strip_nms
 
@@ -30,8 +30,10 @@ def load_onnx_bytes(
 )->bytes:       # a serialised ONNX model
     "Reads the ONNX model from an `.onnx` or `.etlt` file."
     if isinstance(source, (bytes,bytearray,memoryview)): return bytes(source)
-    data = require_file(source).read_bytes()
-    return data if is_onnx(data) else load_etlt(source, resolve_key(key))
+    data, key = require_file(source).read_bytes(), resolve_key(key)
+    if not is_onnx(data): return load_etlt(source, key)
+    if Path(source).suffix.lower() != '.onnx': reject_unneeded_key(source, key)
+    return data
 
 # %% ../../nbs/export/06_runtimes.ipynb #6bd24236
 def create_session(

@@ -6,10 +6,12 @@
 __all__ = ['COCO_CATEGORY_NAMES', 'default_class_table', 'arch_for_weights', 'import_weights']
 
 # %% ../../nbs/weights/09_import_weights.ipynb #a47bec24
+import os
 from dataclasses import replace
 from ..core.files import check_output_path
 from ..data.classes import ClassTable
 from ..detector.efficientdet import Arch, build, get_variant, variant_name
+from .container import is_encrypted
 from .model_file import save_detector
 from .name_map import source_names
 from .pretrained import (LoadReport, SourceWeights, WeightsError, load_pretrained, match_preprocessing,
@@ -86,7 +88,8 @@ def import_weights(
 )->LoadReport:               # which weights were loaded
     "Converts weights of another program to a `.tlt` file."
     check_output_path(output_path)
-    weights = read_weights(path, key, arch.name if arch else model_name or 'efficientdet-d0')
+    has_encryption = os.path.isfile(path) and is_encrypted(path)     # an input without encryption becomes encrypted
+    weights = read_weights(path, key if has_encryption else '', arch.name if arch else model_name or 'efficientdet-d0')
     if arch: arch = match_preprocessing(arch, weights)
     else: arch = arch_for_weights(weights, model_name, num_classes, image_hw)
     model = build(arch)

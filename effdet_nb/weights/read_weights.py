@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['AVERAGE', 'WEIGHT_PATH', 'VARIABLE', 'CHECKPOINT_FILE', 'ARCHIVE_ERRORS', 'WEIGHT_FILES', 'FILE_MAGIC',
            'FILE_READERS', 'plain_variable_name', 'checkpoint_prefix', 'read_checkpoint', 'check_archive_member',
-           'extracted_archive', 'read_automl_h5', 'read_h5', 'read_effdet_nb', 'read_zip', 'read_tar', 'file_format',
-           'read_weights']
+           'extracted_archive', 'read_automl_h5', 'check_h5', 'read_h5', 'read_effdet_nb', 'read_zip', 'read_tar',
+           'file_format', 'read_weights']
 
 # %% ../../nbs/weights/08_read_weights.ipynb #a47bec24
-import h5py, numpy as np, os, re, tarfile, tempfile, tensorflow as tf, zipfile, zlib
+import glob, h5py, numpy as np, os, re, tarfile, tempfile, tensorflow as tf, zipfile, zlib
 from contextlib import contextmanager
 from functools import partial
+from math import prod
 from pathlib import Path
 from .encryption import ENCRYPTED_MAGIC
-from .container import ZIP_MAGIC, is_encrypted, require_file, unknown_format_error
+from .container import ZIP_MAGIC, reject_unneeded_key, require_file, unknown_format_error
 from .model_file import load_model_file
 from .pretrained import SourceWeights, WeightsError
 from ..detector.efficientdet import get_variant
@@ -85,6 +86,7 @@ def read_checkpoint(
     try:
         reader = tf.train.load_checkpoint(prefix)
         variables = sorted(reader.get_variable_to_shape_map())
+        _check_checkpoint_size(reader, prefix)
         arrays = {plain: reader.get_tensor(full) for plain,full in _select_variables(variables).items()}
     except (tf.errors.OpError, RuntimeError, ValueError, OSError, IndexError) as e:
         problem = str(e).strip().splitlines()[0][:200]
@@ -95,6 +97,12 @@ def read_checkpoint(
                            f"({len(variables)} variables, such as {', '.join(variables[:3])}). "
                            'Use a checkpoint of the efficientdet of google/automl or TAO')
     return _identify_checkpoint(name, variables, arrays)
+
+def _check_checkpoint_size(reader, prefix):
+    "Raises a ValueError if a checkpoint lists more numbers than its data files have bytes."
+    stored = sum(os.path.getsize(f) for f in glob.glob(f'{glob.escape(prefix)}.data-*'))
+    if sum(map(prod, reader.get_variable_to_shape_map().values())) > stored:
+        raise ValueError(f'its variables have more numbers than its {stored:,} bytes')
 
 def _select_variables(variables):
     "Returns {plain name: name in the checkpoint}; the moving average of a weight is preferred."
@@ -185,6 +193,28 @@ def read_automl_h5(
         if plain: arrays[plain[0]] = np.asarray(data)
     return SourceWeights(name, 'Keras 2 file of google/automl', 'google', arrays)
 
+# %% ../../nbs/weights/08_read_weights.ipynb #50dee2d1
+def check_h5(
+    h5,            # an open HDF5 file
+    file_size:int, # its length, bytes
+    name:str,      # name for error messages
+):
+    "Raises an error if an HDF5 file refers to other files, or has arrays that are not stored numbers."
+    links = []
+    h5.visititems_links(lambda path, link: None if isinstance(link, h5py.HardLink) else links.append(path))
+    datasets = h5_datasets(h5)
+    outside = links + [path for path,d in datasets.items() if d.external or d.is_virtual]
+    if outside:
+        raise WeightsError(f'{name}: {outside[0][:80]} is not stored in this file, but refers to another place. '
+                           'Do not trust this file')
+    not_numbers = [path for path,d in datasets.items() if d.dtype.kind not in 'biuf']
+    if not_numbers:
+        raise WeightsError(f'{name}: {not_numbers[0][:80]} does not contain numbers. Do not trust this file')
+    total = sum(d.size*d.dtype.itemsize for d in datasets.values())
+    if total > max(2**24, 8*file_size):
+        raise WeightsError(f'{name}: its {file_size:,} bytes would expand to {total:,}, too many for weights. '
+                           'Do not trust this file')
+
 # %% ../../nbs/weights/08_read_weights.ipynb #3b083121
 def read_h5(
     path,          # an HDF5 file
@@ -194,19 +224,22 @@ def read_h5(
     name = str(name or path)
     try:
         with h5py.File(path, 'r') as h5:
+            check_h5(h5, os.path.getsize(path), name)
             if 'class_net' in h5 or 'fpn_cells' in h5: return read_automl_h5(h5, name)
             return read_keras_applications(path, h5, name)
-    except (OSError, KeyError, RuntimeError) as e:
-        raise WeightsError(f'{name}: the HDF5 file is damaged or truncated ({str(e).splitlines()[0][:160]}). '
+    except WeightsError: raise
+    except Exception as e:      # h5py raises many types for damaged files, also SystemError
+        problem = (str(e).splitlines() or [type(e).__name__])[0][:160]
+        raise WeightsError(f'{name}: the HDF5 file is damaged or truncated ({problem}). '
                            'Copy it again from its source') from None
 
 # %% ../../nbs/weights/08_read_weights.ipynb #3fb85ff0
 def read_effdet_nb(
     path,       # a .tlt of this package
-    key:str='', # its key; ignored if the file is not encrypted
+    key:str='', # its key; empty if it is not encrypted
 )->SourceWeights:
     "Reads a model file of this package; averaged weights are preferred."
-    stored = load_model_file(path, key if is_encrypted(path) else '', groups=('weights', 'ema'))
+    stored = load_model_file(path, key, groups=('weights', 'ema'))
     arch = stored.arch
     return SourceWeights(str(path), f'{arch.name} of effdet_nb', 'ours', stored.averaged_weights,
                          arch.mean_rgb, arch.std_rgb, arch.residual_last_block, arch, stored.classes)
@@ -280,4 +313,5 @@ def read_weights(
     with open(require_file(path), 'rb') as f: start = f.read(2**16)
     name = file_format(path, start)
     if not name: raise unknown_format_error(path, start)
+    if str(path).endswith('.tlt') and name != 'effdet_nb': reject_unneeded_key(path, key)
     return FILE_READERS[name](path, key)

@@ -1,0 +1,292 @@
+"Files made to mislead or exhaust a reader: each is refused in one sentence, quickly, before anything is built from it."
+
+import json, struct, time, zipfile
+from contextlib import contextmanager
+from zlib import crc32
+
+import h5py, numpy as np, pytest
+from test_encryption import KEY, cheap_scrypt, refused  # noqa: F401
+from test_model_file import npy, repacked
+
+from effdet_nb.data.classes import ClassTable
+from effdet_nb.detector.efficientdet import Arch, arch_to_dict
+from effdet_nb.export.runtimes import load_onnx_bytes
+from effdet_nb.train.spec import Spec
+from effdet_nb.train.startup import read_initial_weights
+from effdet_nb.weights.encryption import (DamagedFileError, HEADER_STRUCT, ModelFileError, WrongKeyError, decrypt,
+                                          encrypt, make_encryption_header)
+from effdet_nb.weights.import_weights import import_weights
+from effdet_nb.weights.model_file import load_model_file, read_meta, save_etlt, save_model_file
+from effdet_nb.weights.pretrained import WeightsError
+from effdet_nb.weights.read_weights import read_h5, read_weights
+
+ARCH = Arch('efficientdet-tiny', image_hw=(128, 128), num_classes=4)
+CLASSES = ClassTable((1, 2, 3), ('a', 'b', 'c'), 4)
+ONNX = b'\x08\x07' + b'graph'*100
+
+
+@contextmanager
+def seconds(limit):
+    "The body takes at most so much time of the processor."
+    start = time.process_time()
+    yield
+    assert time.process_time()-start < limit
+
+
+def heads(num_classes=4):
+    "The weights whose shapes the description of a detector determines."
+    return {'class-predict/pointwise_kernel': np.zeros((1, 1, 24, 9*num_classes), 'f4'),
+            'box-predict/pointwise_kernel': np.zeros((1, 1, 24, 36), 'f4')}
+
+
+def save_toy(path, key='', weights=None, **changes):
+    "A model file with the weights of the heads only; `changes` replace entries of its metadata."
+    meta = dict(arch=arch_to_dict(ARCH), classes=CLASSES.to_dict()) | changes
+    return save_model_file(path, heads() if weights is None else weights, meta, key)
+
+
+# --- with a key, a file that is not encrypted is refused, whatever it is
+
+def initial(path, field, key):
+    config = Spec().replace(training_config={field: str(path)}).training_config
+    return read_initial_weights(config, 'efficientdet-tiny', key)
+
+
+OPENERS = {
+    'model': load_model_file,
+    'metadata': read_meta,
+    'checkpoint': lambda path, key: initial(path, 'checkpoint', key),
+    'pruned_model_path': lambda path, key: initial(path, 'pruned_model_path', key),
+    'weights': read_weights,
+}
+
+
+@pytest.mark.parametrize('opener', OPENERS)
+def test_a_key_refuses_every_model_file_without_encryption(tmp_path, cheap_scrypt, opener):
+    plain, encrypted = save_toy(tmp_path/'plain.tlt'), save_toy(tmp_path/'encrypted.tlt', KEY)
+    read = OPENERS[opener]
+    assert 'not encrypted, but a key was given' in refused(lambda: read(plain, KEY), WrongKeyError)
+    assert 'another key' in refused(lambda: read(encrypted, 'guess'), WrongKeyError)
+    assert read(plain, '') and read(encrypted, KEY)
+
+
+def test_a_key_refuses_every_exported_file_without_encryption(tmp_path, cheap_scrypt):
+    save_etlt(tmp_path/'plain.etlt', ONNX)
+    (tmp_path/'replaced.etlt').write_bytes(ONNX)
+    (tmp_path/'model.onnx').write_bytes(ONNX)
+    save_etlt(tmp_path/'encrypted.etlt', ONNX, KEY)
+    for name in ('plain.etlt', 'replaced.etlt'):
+        assert 'not encrypted' in refused(lambda: load_onnx_bytes(tmp_path/name, KEY), WrongKeyError)
+        assert load_onnx_bytes(tmp_path/name) == ONNX
+    assert load_onnx_bytes(tmp_path/'encrypted.etlt', KEY) == load_onnx_bytes(tmp_path/'model.onnx', KEY) == ONNX
+
+
+def test_a_key_refuses_foreign_weights_that_are_named_like_a_model_file(tmp_path):
+    with h5py.File(tmp_path/'theirs.tlt', 'w') as h5: h5['class_net/class-predict/bias:0'] = np.zeros(36, 'f4')
+    (tmp_path/'theirs.h5').write_bytes((tmp_path/'theirs.tlt').read_bytes())
+    assert 'not encrypted' in refused(lambda: read_weights(tmp_path/'theirs.tlt', KEY), WrongKeyError)
+    assert read_weights(tmp_path/'theirs.tlt').arrays and read_weights(tmp_path/'theirs.h5', KEY).arrays
+
+
+# --- the header of an encrypted file
+
+@pytest.mark.parametrize('costs', [(16, 8, 1), (18, 16, 4), (15, 9, 1), (15, 8, 2), (9, 8, 1), (15, 0, 1),
+                                   (255, 255, 255)])
+def test_a_header_that_asks_for_more_than_is_written_is_refused_at_once(costs):
+    fields = list(HEADER_STRUCT.unpack(encrypt(b'text', KEY)[:60]))
+    fields[2:5] = costs
+    body = HEADER_STRUCT.pack(*fields)
+    with seconds(.05):
+        message = refused(lambda: decrypt(body+crc32(body).to_bytes(4, 'little')+bytes(20), KEY), DamagedFileError)
+    assert 'more than this package writes' in message
+
+
+def test_what_is_written_is_read():
+    assert HEADER_STRUCT.unpack(make_encryption_header(KEY)[0][:60])[2:5] == (15, 8, 1)
+    assert decrypt(encrypt(b'text', KEY), KEY) == b'text'
+
+
+# --- the members of the zip
+
+@pytest.mark.parametrize('name', ['meta.json', 'weights/box-predict/pointwise_kernel.npy'])
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+def test_two_members_of_one_name_are_refused(tmp_path, name):
+    path = save_toy(tmp_path/'m.tlt')
+    with zipfile.ZipFile(path, 'a') as z: z.writestr(name, z.read(name))
+    assert f'has 2 members named {name}' in refused(lambda: load_model_file(path), DamagedFileError)
+
+
+KERNEL = 'weights/box-predict/pointwise_kernel.npy'
+NPY_START = b'\x93NUMPY\x01\x00'
+
+
+def npy_with_header(text, data=b''): return NPY_START + struct.pack('<H', len(text)) + text + data
+
+
+@pytest.mark.parametrize('member', [
+    npy_with_header(b'['*40 + b']'*40 + b'\n', bytes(4000)),
+    npy_with_header(b'{"descr": ' + b'('*60000 + b'\n', bytes(4000)),
+    npy_with_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1, 24, 10000000000), }\n", bytes(4000)),
+    npy_with_header(b"{'descr': '|O', 'fortran_order': False, 'shape': (1, 1, 24, 36), }\n", bytes(4000)),
+    npy_with_header(b"{'descr': '<f4', 'fortran_order': 9**9**9, 'shape': (1, 1, 24, 36), }\n", bytes(4000)),
+    b'\x93NUMPY\x03\x00' + bytes(4000),
+    bytes(4000),
+    npy(np.zeros((1, 1, 24, 36), 'f8')),
+])
+def test_headers_of_arrays_are_compared_before_they_are_parsed(tmp_path, member):
+    path = repacked(save_toy(tmp_path/'m.tlt'), {KERNEL: member})
+    with seconds(1): refused(lambda: load_model_file(path), DamagedFileError)
+
+
+@pytest.mark.parametrize('listed', [
+    ['<f4', [1, 1, 24, 10**12]], ['<f4', [-1, 24]], ['<f4', [1.0]], ['|O', [3]], ['<f4'], 'text', None, [['<f4'], [3]],
+    ['<f4', [1]*10**5], ['<f4', [True, 24]], ['V10', [24]], [{}, []],
+])
+def test_listed_types_and_shapes_are_checked(tmp_path, listed):
+    path = save_toy(tmp_path/'m.tlt')
+    with zipfile.ZipFile(path) as z: manifest = json.loads(z.read('meta.json'))
+    manifest['arrays']['weights']['box-predict/pointwise_kernel'] = listed
+    path = repacked(path, {'meta.json': json.dumps(manifest).encode()})
+    with seconds(1): refused(lambda: read_meta(path), DamagedFileError)
+
+
+@pytest.mark.parametrize('meta', [b'['*10**6, b'{"format": 1, "meta": ' + b'9'*10**6 + b'}', b'{"format": 1e999}',
+                                  b'{"format": 1, "meta": [], "arrays": {"weights": {}, "ema": {}, "optimizer": {}}}'])
+def test_metadata_that_is_not_metadata_is_refused(tmp_path, meta):
+    path = save_model_file(tmp_path/'m.tlt', {}, {})
+    with seconds(1): refused(lambda: load_model_file(repacked(path, {'meta.json': meta})))
+
+
+# --- the description of the network
+
+WRONG_ARCH = [
+    ('a list', lambda arch: list(arch)),
+    ('no dict', lambda arch: 'efficientdet-d0'),
+    ('absent', lambda arch: None),
+    *[(f'{key}={str(value)[:20]}', lambda arch, key=key, value=value: arch | {key: value}) for key, value in [
+        ('depth', 3), ('__class__', 'x'), ('name', 3), ('name', 'efficientdet-d99'), ('name', 'x'*10**6),
+        ('image_hw', [0, 128]), ('image_hw', [10**9, 10**9]), ('image_hw', [128]), ('image_hw', '128,128'),
+        ('image_hw', [128.5, 128]), ('image_hw', {'h': 1}), ('num_classes', 10**9), ('num_classes', 0),
+        ('num_classes', -1), ('num_classes', '4'), ('num_classes', True), ('num_classes', 99_999), ('aspects', []),
+        ('aspects', [[1, 0]]), ('aspects', [1, 2]), ('aspects', [[1, 1]]*10**5), ('num_scales', 0),
+        ('num_scales', 10**6),
+        ('anchor_scale', -1), ('anchor_scale', float('nan')), ('anchor_scale', 'big'), ('mean_rgb', [1]*10**5),
+        ('std_rgb', [0, 0, 0]), ('std_rgb', [float('inf')]*3), ('widths', []), ('widths', {'stem_conv': 10**9}),
+        ('widths', {'stem_conv': 0}), ('widths', {'stem_conv': 24}), ('max_level', 99), ('channels', 2),
+        ('channels', 10**9), ('last_adds', 'no')]],
+]
+
+
+@pytest.mark.parametrize('change', [c for _, c in WRONG_ARCH], ids=[name for name, _ in WRONG_ARCH])
+def test_a_wrong_architecture_is_refused_before_it_is_built(tmp_path, change):
+    path = save_toy(tmp_path/'m.tlt', arch=change(arch_to_dict(ARCH)))
+    with seconds(1): message = refused(lambda: load_model_file(path).arch, DamagedFileError)
+    assert str(path) in message and len(message) < len(str(path))+400
+
+
+@pytest.mark.parametrize('classes', [
+    None, [], dict(ids=[], names=[], num_classes=4), dict(ids=[1, 2], names=['a'], num_classes=4),
+    dict(ids=[1, 1], names=['a', 'b'], num_classes=4), dict(ids=[2, 1], names=['a', 'b'], num_classes=4),
+    dict(ids=[1], names=[3], num_classes=4), dict(ids=['1'], names=['a'], num_classes=4),
+    dict(ids=[1, 2], names=['a', 'b'], num_classes=1), dict(ids=[1], names=['a'], num_classes=10**9),
+    dict(ids=[1], names=['a'], num_classes='4'), dict(ids=[10**400], names=['a'], num_classes=4), dict(ids=[1]),
+])
+def test_a_wrong_class_table_is_refused(tmp_path, classes):
+    path = save_toy(tmp_path/'m.tlt', classes=classes)
+    with seconds(1): assert 'classes' in refused(lambda: load_model_file(path).classes, DamagedFileError)
+
+
+def test_a_right_description_is_read(tmp_path):
+    stored = load_model_file(save_toy(tmp_path/'m.tlt'))
+    assert stored.arch == ARCH and stored.classes == CLASSES
+
+
+# --- HDF5
+
+def h5_refused(path, words):
+    with seconds(1), pytest.raises(WeightsError, match=words) as e: read_h5(path)
+    assert str(path) in str(e.value)
+
+
+def test_an_h5_file_reads_no_other_file(tmp_path):
+    (tmp_path/'secret').write_bytes(b'a secret of someone else'*100)
+    for name in ('external', 'virtual', 'link', 'soft'):
+        with h5py.File(tmp_path/f'{name}.h5', 'w') as h5:
+            group = h5.create_group('class_net/class-predict')
+            if name == 'external':
+                group.create_dataset('bias:0', (36,), 'f4', external=[(str(tmp_path/'secret'), 0, 144)])
+            if name == 'virtual':
+                layout = h5py.VirtualLayout((36,), 'f4')
+                layout[:] = h5py.VirtualSource(str(tmp_path/'other.h5'), 'x', (36,))
+                group.create_virtual_dataset('bias:0', layout)
+            if name == 'link': group['bias:0'] = h5py.ExternalLink(str(tmp_path/'other.h5'), '/x')
+            if name == 'soft': group['bias:0'] = h5py.SoftLink('/somewhere')
+        h5_refused(tmp_path/f'{name}.h5', 'refers to another place')
+
+
+def test_an_h5_file_is_not_larger_than_it_is(tmp_path):
+    for name, shape, options in (('chunks', (10**9,), dict(chunks=(10**4,))), ('fill', (3, 10**8), {}),
+                                 ('gzip', (10**8,), dict(compression='gzip', chunks=(10**6,)))):
+        with h5py.File(tmp_path/f'{name}.h5', 'w') as h5: h5.create_dataset('class_net/bias:0', shape, 'f4', **options)
+        assert (tmp_path/f'{name}.h5').stat().st_size < 10**5
+        h5_refused(tmp_path/f'{name}.h5', 'would expand to')
+    with h5py.File(tmp_path/'text.h5', 'w') as h5: h5['class_net/names'] = ['a', 'b']
+    h5_refused(tmp_path/'text.h5', 'does not contain numbers')
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_damaged_h5_files_are_read_or_refused(tmp_path, seed):
+    numbers = np.random.default_rng(0).normal(size=(5, 3, 3, 4)).astype('f4')
+    with h5py.File(tmp_path/'m.h5', 'w') as h5:
+        for i in range(5): h5[f'class_net/class-{i}/kernel:0'] = numbers[i]
+    good, rng = (tmp_path/'m.h5').read_bytes(), np.random.default_rng(seed)
+    for _ in range(60):
+        bad = bytearray(good)
+        for i in rng.choice(len(bad), 3): bad[i] ^= 1 << int(rng.integers(8))
+        (tmp_path/'bad.h5').write_bytes(bad)
+        with seconds(2):
+            try: read_h5(tmp_path/'bad.h5')
+            except WeightsError: pass
+
+
+def test_import_encrypts_a_plain_model(tmp_path, cheap_scrypt):
+    "The key of an import is for the file that is written; its input comes from elsewhere."
+    from effdet_nb.detector.efficientdet import build
+    from effdet_nb.weights.model_file import save_detector
+    plain = save_detector(tmp_path/'plain.tlt', build(ARCH), ARCH, CLASSES)
+    import_weights(plain, tmp_path/'encrypted.tlt', KEY)
+    assert load_model_file(tmp_path/'encrypted.tlt', KEY).classes == CLASSES
+
+
+# --- many damaged files
+
+def flip(data, rng, num_bits):
+    bad = bytearray(data)
+    for i in rng.choice(len(bad), num_bits): bad[i] ^= 1 << int(rng.integers(8))
+    return bytes(bad)
+
+
+def check_flipped(path, key, seed, count):
+    "Flips bits of a model file: what is read is what was written, everything else is one of this package's errors."
+    good, rng, original = path.read_bytes(), np.random.default_rng(seed), load_model_file(path, key)
+    for _ in range(count):
+        path.with_name('bad.tlt').write_bytes(flip(good, rng, int(rng.integers(1, 4))))
+        with seconds(1):
+            try: stored = load_model_file(path.with_name('bad.tlt'), key)
+            except ModelFileError: continue
+            assert not key
+            try: stored.arch, stored.classes   # noqa: B018
+            except ModelFileError: continue
+        for name, a in original.weights.items(): assert np.array_equal(stored.weights[name], a)
+
+
+@pytest.mark.parametrize('key', ['', KEY])
+def test_flipped_bits_of_model_files_never_give_other_weights(tmp_path, cheap_scrypt, key):
+    check_flipped(save_toy(tmp_path/'m.tlt', key), key, seed=0, count=250)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('key', ['', KEY])
+def test_ten_thousand_flipped_bits_of_model_files(tmp_path, cheap_scrypt, key):
+    small = {name: a[..., :8] for name, a in heads().items()}     # more of the file is names and numbers
+    check_flipped(save_toy(tmp_path/'m.tlt', key, small), key, seed=1, count=5000)
