@@ -14,10 +14,11 @@ import re
 from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
-from ..core.console import Status
+from ..core.console import Status, log_message
 from ..core.files import write_json
 from ..data.classes import ClassTable
-from ..data.coco import load_coco
+from ..data.coco import load_coco_lenient
+from ..data.faults import describe_issues
 from ..data.tfrecord import load_sidecar
 from ..evaluate.error_analysis import plot_calibration, plot_errors
 from ..evaluate.ground_truth import images_by_id, open_eval_dataset
@@ -351,7 +352,10 @@ def evaluate_files(
 
 def _open_samples(spec):
     "Opens the validation images of a spec without TensorFlow."
-    return open_eval_dataset(spec.dataset_config.validation_file_pattern, spec.dataset_config.validation_json_file)
+    path = spec.dataset_config.validation_json_file
+    samples = open_eval_dataset(spec.dataset_config.validation_file_pattern, path)
+    for line in describe_issues(samples.report): log_message(f'{Path(path).name}: {line}')
+    return samples
 
 def _open_status(results_dir, key):
     "The `Status` of a results folder; an empty context without a folder."
@@ -380,7 +384,7 @@ def _detection_limit(spec):
 def _ground_truth_classes(config):
     "The classes of the validation annotations, else those of the records, else None."
     if config.validation_json_file:
-        return ClassTable.from_categories(load_coco(config.validation_json_file).categories)
+        return ClassTable.from_categories(load_coco_lenient(config.validation_json_file)[0].categories)
     sidecar = load_sidecar(config.validation_file_pattern) if config.validation_file_pattern else None
     return sidecar.classes if sidecar else None
 

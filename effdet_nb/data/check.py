@@ -15,12 +15,14 @@ from pathlib import Path
 import numpy as np
 from ..core.console import log_message
 from .anchor_fit import MATCH_IOU, anchor_sizes, best_size_iou
-from .coco import load_coco
+from .coco import images_by_source_id
+from .faults import describe_issues
 from .pipeline import DataConfig, load_class_table
 from .record_index import Records, explain_no_match
 from .scan import SplitScan, scan_records
 from .shards import sha256_of
 from .tfrecord import find_record_files, load_sidecar, shards_by_sidecar
+from .validate import load_ground_truth
 
 # %% ../../nbs/data/17_check.ipynb #b528bc56
 @dataclass(frozen=True)
@@ -164,28 +166,30 @@ def check_annotation_file(
     path,    # `validation_json_file`
 ):           # yields problems
     "Checks that validation records and their annotation file have the same image ids and categories."
-    try: coco = load_coco(path)
+    try: coco,report = load_ground_truth(path)
     except (ValueError, OSError) as e:
         yield _error(JSON_FIELD, str(e))
         return
-    yield from _check_image_ids(scan, {str(info['id']) for info in coco.images}, Path(path).name)
+    for line in describe_issues(report): yield _note(JSON_FIELD, f'{Path(path).name}: {line}')
+    yield from _check_image_ids(scan, coco, Path(path).name)
     known = {category['id'] for category in coco.categories}
     num_unknown = sum(k not in known for k in scan.labels.tolist())
     if num_unknown:
         yield _error(JSON_FIELD, f'{num_unknown:,} validation boxes have categories that are not in {Path(path).name}. '
                                  'Give the file the records were made from')
 
-def _check_image_ids(scan, file_ids, file_name):
+def _check_image_ids(scan, coco, file_name):
     "Yields problems of image ids: not in the file, not in the records, or used twice."
-    record_ids = {*scan.image_ids}
-    unknown = [i for i in scan.image_ids if i not in file_ids]
-    num_absent,num_repeated = len(file_ids-record_ids),scan.num_images-len(record_ids)
+    images,record_ids = images_by_source_id(coco),{*scan.image_ids}
+    unknown = [i for i in scan.image_ids if i not in images]
+    num_present = len({images[i]['id'] for i in record_ids if i in images})
+    num_absent,num_repeated = len(coco.images)-num_present,scan.num_images-len(record_ids)
     if unknown:
         yield _error(JSON_FIELD, f'{len(unknown):,} of {scan.num_images:,} validation images are not in {file_name}, '
                                  f'such as image {unknown[0]}. Give the file the records were made from')
     elif num_absent and scan.is_complete:
         yield _note(JSON_FIELD,
-                    f'{num_absent:,} of its {len(file_ids):,} images have no record; they are not evaluated')
+                    f'{num_absent:,} of its {len(coco.images):,} images have no record; they are not evaluated')
     if num_repeated:
         yield _error('validation', f'{num_repeated:,} images have the image id of another one. Evaluation would mix '
                                    'them up; make ids unique and convert again')

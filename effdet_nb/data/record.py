@@ -6,7 +6,7 @@
 __all__ = ['OBJECT_KEYS', 'RecordEncoder']
 
 # %% ../../nbs/data/08_record.ipynb #7a20d9c8
-import hashlib, math, os
+import hashlib, os
 from dataclasses import dataclass
 from fastcore.basics import patch
 from .faults import ConversionReport, Fault
@@ -15,17 +15,10 @@ from .tfrecord import make_example
 from .validate import image_fault, probe_image, validate_box
 
 # %% ../../nbs/data/08_record.ipynb #efc81c14
-def _crowd_flag(annotation, report):
-    "Returns 1 for a crowd, else 0."
-    flag = annotation.get('iscrowd')
-    if flag not in (0,1): report.add_note(Fault.CROWD_MISSING, annotation['id'])
-    return int(flag==1)
-
-def _area(annotation, box, report):
+def _area(annotation, box):
     "Returns the area of an annotation, or the area of its box if the annotation has none."
     area = annotation.get('area')
-    if isinstance(area, (int,float)) and 0<=area<math.inf: return float(area)
-    report.add_note(Fault.AREA_MISSING, annotation['id'])
+    if area is not None: return float(area)
     y1,x1,y2,x2 = box
     return (y2-y1)*(x2-x1)
 
@@ -76,8 +69,8 @@ def encode_objects(
     (h,w),rows,masks = hw,[],[]
     for annotation,box in _kept_boxes(annotations, hw, self.clip, image_id, report):
         category,(y1,x1,y2,x2) = annotation['category_id'],box
-        rows.append((y1/h, x1/w, y2/h, x2/w, self.names[category], category, _crowd_flag(annotation, report),
-                     _area(annotation, box, report)))
+        rows.append((y1/h, x1/w, y2/h, x2/w, self.names[category], category, int(annotation.get('iscrowd') or 0),
+                     _area(annotation, box)))
         report.boxes_by_category[category] += 1
         if self.include_masks: masks.append(_mask(annotation, hw, image_id, report))
     columns = zip(*rows) if rows else [()]*len(OBJECT_KEYS)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SLACK', 'SURE_SIZE', 'EXIF_ORIENTATION', 'validate_box', 'draw_invalid_boxes', 'EncodedImage', 'probe_image',
-           'image_fault']
+           'image_fault', 'load_ground_truth']
 
 # %% ../../nbs/data/05_validate.ipynb #fdc89a83
 import io, math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from ..detector.boxes import draw_boxes
+from .coco import CocoError, drop_masks, load_coco_lenient, report_annotation_issues
 from .faults import Fault, Reason
 from .jpeg_header import plain_jpeg_hw
 
@@ -21,7 +22,7 @@ SURE_SIZE = .01    # pixels; a longer side is still positive in float32 if the i
 
 def _has_size(box):
     "Tests whether a box has a positive width and height in float32."
-    y1,x1,y2,x2 = np.float32(box).tolist()
+    with np.errstate(over='ignore'): y1,x1,y2,x2 = np.float32(box).tolist()
     return y2>y1 and x2>x1
 
 def validate_box(
@@ -123,3 +124,26 @@ def image_fault(
     if isinstance(error, UnidentifiedImageError): return Fault.NOT_AN_IMAGE
     is_missing = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
     return Fault.FILE_MISSING if is_missing else Fault.FILE_DAMAGED
+
+# %% ../../nbs/data/05_validate.ipynb #340aaf56
+def load_ground_truth(
+    path,   # COCO annotation file (.json)
+)->tuple:   # `CocoDataset` of the boxes that can be evaluated, and a `ConversionReport` of what was left out
+    "Reads a COCO annotation file for evaluation."
+    coco,issues = load_coco_lenient(path, drop_masks)
+    report = report_annotation_issues(issues)
+    annotations = {image_id:[a for a in of_image if _has_place(a, image_id, report)]
+                   for image_id,of_image in coco.annotations.items()}
+    usable = replace(coco, annotations=annotations)
+    if coco.num_annotations and not usable.num_annotations:
+        reasons = ', '.join(f'{fault} ({len(items):,})' for fault,items in report.dropped_boxes.items())
+        raise CocoError(path, [f'none of the {coco.num_annotations:,} boxes can be used: {reasons}. '
+                               'bbox must be x, y, width, height in pixels'])
+    return usable, report
+
+def _has_place(annotation, image_id, report):
+    "Tests whether a box has a finite position and size, and reports it if not."
+    fault = validate_box(annotation['bbox'], (math.inf, math.inf))[1]
+    if fault in (None, Fault.OUT_OF_BOUNDS): return True
+    report.dropped_boxes[fault].append((image_id, annotation['id']))
+    return False

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..detector.boxes import area, xywh_to_yxyx
 from ..detector.images import read_image
-from ..data.coco import CocoDataset, load_coco
+from ..data.coco import CocoDataset, images_by_source_id
+from ..data.faults import ConversionReport
 from ..data.tfrecord import decode_example
+from ..data.validate import load_ground_truth
 from ..data.record_index import Records, annotation_order, require_record_files
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #92b66a35
@@ -57,14 +59,14 @@ class GroundTruth:
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #e5714f42
 def ground_truth_from_coco(
-    coco:CocoDataset, # as returned by `load_coco`
+    coco:CocoDataset, # as returned by `load_ground_truth`
     image_id,         # id of one of its images
 )->GroundTruth:
     "Returns the ground truth of one image of a COCO file."
     annotations = coco.annotations[image_id]
     bbox = np.array([a['bbox'] for a in annotations], np.float64).reshape(-1, 4)
     category_ids = [a['category_id'] for a in annotations]
-    is_crowd = [a.get('iscrowd', 0) for a in annotations]
+    is_crowd = [a.get('iscrowd') or 0 for a in annotations]
     return GroundTruth(image_id, xywh_to_yxyx(bbox), category_ids, is_crowd, [_area(a) for a in annotations], bbox)
 
 def _area(annotation):
@@ -78,7 +80,7 @@ def samples_from_coco(
     image_dir,  # folder of the images; file names are relative to it
 )->Iterator:    # of (path, GroundTruth), in the order of the file
     "Yields the samples of a COCO file and a folder of images."
-    if not isinstance(coco, CocoDataset): coco = load_coco(coco)
+    if not isinstance(coco, CocoDataset): coco,_ = load_ground_truth(coco)
     for image in coco.images: yield Path(image_dir)/image['file_name'], ground_truth_from_coco(coco, image['id'])
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #65a4cfe8
@@ -89,7 +91,7 @@ def _size(info):
 class _CocoMatcher:
     "Finds the images of records in a COCO file."
     def __init__(self, coco):
-        self.coco, self.images = coco, {str(image['id']): image for image in coco.images}
+        self.coco, self.images = coco, images_by_source_id(coco)
         self.name = coco.path or 'the COCO file'
 
     def is_known(self, example): return str(example['source_id']) in self.images
@@ -110,15 +112,15 @@ def _mismatch_error(matcher, first, others, num_before):
     total = num_before + len(others) + 1
     unknown = [e for e in mismatches if not matcher.is_known(e)]
     if unknown:
-        problem = (f'image {unknown[0]["source_id"]} of the records is not among the {len(matcher.images):,} images of '
-                   f'{matcher.name} ({len(unknown):,} of {total:,} are not)')
+        problem = (f'image {unknown[0]["source_id"]} of the records is not among the {len(matcher.coco.images):,} '
+                   f'images of {matcher.name} ({len(unknown):,} of {total:,} are not)')
     else:
         height, width = _size(first)
         file_height, file_width = _size(matcher.images[str(first['source_id'])])
         problem = (f'image {first["source_id"]} has {height} x {width} pixels in the records and {file_height} x '
                    f'{file_width} in {matcher.name} ({len(mismatches):,} of {total:,} differ)')
     return ValueError(f'{problem}; the records and the file must describe the same images. '
-                      'Pass the file from which the records were converted, or none')
+                      'Pass the file from which the records were converted')
 
 def _number_if_numeric(name):
     "Converts an id back to a number if it was one; records store ids as text."
@@ -131,7 +133,8 @@ def samples_from_records(
 )->Iterator:   # of (image bytes, GroundTruth)
     "Yields the samples of records, with the ground truth of a COCO file if one is given."
     if coco is None: return (_sample_of_example(example) for example in examples)
-    return _samples_matched(examples, _CocoMatcher(coco if isinstance(coco, CocoDataset) else load_coco(coco)))
+    if not isinstance(coco, CocoDataset): coco,_ = load_ground_truth(coco)
+    return _samples_matched(examples, _CocoMatcher(coco))
 
 def _sample_of_example(example):
     image_id = _number_if_numeric(str(example['source_id']))
@@ -143,12 +146,13 @@ def _samples_matched(examples, matcher):
     for example in examples:
         if not matcher.is_same_image(example): raise _mismatch_error(matcher, example, list(examples), num_before)
         num_before += 1
-        seen.add(str(example['source_id']))
-        yield example['image'], matcher.ground_truth(example)
-    missing = set(matcher.images) - seen
+        sample = example['image'], matcher.ground_truth(example)
+        seen.add(sample[1].image_id)
+        yield sample
+    missing = [image['id'] for image in matcher.coco.images if image['id'] not in seen]
     if missing:
-        warnings.warn(f'{len(missing):,} of {len(matcher.images):,} images of {matcher.name} are in no record '
-                      f'(such as {min(missing)}); they are not evaluated')
+        warnings.warn(f'{len(missing):,} of {len(matcher.coco.images):,} images of {matcher.name} are in no record '
+                      f'(such as {missing[0]}); they are not evaluated')
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #3dcbb4d8
 class EvalDataset:
@@ -158,7 +162,7 @@ class EvalDataset:
         coco=None, # path of a COCO file with the ground truth; None: ground truth of the records
     ):
         self.records = Records.from_files(files)
-        self.coco = load_coco(coco) if coco else None
+        self.coco, self.report = load_ground_truth(coco) if coco else (None, ConversionReport())
 
     def __len__(self): return len(self.records)
     def __iter__(self): return samples_from_records(self._examples(), self.coco)

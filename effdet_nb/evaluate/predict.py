@@ -18,6 +18,7 @@ from ..detector.boxes import xywh_to_yxyx
 from ..detector.images import LetterboxedImage, boxes_to_original, letterbox, read_letterboxed, threaded_map
 from ..detector.detections import Detections
 from ..data.classes import ClassTable
+from ..data.coco import id_key, whole_number
 from .ground_truth import yxyx_to_xywh64
 
 # %% ../../nbs/evaluate/04_predict.ipynb #fdda814c
@@ -106,7 +107,7 @@ def _is_bbox(x): return isinstance(x, (list,tuple)) and len(x) == 4 and all(map(
 def _is_complete(row):
     "Tests whether a row of a results file has all four values, of the right types."
     if not isinstance(row, dict) or not {'image_id', 'category_id', 'bbox', 'score'} <= set(row): return False
-    has_ids = isinstance(row['image_id'], (int,str)) and isinstance(row['category_id'], int)
+    has_ids = id_key(row['image_id']) is not None and whole_number(row['category_id']) is not None
     return has_ids and _is_number(row['score']) and _is_bbox(row['bbox'])
 
 def _refuse_rows(rows, bad, problem, example, name):
@@ -123,10 +124,10 @@ def _check_rows(rows, image_ids, classes, name):
     _refuse_rows(rows, [r for r in rows if not _is_complete(r)],
                  'are not complete: image_id, category_id, bbox of four finite numbers, and a finite score are needed',
                  str, name)
-    _refuse_rows(rows, [r for r in rows if r['image_id'] not in image_ids],
+    _refuse_rows(rows, [r for r in rows if id_key(r['image_id']) not in image_ids],
                  f'are for images that were not evaluated; there are {len(image_ids):,}',
                  lambda r: f'image {r["image_id"]!r}', name)
-    _refuse_rows(rows, [r for r in rows if r['category_id'] not in classes.ids],
+    _refuse_rows(rows, [r for r in rows if whole_number(r['category_id']) not in classes.ids],
                  f'have a category the classes do not include; these are {len(classes.ids)}, {classes.ids[0]} to '
                  f'{classes.ids[-1]}', lambda r: f'category {r["category_id"]!r}', name)
 
@@ -139,10 +140,10 @@ def load_coco_results(
     "Reads detections from a file and pairs them with the ground truth."
     if isinstance(detections, list): name, rows = 'the detections', detections
     else: name, rows = detections, _read_json(detections)
-    truths = {truth.image_id: truth for truth in ground_truths}
+    truths = {id_key(truth.image_id): truth for truth in ground_truths}
     _check_rows(rows, truths, classes, name)
     rows_by_image = {image_id: [] for image_id in truths}
-    for row in rows: rows_by_image[row['image_id']].append(row)
+    for row in rows: rows_by_image[id_key(row['image_id'])].append(row)
     return [(truth, _detections_from_rows(rows_by_image[image_id], classes)) for image_id,truth in truths.items()]
 
 def _read_json(path):
@@ -156,5 +157,5 @@ def _detections_from_rows(rows, classes):
     rows = sorted(rows, key=lambda r: -r['score'])
     bbox = np.array([r['bbox'] for r in rows], np.float64).reshape(-1, 4)
     scores = np.array([r['score'] for r in rows], np.float64)
-    channels = [classes.channel(r['category_id']) for r in rows]
+    channels = [classes.channel(whole_number(r['category_id'])) for r in rows]
     return LoadedDetections(xywh_to_yxyx(bbox), scores, channels, bbox=bbox, scores64=scores)

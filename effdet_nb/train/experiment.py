@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ..detector.efficientdet import Arch
 from ..detector.nms import NmsOptions
 from ..data.classes import ClassTable
-from ..data.coco import load_coco
+from ..data.coco import load_coco_lenient
 from ..data.tfrecord import load_sidecar
 from ..data.pipeline import DataConfig
 from ..data.record_index import count_examples
@@ -101,7 +101,7 @@ def class_table(
     "Returns the class table of a run: that of its records, or one made from the validation annotations."
     sidecar = load_sidecar(data.training_file_pattern)
     if sidecar: return sidecar.classes.with_num_classes(data.num_classes)
-    if data.validation_json_file: categories = load_coco(data.validation_json_file).categories
+    if data.validation_json_file: categories = load_coco_lenient(data.validation_json_file)[0].categories
     else: categories = [{'id': i, 'name': f'class {i}'} for i in range(1, data.num_classes)]
     return ClassTable.from_categories(categories, data.num_classes)
 
