@@ -7,11 +7,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from fastcore.script import anno_parser
 from PIL import Image
 
 import effdet_nb.app.cli as cli
@@ -119,7 +119,7 @@ def test_help_describes_a_task_without_heavy_imports(task, tmp_path):
 def test_the_help_of_a_task_contains_an_example_that_its_parser_accepts(task, tmp_path):
     command = cli.TASKS[task]
     help_text = ' '.join(run(task, '--help', cwd=tmp_path).stdout.split())
-    assert f'Example: effdet_{task} {command.example} options:' in help_text
+    assert help_text.endswith(f'Example: effdet_{task} {command.example}')
     assert parse_options(command, shlex.split(command.example))
 
 
@@ -170,7 +170,104 @@ export -m a --experiment_spec_file b -o c --max_batch_size 1 --data_type fp32 --
 @pytest.mark.parametrize('line', TAO_LINES)
 def test_flags_of_both_tao_versions_are_understood(line):
     task, *args = line.split()
-    anno_parser(cli.TASKS[task], task).parse_args(args)
+    parse_options(cli.TASKS[task], args, task)
+
+
+OTHER_SPELLINGS = [
+    ('train -e a --model-dir b --use-amp', dict(model_dir='b', use_amp=True)),
+    ('train --experiment-spec-file=a -d=b', dict(experiment_spec_file='a')),
+    ('train -model_dir b -e a -gpus 2', dict(model_dir='b', gpus=2)),
+    ('prune -m a -o b -pruning_granularity 4', dict(pruning_granularity=4)),
+    ('prune -m a -o b \u2013normalizer l2 \u2014min-num-filters 8', dict(normalizer='L2', min_num_filters=8)),
+    ('prune -m a -o b -EQ union --Pruning-Threshold .5', None),
+    ('export -m a --DATA_TYPE FP16 -o b.onnx', dict(data_type='fp16', output_path='b.onnx')),
+    ('dataset_convert -i a -a b -o c --gpus 2 --gpu_index 0 1 --num-processes 2', dict(output_dir='c')),
+    ('evaluate -e a -m b --gpus=2 -np 2 -i images', dict(model_path=['b'])),
+    ('gen_trt_engine -m a -e spec.txt --multi-node -k -1', dict(key='-1')),
+    ('prune -m ~/a -o=~/b', dict(model=os.path.expanduser('~/a'))),
+]
+
+
+@pytest.mark.parametrize('line, expected', OTHER_SPELLINGS)
+def test_an_option_is_found_in_every_spelling(line, expected, capsys):
+    task, *args = line.split()
+    if expected is None:
+        with pytest.raises(SystemExit): parse_options(cli.TASKS[task], args, task)
+        assert '-EQ: no such option' in capsys.readouterr().err
+    else:
+        options = parse_options(cli.TASKS[task], args, task)
+        assert {name: options[name] for name in expected}==expected
+
+
+WRONG_LINES = [
+    ('train -e a -d b --epochs 3', '--epochs', 'training_config { num_epochs: ... }'),
+    ('train -e a -d b --lr .1', '--lr', 'training_config { learning_rate: ... }'),
+    ('train -e a -d b --batch-size 8', '--batch-size', 'train_batch_size'),
+    ('train -epochs 3', '-epochs', 'num_epochs'),
+    ('evaluate -e a -m b --image_sise 5', '--image_sise', 'image_size'),
+    ('train -e a --modeldir b', '--modeldir', 'Did you mean --model_dir?'),
+    ('inference -m a -i b --treshold .5', '--treshold', 'Did you mean --threshold?'),
+    ('prune -m a --outdir b', '--outdir', 'Did you mean --output_dir?'),
+    ('train -m model.tlt -e a', '-m', 'pruned_model_path'),
+    ('dataset_convert -e spec.txt', '-e', 'reads no spec'),
+    ('dataset_convert -i a -a b -o c -k key', '-k', 'not encrypted'),
+    ('export -m a --gen_ds_config', '--gen_ds_config', '--deepstream'),
+    ('export -m a --static-batch-size 4', '--static-batch-size', '--max_batch_size'),
+    ('gen_trt_engine -m a -o b.engine', '-o', '--engine_file'),
+    ('inference -m a -i b.jpg c.jpg d.jpg -o out', '-i', "'day1/*.png'"),
+    ('evaluate spec.txt -e a -m b', 'spec.txt', 'name of its option'),
+    ('prune -m a -o pruned/model.tlt', 'pruned/model.tlt', 'such as pruned'),
+    ('train -e a -d run.json', 'run.json', 'such as run'),
+    ('export -m a --deepstream ds/config.txt', 'ds/config.txt', 'such as ds'),
+    ('train -e a -d b --zzz', '--zzz', 'no such option'),
+    ('export -m a --data_type fp8', '--data_type', 'fp16'),
+    ('train -d b', '-e/--experiment_spec_file', 'required'),
+]
+
+
+@pytest.mark.parametrize('line, option, advice', WRONG_LINES)
+def test_a_wrong_option_is_answered_by_one_line(line, option, advice, capsys):
+    task, *args = line.split()
+    with pytest.raises(SystemExit) as e: parse_options(cli.TASKS[task], args, f'effdet_{task}')
+    message = capsys.readouterr().err
+    assert e.value.code==2 and message.count('\n')==1 and message.startswith(f'effdet_{task}: error: ')
+    assert option in message and advice in message
+
+
+UMBRELLA_LINES = [('effdet', 'usage: effdet TASK'), ('effdet fly', 'fly: no such task'),
+                  ('effdet evalute', 'Did you mean evaluate?'), ('effdet convert', 'Did you mean dataset_convert?'),
+                  ('efficientdet_tf1 tao model efficientdet_tf1 train', 'efficientdet_tf1 train: error'),
+                  ('efficientdet_tf1 model train --epochs 3', 'num_epochs'),
+                  ('effdet Dataset-Convert -e a', 'effdet dataset_convert: error: -e')]
+
+
+@pytest.mark.parametrize('line, text', UMBRELLA_LINES)
+def test_the_umbrella_command_explains_a_wrong_line(line, text, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', line.split())
+    with pytest.raises(SystemExit) as e: cli.efficientdet_tf1()
+    message = capsys.readouterr().err
+    assert e.value.code==2 and text in message
+    if line=='effdet': assert all(command.__doc__ in message for command in cli.TASKS.values())
+
+
+def test_a_gpu_that_does_not_exist_is_a_warning(monkeypatch):
+    import tensorflow as tf
+    from effdet_nb.app.command import _load_quietly
+    def load(module): pass
+    monkeypatch.setattr(tf.config, 'list_physical_devices', lambda kind: [])
+    for gpu_index, name in ((7, '7'), ([0,3], '0 3'), (0, '0')):
+        with pytest.warns(UserWarning, match=f'--gpu_index {name}: TensorFlow finds no such GPU and uses the CPU'):
+            _load_quietly(load, gpu_index, tf)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        _load_quietly(load, None, tf)
+
+
+def test_a_key_with_a_dash_is_never_repeated(capsys):
+    with pytest.raises(SystemExit): parse_options(cli.TASKS['prune'], ['-m', 'a', '-o', 'b', '-k', '-geheim'], 'prune')
+    message = capsys.readouterr().err
+    assert 'geheim' not in message and '-k: its value is missing' in message and '--key=-value' in message
+    assert parse_options(cli.TASKS['prune'], ['-m', 'a', '-o', 'b', '--key=-geheim'])['key']=='-geheim'
 
 
 @pytest.mark.parametrize('line, words', [
@@ -178,7 +275,7 @@ def test_flags_of_both_tao_versions_are_understood(line):
     ('dataset_convert -i rec -a data/train.json -o out', ['all 12', 'are missing']),
     ('dataset_convert -i data/train -a data/train.json -o out --strict', ['--strict', 'listed above']),
     ('dataset_convert -i data/train -a bad.json -o out', ['bad.json', 'line 2']),
-    ('dataset_convert -i data/train -a data/train.json -o spec.txt', ['spec.txt']),
+    ('dataset_convert -i data/train -a data/train.json -o typo.txt/rec', ['typo.txt']),
     ('check -e nope.txt', ['nope.txt', 'no such spec']),
     ('train -e typo.txt -d out', ['learning_rat', 'Did you mean learning_rate?', 'typo.txt:2:']),
     ('train -e nope.txt -d out', ['nope.txt', 'no such spec']),
@@ -187,7 +284,7 @@ def test_flags_of_both_tao_versions_are_understood(line):
     ('train -e spec.txt -d out --log_file data', ['data', 'folder']),
     ('evaluate -e nope.txt -m x.tlt', ['nope.txt']),
     ('inference -m x.tlt -i nothing -o out', ['nothing', 'no such']),
-    ('inference -m x.onnx -i data/val', ['no output path']),
+    ('inference -m x.onnx -i data/val', ['no output path', '-o FOLDER', '-l FOLDER']),
     ('inference -m x.tlt -i data/val -o data/val', ['would be replaced']),
     ('inference -m x.tlt -i data/val -o out -t 40', ['threshold', '0 to 1']),
     ('dataset_convert -i data/train -a odd.json -o out', ['odd.json: 2 problems (listed above)']),
@@ -344,8 +441,7 @@ def test_evaluate_prints_the_table_and_writes_numbers(trained):
 
 
 def test_m_takes_several_models_and_may_be_repeated():
-    arguments = anno_parser(cli.TASKS['evaluate'], 'x').parse_args('-e a -m b c -m d'.split())
-    assert arguments.model_path==['b', 'c', 'd']
+    assert parse_options(cli.TASKS['evaluate'], '-e a -m b c -m d'.split())['model_path']==['b', 'c', 'd']
 
 
 def test_several_models_are_compared(trained):

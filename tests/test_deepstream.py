@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from effdet_nb.detector.boxes import clip_boxes
-from effdet_nb.export.deepstream import nvinfer_config, readme_text, write_deepstream
+from effdet_nb.export.deepstream import labels_text, nvinfer_config, readme_text, write_deepstream
 from effdet_nb.export.onnx_graph import get_metadata
 from effdet_nb.export.onnx_nms import NMS_OUTPUTS, add_onnx_nms, add_trt_nms
 from onnx_toy import noise_images, run_onnxruntime, toy_onnx_model
@@ -59,7 +59,7 @@ def test_the_settings_are_those_of_the_file(tmp_path, add_nms, batch):
     default = .5 if add_nms is add_trt_nms else .3
     assert float(config['class-attrs-all']['pre-cluster-threshold']) == default
     labels = (folder/'labels.txt').read_text().splitlines()
-    assert len(labels) == int(settings['num-detected-classes']) == 3 and labels[:2] == ['thing 1', 'thing 2']
+    assert int(settings['num-detected-classes']) == 3 and labels == ['thing 1', 'thing 2']
     assert settings['labelfile-path'] == 'labels.txt'
     assert settings['custom-lib-path'] in (folder/'README.md').read_text()
     assert settings['parse-bbox-func-name'] in (folder/'nvdsinfer_effdet_nb.cpp').read_text()
@@ -110,3 +110,10 @@ def test_the_output_parser_compiles_and_reads_the_outputs_of_the_graph(tmp_path)
         if score >= .5 and y2 > y1 and x2 > x1: expected.append((channel, score, x1, y1, x2-x1, y2-y1))
     assert num_objects == len(expected) > 5
     np.testing.assert_allclose(objects[:num_objects], expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('name, line', [('car\nred', 'car red'), ('a\r\nb', 'a b'), ('x\u2028y', 'x y'),
+                                        ('tab\tname', 'tab name'), ('p;q', 'p,q')])
+def test_every_class_is_one_line_of_the_labels(name, line):
+    meta = dict(arch=dict(num_classes=4), classes=dict(ids=[1, 3], names=[name, 'last'], num_classes=4))
+    assert labels_text(meta)==f'{line}\nid 2\nlast\n'

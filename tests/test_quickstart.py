@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from fastcore.script import anno_parser
 
 from effdet_nb.app import cli
+from effdet_nb.app.options import parse_options
 from effdet_nb.app.quickstart import quickstart
 from effdet_nb.app.quickstart_settings import QuickstartSettings, shell_commands
 from effdet_nb.train.spec import Spec
@@ -51,7 +51,7 @@ def test_the_shell_commands_exist_with_these_options(tmp_path):
         for line in command.splitlines():
             name, *args = shlex.split(line)
             names.add(name)
-            if name!='python': anno_parser(getattr(cli, name)).parse_args(args)        # exits on anything unknown
+            if name!='python': parse_options(getattr(cli, name), args)        # exits on anything unknown
             else:
                 compile(args[1], '<command>', 'exec')
                 exec(args[1].split(';')[0], {})

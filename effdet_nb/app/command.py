@@ -11,6 +11,7 @@ import importlib.abc, importlib.util, os, signal, sys, threading, warnings
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from fastcore.script import call_parse
+from .options import parse_options
 from ..core.signals import StopSignal, StopSignalHandler
 
 # %% ../../nbs/app/10_command.ipynb #2f2ae66c
@@ -135,19 +136,28 @@ def suppress_stderr():
 # %% ../../nbs/app/10_command.ipynb #cf5846b7
 class QuietTensorFlow(importlib.abc.MetaPathFinder):
     "Imports TensorFlow without its messages; has to be the first entry of `sys.meta_path`."
+    def __init__(self,
+        gpu_index=None, # one GPU or a list of them, as typed; a warning says if TensorFlow finds none
+    ):
+        self.gpu_index = gpu_index
+
     def find_spec(self, name, path=None, target=None):
         "Returns TensorFlow's import spec with a silent loader, None for all other modules."
         if name!='tensorflow': return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        spec.loader.exec_module = partial(_load_quietly, spec.loader.exec_module)
+        spec.loader.exec_module = partial(_load_quietly, spec.loader.exec_module, self.gpu_index)
         return spec
 
-def _load_quietly(exec_module, module):
-    "Loads TensorFlow and lists its GPUs once, both without messages."
+def _load_quietly(exec_module, gpu_index, module):
+    "Loads TensorFlow and lists its GPUs once, both without messages; warns if a requested GPU is not there."
     with suppress_stderr():
         exec_module(module)
-        module.config.list_physical_devices()
+        gpus = module.config.list_physical_devices('GPU')
+    if gpus or gpu_index is None: return
+    indices = gpu_index if isinstance(gpu_index, (list,tuple)) else [gpu_index]
+    warnings.warn(f'--gpu_index {" ".join(map(str, indices))}: TensorFlow finds no such GPU and uses the CPU. '
+                  'Check the index with nvidia-smi, or leave the option out', stacklevel=2)
 
 # %% ../../nbs/app/10_command.ipynb #bcbd3545
 def _set_up(options):
@@ -155,9 +165,10 @@ def _set_up(options):
     from effdet_nb.weights.encryption import resolve_key
     verbose = options.get('verbose')
     warnings.showwarning = _log_warning
-    if not verbose and 'tensorflow' not in sys.modules: sys.meta_path.insert(0, QuietTensorFlow())
+    gpu_index = options.get('gpu_index')
+    if not verbose and 'tensorflow' not in sys.modules: sys.meta_path.insert(0, QuietTensorFlow(gpu_index))
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1' if verbose else '3')
-    devices = cuda_visible_devices(options.get('gpu_index'), os.environ.get('CUDA_VISIBLE_DEVICES'))
+    devices = cuda_visible_devices(gpu_index, os.environ.get('CUDA_VISIBLE_DEVICES'))
     if devices is not None: os.environ['CUDA_VISIBLE_DEVICES'] = devices
     if 'key' in options: options['key'] = resolve_key(options['key'])
 
@@ -212,9 +223,10 @@ def _owns_process():
     return os.path.basename(sys.argv[0]).startswith(('effdet', 'efficientdet_tf1'))
 
 def _command_name(f):
-    "The command as you typed it: effdet_train, or efficientdet_tf1 train."
-    is_umbrella = os.path.basename(sys.argv[0]).startswith('efficientdet_tf1')
-    return f.__name__.replace('effdet_', 'efficientdet_tf1 ') if is_umbrella else f.__name__
+    "The command as you typed it: effdet_train, effdet train, or efficientdet_tf1 train."
+    program = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+    is_umbrella = program in ('effdet', 'efficientdet_tf1')
+    return f.__name__.replace('effdet_', f'{program} ') if is_umbrella else f.__name__
 
 # %% ../../nbs/app/10_command.ipynb #e723b5ef
 def _end_process(code):
@@ -227,14 +239,17 @@ def _end_process(code):
 def command(
     f=None,         # function with `Option`s; its result is printed
     example:str='', # arguments of an example, shown in the help
+    hints:dict=None,# option that the command does not have -> what to do instead
 ):                  # the function as a command; it ends the process with an exit code unless it succeeds
     "Makes a shell command of a function."
-    if f is None: return partial(command, example=example)
+    if f is None: return partial(command, example=example, hints=hints)
+    @call_parse
     @wraps(f)
     def run(**options):
         code = _run_command(f, options)
         if code>128 and _owns_process(): _end_process(code)
         if code: sys.exit(code)
-    if example: run.__doc__ = f'{f.__doc__} Example: {f.__name__} {example}'
-    run.example = example
-    return call_parse(run)
+    @wraps(run)
+    def main(**options): return run(**options or parse_options(main, sys.argv[1:]))
+    main.example,main.hints = example, hints or {}
+    return main

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEEDS_ENGINE', 'NVINFER_CONFIG', 'NETWORK_MODES', 'COLOR_FORMATS', 'DEFAULT_CLUSTER_THRESHOLD', 'BBOX_PARSER',
-           'BUILD_COMMAND', 'RUN_COMMAND', 'README_TEMPLATE', 'nvinfer_config', 'labels_text', 'readme_text',
-           'write_deepstream']
+           'BUILD_COMMAND', 'RUN_COMMAND', 'README_TEMPLATE', 'nvinfer_config', 'can_build_engine', 'labels_text',
+           'readme_text', 'write_deepstream']
 
 # %% ../../nbs/export/08_deepstream.ipynb #1af330ca
 from pathlib import Path
@@ -58,10 +58,9 @@ def nvinfer_config(
     if nms['kind']=='none':
         raise ValueError(f'deepstream: {model_path} has no suppression (nms "none"), so nvinfer would read raw logits. '
                          'Export with nms "efficient_nms_trt" or "onnx"')
-    is_buildable = model_path.suffix.lower()=='.onnx' and meta['data_type']!='int8'
     channels = meta['arch'].get('channels', 3)
     return NVINFER_CONFIG.format(
-        model=model_path, model_setting=f'onnx-file={model_path}' if is_buildable else NEEDS_ENGINE,
+        model=model_path, model_setting=f'onnx-file={model_path}' if can_build_engine(meta, model_path) else NEEDS_ENGINE,
         engine=model_path.with_suffix('.engine').name, h=height, w=width, batch=meta['batch_size'] or 1,
         channels=channels, color_format=COLOR_FORMATS[channels],
         version=meta['version'], mode=NETWORK_MODES[meta['data_type']], num_classes=meta['arch']['num_classes'],
@@ -71,14 +70,22 @@ def _shown_scores(nms):
     "Returns the lowest score to show in a video, if none is given."
     return nms['score_threshold'] if nms['kind']=='efficient_nms_trt' else DEFAULT_CLUSTER_THRESHOLD
 
+def can_build_engine(
+    meta:dict,  # metadata of an exported file
+    model_path, # the exported file
+)->bool:
+    "Returns whether DeepStream can build the engine of an exported file itself."
+    return Path(model_path).suffix.lower()=='.onnx' and meta['data_type']!='int8'
+
 # %% ../../nbs/export/08_deepstream.ipynb #f56f670a
 def labels_text(
     meta:dict, # metadata of an exported file
-)->str:        # one line per channel
+)->str:        # one line per channel, up to the last one that has a category
     "Builds the label file of DeepStream: the name of every class channel."
     table = ClassTable.from_dict(meta['classes'])
-    names = [table.class_name(channel).replace(';', ',') for channel in range(meta['arch']['num_classes'])]
-    return ''.join(f'{name}\n' for name in names)
+    channels = [channel for channel in range(meta['arch']['num_classes']) if table.has_category(channel)]
+    names = [table.class_name(channel).replace(';', ',') for channel in range(max(channels, default=-1)+1)]
+    return ''.join(f'{" ".join(name.split())}\n' for name in names)    # a line break would shift all later names
 
 # %% ../../nbs/export/08_deepstream.ipynb #2f3c3801
 BBOX_PARSER = r'''// Reads the four outputs of a detector exported by effdet_nb. Build it next to the configuration:
