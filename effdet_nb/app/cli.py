@@ -84,8 +84,8 @@ def effdet_check(
 _CHECKPOINT_HINT = ('name the model in the spec: training_config { checkpoint: "..." } to start from it, or '
                     'pruned_model_path to retrain it')
 
-@command(example='-e spec.txt -d runs/first', hints={
-    name: _CHECKPOINT_HINT for name in ('-m', '--model', '--model_path', '--pretrained_model', '--weights')})
+@command(example='-e spec.txt -d runs/first', hints=dict.fromkeys(
+    ('-m', '--model', '--model_path', '--pretrained_model', '--weights'), _CHECKPOINT_HINT))
 def effdet_train(
     experiment_spec_file:_spec_option(True)=None,
     model_dir:Option('Folder for checkpoints; an unfinished run in it is continued', '-d', '-r', '--results_dir',

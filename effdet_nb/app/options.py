@@ -132,8 +132,8 @@ def _is_option(word):
 SETTING_NAMES = dict(
     lr='learning_rate', epochs='num_epochs', epoch='num_epochs', batch='train_batch_size', bs='train_batch_size',
     batch_size='train_batch_size', seed='tf_random_seed', weights='checkpoint', pretrained='checkpoint',
-    pretrained_model='checkpoint', img_size='image_size', imgsz='image_size', input_size='image_size', size='image_size',
-    classes='num_classes', weight_decay='l2_weight_decay', ema='moving_average_decay', warmup='lr_warmup_epoch',
+    pretrained_model='checkpoint', img_size='image_size', imgsz='image_size', input_size='image_size',
+    size='image_size', classes='num_classes', weight_decay='l2_weight_decay', ema='moving_average_decay', warmup='lr_warmup_epoch',
     model='model_name', conf='min_score_thresh', top_k='max_detections_per_image') # names in other tools
 
 def find_setting(

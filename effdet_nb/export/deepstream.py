@@ -59,8 +59,9 @@ def nvinfer_config(
         raise ValueError(f'deepstream: {model_path} has no suppression (nms "none"), so nvinfer would read raw logits. '
                          'Export with nms "efficient_nms_trt" or "onnx"')
     channels = meta['arch'].get('channels', 3)
+    model_setting = f'onnx-file={model_path}' if can_build_engine(meta, model_path) else NEEDS_ENGINE
     return NVINFER_CONFIG.format(
-        model=model_path, model_setting=f'onnx-file={model_path}' if can_build_engine(meta, model_path) else NEEDS_ENGINE,
+        model=model_path, model_setting=model_setting,
         engine=model_path.with_suffix('.engine').name, h=height, w=width, batch=meta['batch_size'] or 1,
         channels=channels, color_format=COLOR_FORMATS[channels],
         version=meta['version'], mode=NETWORK_MODES[meta['data_type']], num_classes=meta['arch']['num_classes'],
