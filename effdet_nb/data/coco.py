@@ -270,11 +270,14 @@ def _wrong_sizes(lists):
         image['height'],image['width'] = map(_side, sides)
         if None in (image['height'],image['width']): missing.append((i, sides))
         elif str in map(type, sides): as_text.append(i)
-    if missing:
-        i,(height,width) = missing[0]
-        problem = f': height is {reprlib.repr(height)}, width is {reprlib.repr(width)}; need whole numbers of pixels'
-        yield _issue('images', [i for i,_ in missing], Fault.SIZE_MISSING, problem)
+    if missing: yield _missing_size_issue(missing)
     if as_text: yield _issue('images', as_text, Fault.WRITTEN_AS_TEXT, ': its size is text; need numbers', 'size')
+
+def _missing_size_issue(missing):
+    "Makes the issue of images without a usable size, from their positions and the values in the file."
+    height,width = map(reprlib.repr, missing[0][1])
+    return _issue('images', [i for i,_ in missing], Fault.SIZE_MISSING,
+                  f': height is {height}, width is {width}; need whole numbers of pixels')
 
 # %% ../../nbs/data/03_coco.ipynb #7a06a637
 def _all_bboxes(values):
@@ -347,34 +350,40 @@ def _shared_ids(lists, name):
     "Finds ids that are used more than once; the first entry is kept, and so are annotations of different objects."
     keys = [entry['id'] for _,entry in _remaining(lists[name])]
     if not {*map(type, keys)}<={int}: keys = [*map(id_key, keys)]
-    if len({*keys})==len(keys): return
-    counts = Counter(keys)
-    first,indices = {},defaultdict(list)
-    for key,(i,entry) in zip(keys, _remaining(lists[name])):
+    if len({*keys})<len(keys): yield from _shared_ids_of(name, zip(keys, _remaining(lists[name])), Counter(keys))
+
+def _shared_ids_of(name, keyed_entries, counts):
+    "Yields the issues of a list in which some ids occur more than once."
+    first,places = {},defaultdict(list)
+    for key,(i,entry) in keyed_entries:
         owner = first.setdefault(key, entry)
         if owner is entry: continue
         is_other_object = name=='annotations' and owner!=entry
-        indices[Fault.SHARED_ANNOTATION_ID if is_other_object else _SHARED_ID_FAULTS[name]].append((i, key))
-    for fault,places in indices.items():
-        ids = list(dict.fromkeys(key for _,key in places))
-        yield AnnotationIssue(name, tuple(i for i,_ in places), fault,
+        places[Fault.SHARED_ANNOTATION_ID if is_other_object else _SHARED_ID_FAULTS[name]].append((i, key))
+    for fault,found in places.items():
+        ids = list(dict.fromkeys(key for _,key in found))
+        yield AnnotationIssue(name, tuple(i for i,_ in found), fault,
                               f'{name}: {len(ids):,} ids occur more than once '
                               f'(id {ids[0]}: {counts[ids[0]]} times). Make them unique')
 
 # %% ../../nbs/data/03_coco.ipynb #bf13679e
+def _resolve_ids(annotations, key, known):
+    "Writes the ids of annotations as their entries have them; returns the positions of the others by unknown id."
+    values,unknown = [annotation[key] for _,annotation in _remaining(annotations)],defaultdict(list)
+    if {*map(type, chain(values, known.values()))}<={int} and known.keys()>={*values}: return unknown
+    for i,annotation in _remaining(annotations):
+        value = id_key(annotation[key])
+        if value in known: annotation[key] = known[value]
+        else: unknown[reprlib.repr(annotation[key]) if value is None else value].append(i)
+    return unknown
+
 def _dangling_ids(lists, key, all_image_ids=frozenset()):
     "Finds references to missing entries; `all_image_ids` are the keys of the images before any entry was removed."
     name,fault = dict(image_id=('images', Fault.UNKNOWN_IMAGE),
                       category_id=('categories', Fault.UNKNOWN_CATEGORY))[key]
-    known,indices = {id_key(entry['id']): entry['id'] for _,entry in _remaining(lists[name])},defaultdict(list)
-    values = [annotation[key] for _,annotation in _remaining(lists['annotations'])]
-    if {*map(type, chain(values, known.values()))}<={int} and known.keys()>={*values}: return
-    for i,annotation in _remaining(lists['annotations']):
-        value = annotation[key]
-        reference = value if type(value) is int else id_key(value)
-        if reference in known: annotation[key] = known[reference]
-        else: indices[reprlib.repr(value) if reference is None else reference].append(i)
-    for value,places in sorted(indices.items(), key=lambda item: -len(item[1])):
+    known = {id_key(entry['id']): entry['id'] for _,entry in _remaining(lists[name])}
+    unknown = _resolve_ids(lists['annotations'], key, known)
+    for value,places in sorted(unknown.items(), key=lambda item: -len(item[1])):
         was_left_out = key=='image_id' and value in all_image_ids
         boxes = f'{len(places):,} box{"es" if len(places)>1 else ""} would be lost'
         yield AnnotationIssue('annotations', tuple(places), Fault.IMAGE_LEFT_OUT if was_left_out else fault,
@@ -426,32 +435,41 @@ def load_coco_lenient(
     "Reads a COCO annotation file and leaves out the entries that cannot be used."
     path = Path(path)
     data = read_coco_json(path, object_hook)
-    missing = [*_missing_lists(data)]
-    if missing: raise CocoError(path, missing)
+    if missing := [*_missing_lists(data)]: raise CocoError(path, missing)
     given = {name:[{} if entry is None else entry for entry in data.get(name) or ()] for name in REQUIRED_KEYS}
     lists,issues = {name:[*entries] for name,entries in given.items()},[]
-    if data.get('annotations') is None:
-        message = '"annotations" is missing'
-        issues.append((AnnotationIssue('file', (0,), Fault.NO_ANNOTATIONS, message), (path.name,)))
+    if data.get('annotations') is None: issues.append((_no_annotations(), (path.name,)))
     for issue in _check_in_turn(lists):
         issues.append((issue, tuple(given[issue.list_name][i] for i in issue.indices)))
-    _check_usable(path, lists, given, [issue for issue,_ in issues])
+    _check_usable(path, lists, [issue for issue,_ in issues])
+    coco = _link_entries(lists, path)
+    if mistake := _coordinate_mistake_of(coco): raise CocoError(path, [mistake])
+    return coco, issues
+
+def _no_annotations(): return AnnotationIssue('file', (0,), Fault.NO_ANNOTATIONS, '"annotations" is missing')
+
+def _check_usable(path, lists, issues):
+    "Raises an error if a list has entries, but none that can be used."
+    for name,entries in lists.items():
+        if not entries or any(entry is not None for entry in entries): continue
+        reasons = [issue.message for issue in issues if issue.list_name==name and not issue.is_recoverable]
+        raise CocoError(path, [f'none of the {len(entries):,} {name} can be used: {"; ".join(reasons[:5])}'])
+
+def _link_entries(lists, path):
+    "Makes a dataset of the entries that have not been removed."
     images,annotations,categories = ([entry for _,entry in _remaining(lists[name])] for name in REQUIRED_KEYS)
     by_image = {image['id']:[] for image in images}
     for annotation in annotations: by_image[annotation['image_id']].append(annotation)
-    return CocoDataset(images, by_image, categories, path), issues
+    return CocoDataset(images, by_image, categories, path)
 
-def _check_usable(path, lists, given, issues):
-    "Raises an error if no entry of a list can be used, or if the boxes are not x, y, width, height in pixels."
-    for name in ('images','categories','annotations'):
-        if not given[name] or any(True for _ in _remaining(lists[name])): continue
-        reasons = [issue.message for issue in issues if issue.list_name==name and not issue.is_recoverable]
-        raise CocoError(path, [f'none of the {len(given[name]):,} {name} can be used: {"; ".join(reasons[:5])}'])
-    sizes = {image['id']:(image['height'] or math.nan, image['width'] or math.nan)
-             for _,image in _remaining(lists['images'])}
-    annotations = [annotation for _,annotation in _remaining(lists['annotations'])]
-    mistake = coordinate_mistake([a['bbox'] for a in annotations], [sizes[a['image_id']] for a in annotations])
-    if mistake: raise CocoError(path, [mistake])
+def _coordinate_mistake_of(coco):
+    "Returns the mistake that all boxes of a file show, or None."
+    bbox,sizes = [],[]
+    for image in coco.images:
+        boxes = [annotation['bbox'] for annotation in coco.annotations[image['id']]]
+        bbox += boxes
+        sizes += [(image['height'] or math.nan, image['width'] or math.nan)]*len(boxes)
+    return coordinate_mistake(bbox, sizes)
 
 # %% ../../nbs/data/03_coco.ipynb #958fec3a
 def report_annotation_issues(

@@ -250,19 +250,23 @@ def coordinate_mistake(
 )->str:       # the mistake and its remedy; None if there is none
     "Finds boxes that are fractions of the image size or pairs of corners instead of x, y, width, height in pixels."
     bbox,sizes = np.float64(bbox).reshape(-1, 4),np.float64(sizes).reshape(-1, 2)
-    bbox,sizes = bbox[is_finite := np.isfinite(bbox).all(1)],sizes[is_finite]
-    if not len(bbox): return None
-    is_fraction = (np.abs(bbox)<=1).all(1) & (bbox[:,2:]>0).all(1)
-    if is_fraction.mean()>=ALMOST_ALL: return _fractions_message(is_fraction, bbox)
-    if len(bbox)<MIN_BOXES: return None
-    are_corners = (bbox[:,:2]>=0).all(1) & (bbox[:,2:]>bbox[:,:2]).all(1) & (bbox[:,3:1:-1]<=sizes+1).all(1)
-    is_outside = (bbox[:,:2]+bbox[:,2:]>sizes[:,::-1]+1).any(1)
-    if are_corners.mean()<ALMOST_ALL or is_outside.mean()<MANY: return None
-    return ('the boxes look like corners, x1 y1 x2 y2: read as x y width height, '
-            f'{is_outside.sum():,} of {len(bbox):,} extend beyond their image, such as {bbox[is_outside][0].tolist()}. '
-            'bbox must be x, y, width, height in pixels: subtract the first corner from the second')
+    is_finite = np.isfinite(bbox).all(1)
+    return _fractions_message(bbox[is_finite]) or _corners_message(bbox[is_finite], sizes[is_finite])
 
-def _fractions_message(is_fraction, bbox):
+def _fractions_message(bbox):
+    "Returns the message about boxes that are fractions, or None."
+    is_fraction = (np.abs(bbox)<=1).all(1) & (bbox[:,2:]>0).all(1)
+    if not len(bbox) or is_fraction.mean()<ALMOST_ALL: return None
     return (f'{is_fraction.sum():,} of {len(bbox):,} boxes are smaller than a pixel, such as '
             f'{bbox[is_fraction][0].tolist()}, so they look like fractions of the image size (0 to 1). '
             'bbox must be x, y, width, height in pixels: multiply by the width and height of the image')
+
+def _corners_message(bbox, sizes):
+    "Returns the message about boxes that are pairs of corners, or None."
+    start,end,edge = bbox[:,:2],bbox[:,2:],sizes[:,::-1]+1       # x y, x y, width height and a pixel of tolerance
+    are_corners = ((start>=0) & (end>start) & (end<=edge)).all(1)
+    is_outside = (start+end>edge).any(1)
+    if len(bbox)<MIN_BOXES or are_corners.mean()<ALMOST_ALL or is_outside.mean()<MANY: return None
+    return ('the boxes look like corners, x1 y1 x2 y2: read as x y width height, '
+            f'{is_outside.sum():,} of {len(bbox):,} extend beyond their image, such as {bbox[is_outside][0].tolist()}. '
+            'bbox must be x, y, width, height in pixels: subtract the first corner from the second')
