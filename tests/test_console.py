@@ -265,7 +265,7 @@ def test_the_next_write_deletes_temporary_files_of_killed_processes_only(tmp_pat
         assert files._lock_file(f)
         with files.atomic_write(tmp_path/'a.tlt') as g: g.write(b'whole')
         assert (tmp_path/name).exists()
-    files.remove_stale_parts.cache_clear()
+    files._remove_stale_parts_once.cache_clear()
     with files.atomic_write(tmp_path/'a.tlt') as g: g.write(b'whole')
     kept = {'.train.part', '.mine.part', 'b.0123abcd.part', '.notes.0123abcz.part', 'a.tlt'}
     assert {p.name for p in tmp_path.iterdir()} == kept

@@ -60,15 +60,16 @@ def _open_locked(path, mode, **options):
         f.close()                    # deleted by its last owner between `open` and the lock
 
 # %% ../../nbs/core/01_files.ipynb #18cab958
-@lru_cache(maxsize=1000)
 def remove_stale_parts(
     folder, # folder in which `atomic_write` has written
 ):
-    "Deletes temporary files of processes that were killed; a second call for the same folder does nothing."
+    "Deletes temporary files of processes that were killed."
     for path in Path(folder).glob('.*.part'):
         if not re.fullmatch(r'\..+\.[0-9a-f]{8}\.part', path.name): continue
         with suppress(OSError), open(path, 'rb+') as f:
             if _lock_file(f): path.unlink()
+
+_remove_stale_parts_once = lru_cache(maxsize=1000)(remove_stale_parts) # for folders with very many files
 
 # %% ../../nbs/core/01_files.ipynb #b57eb6c1
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}    # of the disk, not of a path
@@ -92,7 +93,7 @@ def _open_temporary(path, mode):
     options = {} if 'b' in mode else dict(encoding='utf-8', errors='backslashreplace')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_parts(path.parent)
+        _remove_stale_parts_once(path.parent)
         while True:
             temporary = path.with_name(f'.{path.name[:40]}.{uuid.uuid4().hex[:8]}.part')
             if f := _open_locked(temporary, mode, **options): return temporary, f

@@ -21,7 +21,7 @@ from .pipeline import DataConfig, load_class_table
 from .record_index import Records, explain_no_match
 from .scan import SplitScan, scan_records
 from .shards import sha256_of
-from .tfrecord import find_record_files, load_sidecar, shards_by_sidecar
+from .tfrecord import announced_shards, find_record_files, load_sidecar, shards_by_sidecar
 from .validate import load_ground_truth
 
 # %% ../../nbs/data/17_check.ipynb #b528bc56
@@ -219,7 +219,7 @@ def check_shards(
     pattern:str,     # the pattern that found them
     verify_checksums:bool=False, # compute the checksum of every file
 ):                   # yields problems
-    "Checks that the shards are those listed in their sidecar."
+    "Checks that the shards are those listed in their sidecar, and those that their names announce."
     source = f'dataset_config.{field}'
     try: by_sidecar = shards_by_sidecar(pattern)
     except ValueError as e:
@@ -227,7 +227,8 @@ def check_shards(
         return
     shards = {path:shard for part in by_sidecar.values() for path,shard in part.items()}
     present = {os.path.abspath(path) for path in records.files}
-    yield from _check_absent(sorted({*shards}-present), shards, f'"{pattern_name(pattern)}" matches {len(present)}',
+    expected = {*shards} | announced_shards(present)
+    yield from _check_absent(sorted(expected-present), expected, f'"{pattern_name(pattern)}" matches {len(present)}',
                              source)
     if not verify_checksums: return
     for path in sorted(present & {*shards}):
@@ -236,7 +237,7 @@ def check_shards(
                                  'Copy or convert it again')
 
 def _check_absent(absent, shards, matches, source):
-    "Yields problems of shards in the sidecar that are missing or not matched by the pattern."
+    "Yields problems of shards that are missing or not matched by the pattern."
     missing = [path for path in absent if not os.path.isfile(path)]
     if missing:
         yield _error(source, f'{len(missing)} of {len(shards)} shards are missing, such as {Path(missing[0]).name}. '

@@ -22,7 +22,7 @@ from .classes import ClassTable
 from .coco import CocoDataset, drop_masks, load_coco_lenient, pack_polygons, report_annotation_issues
 from .faults import ConversionReport, Fault, list_issues, worst_image_id
 from .record import RecordEncoder
-from .shards import ShardJob, flush_shards, sha256_of, shard_name, stat_image, work_folder
+from .shards import ShardJob, flush_shards, output_lock, sha256_of, shard_name, stat_image, work_folder
 from .validate import draw_invalid_boxes
 from .workers import choose_num_workers, run_jobs, run_jobs_on_beam, worker_pool
 
@@ -235,11 +235,17 @@ def old_shards(
     pattern = re.compile(re.escape(conversion.tag)+r'-\d{5}-of-\d{5}\.tfrecord')
     present = {path.name for path in conversion.output_dir.glob('*') if pattern.fullmatch(path.name)}
     old = present - {*conversion.shard_names()}
-    try: own = {shard['file'] for shard in json.loads(conversion.path('records.json').read_text())['shards']}
-    except (OSError,ValueError,KeyError): own = set()
+    own = _listed_shards(conversion.path('records.json'))
     if old<=own: return old
     raise ValueError(f'{conversion.output_dir}: {len(old-own)} files such as {min(old-own)} are of another conversion '
                      'and would be read together with the new ones. Remove them or choose another tag')
+
+def _listed_shards(sidecar_path):
+    "Returns the names of all shards that a sidecar lists: those written, and those that they were about to replace."
+    try:
+        contents = json.loads(sidecar_path.read_text(encoding='utf-8'))
+        return {shard['file'] for shard in contents['shards']} | {*contents.get('replaced', ())}
+    except (OSError,ValueError,KeyError,TypeError): return set()
 
 # %% ../../nbs/data/11_convert.ipynb #25548cd1
 def check_result(
@@ -265,18 +271,19 @@ def publish(
     report:ConversionReport,  # of the whole conversion
     replaced:set,             # names of older shards to remove
 )->ConversionResult:
-    "Moves the finished shards to their final names and writes the reports; the sidecar is written last."
+    "Moves the finished shards to their final names and writes the reports; the sidecar is incomplete until the end."
     output_dir,warnings = conversion.output_dir,tao_warnings(conversion, report)
-    for suffix in ('warnings.json','report.json','report.png','records.json'):
-        conversion.path(suffix).unlink(missing_ok=True)
-    for name in replaced: (output_dir/name).unlink(missing_ok=True)
+    sidecar = sidecar_contents(conversion, shards, report)
+    _write_json(conversion.path('records.json'), sidecar | dict(complete=False, replaced=sorted(replaced)), indent=1)
+    for suffix in ('warnings.json','report.json','report.png'): conversion.path(suffix).unlink(missing_ok=True)
     for shard in shards: os.replace(folder/shard.file, output_dir/shard.file)
+    for name in replaced: (output_dir/name).unlink(missing_ok=True)
     if warnings: _write_json(conversion.path('warnings.json'), warnings)
     _write_json(conversion.path('report.json'), report_contents(conversion, report), indent=1)
     if png := draw_worst_image(conversion, report):
         with atomic_write(conversion.path('report.png')) as f: f.write(png)
-    _write_json(conversion.path('records.json'), sidecar_contents(conversion, shards, report), indent=1)
     shutil.rmtree(folder)
+    _write_json(conversion.path('records.json'), sidecar, indent=1)
     return _conversion_result(conversion, shards, report, warnings)
 
 def _conversion_result(conversion, shards, report, warnings):
@@ -299,8 +306,11 @@ def run(
     strict:bool=False,   # write nothing if there is any serious issue
 )->ConversionResult:
     "Writes all shards to a work folder and, when they are complete, moves them to the target."
-    replaced,report,shards = old_shards(self),report_annotation_issues(issues),[]
-    with work_folder(self.output_dir, self.tag, self.fingerprint()) as folder:
+    report,shards = report_annotation_issues(issues),[]
+    with ExitStack() as stack:
+        stack.enter_context(output_lock(self.output_dir, self.tag))
+        replaced = old_shards(self)
+        folder = stack.enter_context(work_folder(self.output_dir, self.tag, self.fingerprint()))
         results = progress_bar(run_jobs(self.jobs(folder)), total=self.num_shards, desc=f'{self.tag} shards')
         for shard,shard_report in flush_shards(results, folder):
             shards.append(shard)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
-from .tfrecord import find_record_files, masked_crc
+from .tfrecord import check_complete, find_record_files, masked_crc
 
 # %% ../../nbs/data/13_record_index.ipynb #eeb21605
 def explain_no_match(
@@ -82,7 +82,8 @@ def from_files(
     cls:Records,
     files:list, # paths of TFRecord files
 )->'Records':   # ready for `read`
-    "Indexes TFRecord files; raises an error if they contain no record."
+    "Indexes TFRecord files; raises an error if they contain no record, or are not all in place."
+    check_complete(files)
     spans = [index_tfrecord(f) for f in files]
     counts = [len(s) for s in spans]
     if not sum(counts):

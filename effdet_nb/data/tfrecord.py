@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEATURE_LISTS', 'FEATURE_TYPES', 'MAKERS', 'REQUIRED_FEATURES', 'NOT_RECORDS', 'masked_crc', 'Shard', 'write_records',
            'read_records', 'example_class', 'make_example', 'parse_example', 'decode_example', 'Sidecar',
-           'find_record_files', 'load_sidecar', 'shards_by_sidecar']
+           'find_record_files', 'load_sidecar', 'shards_by_sidecar', 'check_complete', 'announced_shards']
 
 # %% ../../nbs/data/07_tfrecord.ipynb #1b91ac73
 import glob, hashlib, json, os, re, struct
@@ -251,11 +251,22 @@ def find_record_files(
     return sorted(path for path in paths if os.path.isfile(path) and not path.endswith(NOT_RECORDS))
 
 # %% ../../nbs/data/07_tfrecord.ipynb #723df8bc
+_SHARD_NAME = re.compile(r'(?P<tag>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<ending>\.tfrecord)?', re.DOTALL)
+
 def _sidecars(files):
     "Loads the sidecars that exist, by the common part of the names of their shards."
-    tags = sorted({re.sub(r'-\d{5}-of-\d{5}(\.tfrecord)?$', '', file) for file in files})
-    paths = {tag:Path(f'{tag}_records.json') for tag in tags}
-    return {tag:json.loads(path.read_text()) for tag,path in paths.items() if path.is_file()}
+    matches = map(_SHARD_NAME.fullmatch, files)
+    tags = {match['tag'] if match else file for match,file in zip(matches, files)}
+    paths = {tag:Path(f'{tag}_records.json') for tag in sorted(tags)}
+    return {tag:_load_complete(path) for tag,path in paths.items() if path.is_file()}
+
+def _load_complete(path):
+    "Loads a sidecar; raises an error if it is damaged, or if its shards are not all in place."
+    try: contents = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as e: raise ValueError(f'{path}: damaged ({e}). Copy it again, or convert again') from None
+    if contents.get('complete', True): return contents
+    raise ValueError(f'{path}: this conversion was stopped while its shards were moved to their final names, or is still '
+                     'running. Run the same dataset_convert command again; it continues')
 
 def _shards_of(sidecars):
     "Maps the path of each shard to its entry in the sidecar."
@@ -299,5 +310,18 @@ def shards_by_sidecar(
     file_pattern:str,  # glob pattern of shards
 )->dict:               # common part of shard paths -> {absolute path of a shard: its sidecar entry}
     "Lists all shards, existing or missing, of the conversions whose shards a pattern matches."
-    sidecars = _sidecars(map(os.path.abspath, find_record_files(file_pattern)))
+    sidecars = _sidecars([os.path.abspath(file) for file in find_record_files(file_pattern)])
     return {tag:_shards_of({tag:contents}) for tag,contents in sidecars.items()}
+
+def check_complete(
+    files:list, # paths of shards
+):
+    "Raises an error if the shards belong to a conversion that was stopped before all of them were in place."
+    _sidecars([*map(str, files)])
+
+def announced_shards(
+    files, # paths of shards
+)->set:    # paths, existing or not
+    "Lists all shards of which the names of some, such as 'a-00003-of-00010', announce the number."
+    groups = {match.group('tag', 'count', 'ending') for match in map(_SHARD_NAME.fullmatch, files) if match}
+    return {f'{tag}-{index:05d}-of-{count}{ending or ""}' for tag,count,ending in groups for index in range(int(count))}

@@ -40,15 +40,33 @@ def hidden_main():
     try: yield
     finally: sys.modules['__main__'] = main
 
+# %% ../../nbs/data/10_workers.ipynb #183126e8
+@contextmanager
+def _blocked_signals():
+    "Blocks the signals that stop a program; processes that start meanwhile never receive them."
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    original = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, original)
+
 # %% ../../nbs/data/10_workers.ipynb #07e06683
-def _start_worker():
-    "Prepares a worker process: ignores Ctrl-C and ends with the main process."
+_interruption = [] # in a worker: the event that is set when the main process is interrupted
+
+def _start_worker(event):
+    "Prepares a worker process: ignores Ctrl-C, stores the event, and ends with the main process."
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _interruption.append(event)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 def _exit_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
+
+def _write_shard_in_worker(job):
+    event, = _interruption
+    return write_shard(job, event.is_set)
 
 @contextmanager
 def worker_pool(
@@ -58,11 +76,16 @@ def worker_pool(
     if num_workers==1:
         yield None
         return
-    pool = ProcessPoolExecutor(num_workers, multiprocessing.get_context('spawn'), _start_worker)
+    context = multiprocessing.get_context('spawn')
+    event = context.Event()
+    pool = ProcessPoolExecutor(num_workers, context, _start_worker, (event,))
     try:
-        with hidden_main():
+        with _blocked_signals(), hidden_main():
             for _ in range(num_workers): pool.submit(os.getpid)
         yield pool
+    except BaseException:
+        event.set()
+        raise
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../../nbs/data/10_workers.ipynb #ef4f1680
@@ -71,7 +94,7 @@ def run_jobs(
     pool=None,  # from `worker_pool`; None uses the current process
 ):              # yields (Shard, ConversionReport) of each job, in order
     "Writes shards in the current process or in a pool."
-    try: yield from map(write_shard, jobs) if pool is None else pool.map(write_shard, jobs)
+    try: yield from map(write_shard, jobs) if pool is None else pool.map(_write_shard_in_worker, jobs)
     except BrokenProcessPool:
         raise RuntimeError('dataset_convert: a worker process was killed, probably because memory ran out. Use '
                            'fewer workers and run the command again: it continues from complete shards') from None
