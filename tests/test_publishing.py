@@ -18,6 +18,7 @@ from effdet_nb.data.tfrecord import find_record_files, load_sidecar
 from effdet_nb.detector.toy_data import make_toy_dataset
 
 unix_only = pytest.mark.skipif(not hasattr(os, 'fork'), reason='signals differ')
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope='module')
@@ -73,7 +74,8 @@ def killed_at_step(step, convert):
 
 
 @unix_only
-@pytest.mark.parametrize('earlier,now', [(None, 2), (3, 2), (2, 3), (2, 2)])
+@pytest.mark.parametrize('earlier,now', [
+    (3, 2), (2, 2), pytest.param(None, 2, marks=slow), pytest.param(2, 3, marks=slow)])
 def test_shards_are_visible_together_or_not_at_all_at_every_step(toy_dataset, changed_labels, tmp_path, earlier, now):
     images, annotations = toy_dataset
     out, before, straight = tmp_path/'out', tmp_path/'before', tmp_path/'straight'
@@ -133,8 +135,9 @@ def test_check_counts_the_shards_that_names_announce(toy_dataset, tmp_path, endi
 
 
 @unix_only
-@pytest.mark.parametrize('name,code', [('SIGINT', 130), ('SIGTERM', 143)])
-@pytest.mark.parametrize('notes', [0, 1, 4])
+@pytest.mark.parametrize('name,code,notes', [
+    ('SIGTERM', 143, 0), ('SIGINT', 130, 1), pytest.param('SIGTERM', 143, 4, marks=slow),
+    pytest.param('SIGINT', 130, 0, marks=slow), pytest.param('SIGHUP', 129, 2, marks=slow)])
 def test_a_signal_to_all_processes_ends_in_one_sentence(toy_dataset, tmp_path, name, code, notes):
     images, annotations = toy_dataset
     data = json.loads(annotations.read_text())
@@ -142,8 +145,8 @@ def test_a_signal_to_all_processes_ends_in_one_sentence(toy_dataset, tmp_path, n
     (tmp_path/'many.json').write_text(json.dumps(dict(data, images=infos, annotations=[])))
     arguments = ['-i', images, '-a', tmp_path/'many.json', '-o', tmp_path/'out', '-t', 'many', '-s', '64',
                  '--workers', '2']
-    main = 'from effdet_nb.app.cli import effdet_dataset_convert; effdet_dataset_convert()'
-    run = subprocess.Popen([sys.executable, '-c', main, *map(str, arguments)], stderr=subprocess.PIPE, text=True,
+    command = Path(sys.executable).with_name('effdet_dataset_convert')
+    run = subprocess.Popen([command, *map(str, arguments)], stderr=subprocess.PIPE, text=True,
                            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     folder = tmp_path/'out'/'.many.part'
     while run.poll() is None and not folder.exists(): time.sleep(.01)
@@ -153,5 +156,6 @@ def test_a_signal_to_all_processes_ends_in_one_sentence(toy_dataset, tmp_path, n
     error = run.communicate(timeout=30)[1]
     assert run.returncode == code, error
     assert 'Traceback' not in error and 'Exception' not in error
-    assert error.splitlines()[-1].endswith('terminated' if name == 'SIGTERM' else 'interrupted')
+    ending = dict(SIGTERM='terminated', SIGINT='interrupted', SIGHUP='terminal was closed')
+    assert error.splitlines()[-1].endswith(ending[name])
     assert {p.name for p in (tmp_path/'out').iterdir()} == {'.many.part'}
