@@ -38,13 +38,16 @@ def max_difference(
     outputs:dict,  # raw outputs (cls_logits, box_deltas) of a file
     expected:dict, # those of the Keras model, for the same images
     meta:dict,     # metadata of the file
-)->dict:           # score and box: the largest differences; boxes as a fraction of the image's longer side
+)->dict:           # score and box: the largest differences; boxes as a fraction of the image's side or their own
     "Computes the largest differences between raw outputs, in scores and in boxes clipped to the image."
     anchors, side = anchors_from_metadata(meta), max(meta['arch']['image_hw'])
     def scores(outputs): return sigmoid(np.asarray(outputs['cls_logits']))
-    def boxes(outputs): return np.clip(decode_boxes(np.asarray(outputs['box_deltas']), anchors), 0, side)/side
-    score_difference, box_difference = scores(outputs)-scores(expected), boxes(outputs)-boxes(expected)
-    return dict(score=float(abs(score_difference).max()), box=float(abs(box_difference).max()))
+    def boxes(outputs): return decode_boxes(np.asarray(outputs['box_deltas']), anchors)
+    actual, target = boxes(outputs), boxes(expected)
+    target_sides = (target[...,2:]-target[...,:2]).max(-1, keepdims=True)
+    scale = np.clip(target_sides, side, 10*side)     # at most 10 images, so that infinite boxes still count
+    box_difference = (np.clip(actual, 0, side)-np.clip(target, 0, side))/scale
+    return dict(score=float(abs(scores(outputs)-scores(expected)).max()), box=float(abs(box_difference).max()))
 
 # %% ../../nbs/export/05_export.ipynb #2e94e0fe
 NUM_VERIFICATION_IMAGES = 4
