@@ -63,6 +63,8 @@ class Fault(StrEnum):
     FILE_NAME_NOT_TEXT = 'file name is no text', 'file_name is the path relative to the image folder'
     SIZE_MISSING = ('size missing in the JSON',
                     'The size of the file was used. Write height and width into the JSON')
+    SIZE_IMPOSSIBLE = ('size in the JSON larger than any image',
+                       'The size of the file was used. Correct height and width in the JSON')
     CROWD_MISSING = 'iscrowd missing, taken as 0', 'Nothing to do if none of these is a crowd', False
     AREA_MISSING = ('area missing, taken from the box',
                     'Nothing to do unless you evaluate by size with mask areas', False)

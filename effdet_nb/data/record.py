@@ -30,7 +30,7 @@ def _mask(annotation, hw, image_id, report):
         rle = mask_rle(segmentation or None, hw)
         if isinstance(segmentation, list) and any(len(points)<6 for points in segmentation):
             report.add_note(Fault.SHORT_POLYGON, annotation['id'])
-    except Exception:
+    except (ValueError, TypeError, OverflowError):
         report.add_note(Fault.NO_MASK, annotation['id'])
         rle = empty_rle(hw)
     if mask_exceeds_box(rle, annotation['bbox']): report.masks_outside_box.append((image_id, annotation['id']))
