@@ -102,8 +102,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_remedy(spec, tm
     with pytest.raises(ValueError, match='lower training_config.learning_rate') as e: train(wild, tmp_path)
     message = str(e.value)
     step = int(message.split(':')[0].removeprefix('step '))
-    parts = ('at learning rate', 'images ', 'gradients: stem ', 'class ', f'bad_batch.step-{step}.npz',
-             'the last checkpoint is intact')
+    parts = ('at learning rate', 'images ', 'gradients: stem ', 'class ', f'bad_batch.step-{step}.npz')
     for part in parts: assert part in message
     ids = message.split('images ')[1].split(';')[0].split(', ')
     with np.load(tmp_path/f'bad_batch.step-{step}.npz') as batch: assert len(batch['images']) == len(ids) == 4

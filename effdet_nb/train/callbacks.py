@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['format_epoch', 'plot_history', 'write_history', 'MetricsCallback', 'step_progress_bar', 'format_step',
            'ProgressCallback', 'figure_to_image', 'draw_training_batch', 'draw_validation_predictions',
-           'TensorBoardCallback', 'ProfilerCallback', 'describe_environment', 'write_run_config', 'StatusCallback']
+           'event_file_errors', 'TensorBoardCallback', 'ProfilerCallback', 'describe_environment', 'write_run_config',
+           'StatusCallback']
 
 # %% ../../nbs/train/08_callbacks.ipynb #9a012f5d
 import csv, json, os, platform, sys
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 import keras, numpy as np, tensorflow as tf
@@ -29,7 +31,8 @@ def format_epoch(
     parts = ['epoch {epoch}/{num_epochs}', 'loss {loss:.4f} (class {cls_loss:.4f}, box {box_loss:.5f})', 'lr {lr:.5f}']
     if 'AP' in row: parts.append('AP {AP:.3f}, AP50 {AP50:.3f}')
     if row.get('input_wait') is not None: parts.append('{input_wait:.0%} waiting for input')
-    parts += ['{images_per_second:.1f} images/s', '{time_left} left']
+    if row['images_per_second'] is not None: parts.append('{images_per_second:.1f} images/s')
+    parts.append('{time_left} left')
     return '  '.join(parts).format(**row, num_epochs=num_epochs, time_left=format_duration(row['eta']))
 
 # %% ../../nbs/train/08_callbacks.ipynb #b91b54ee
@@ -119,13 +122,14 @@ class ProgressCallback(MetricsCallback):
                                      f'epoch {epoch+1}/{plan.num_epochs}', self.is_disabled)
 
     def on_metrics(self, rows, summary):
-        text = f'loss {summary["loss"]:.4f}, {summary["images_per_second"]:.1f} images/s'
+        speed = summary['images_per_second']
+        text = f'loss {summary["loss"]:.4f}' + (f', {speed:.1f} images/s' if speed is not None else '')
         if self.bar: self.bar.set_postfix_str(text, refresh=False)
         elif self._writes_lines(summary): log_message(format_step(summary, self.trainer.plan.total_steps))
 
     def _writes_lines(self, summary):
         "Returns whether to write a line; none is written before the speed is known."
-        has_speed = summary['images_per_second'] > 0
+        has_speed = summary['images_per_second'] is not None
         return has_speed and not self.is_disabled and self.is_chief and not sys.stderr.isatty()
 
     def on_train_batch_end(self, step, logs=None):
@@ -186,6 +190,18 @@ def draw_validation_predictions(
     plt.close(fig)
     return figure_to_image(fig)
 
+# %% ../../nbs/train/08_callbacks.ipynb #21b31243
+@contextmanager
+def event_file_errors(
+    log_dir, # folder of the event files
+):
+    "Converts TensorFlow's errors inside a `with` block to one that names the folder."
+    try: yield
+    except tf.errors.OpError as e:
+        reason = e.message.splitlines()[0] if e.message else type(e).__name__
+        raise OSError(f'{log_dir}: the files for TensorBoard cannot be written ({reason}). Free some space or choose '
+                      'another --model_dir, then run the same command again') from e
+
 # %% ../../nbs/train/08_callbacks.ipynb #082ef5b3
 class TensorBoardCallback(MetricsCallback):
     "Writes metrics of steps and epochs, and the detections of every evaluation, for TensorBoard."
@@ -194,19 +210,20 @@ class TensorBoardCallback(MetricsCallback):
         draw_predictions=None, # () -> image [H, W, 3] uint8 of the last evaluation's detections
     ):
         super().__init__()
-        self.draw_predictions = draw_predictions
-        self.writer = tf.summary.create_file_writer(str(log_dir))
+        self.draw_predictions, self.log_dir = draw_predictions, log_dir
+        with event_file_errors(log_dir): self.writer = tf.summary.create_file_writer(str(log_dir))
 
     def write_scalars(self, prefix, scalars, step):
         "Writes named numbers for a step."
-        with self.writer.as_default(step=int(step)):
+        with event_file_errors(self.log_dir), self.writer.as_default(step=int(step)):
             for name,value in scalars.items():
                 if name in ('step', 'epoch', 'eta') or value is None: continue
                 tf.summary.scalar(f'{prefix}/{name}', value)
 
     def write_image(self, name, image, step):
         "Writes an image for a step."
-        with self.writer.as_default(step=int(step)): tf.summary.image(name, image[None])
+        with event_file_errors(self.log_dir), self.writer.as_default(step=int(step)):
+            tf.summary.image(name, image[None])
 
     def on_metrics(self, rows, summary): self.write_scalars('step', summary, summary['step'])
 
@@ -214,7 +231,7 @@ class TensorBoardCallback(MetricsCallback):
         self.write_scalars('epoch', logs, logs['step'])
         if 'AP' in logs and self.draw_predictions:
             self.write_image('predictions', self.draw_predictions(), logs['step'])
-        self.writer.flush()
+        with event_file_errors(self.log_dir): self.writer.flush()
 
 # %% ../../nbs/train/08_callbacks.ipynb #60b99beb
 class ProfilerCallback(keras.callbacks.Callback):
@@ -240,12 +257,12 @@ class ProfilerCallback(keras.callbacks.Callback):
     def start(self, step):
         "Starts the recording at a step."
         self.start_step, self.is_recording = step, True
-        tf.profiler.experimental.start(self.log_dir)
+        with event_file_errors(self.log_dir): tf.profiler.experimental.start(self.log_dir)
 
     def stop(self):
         "Ends the recording."
         self.is_recording = False
-        tf.profiler.experimental.stop()
+        with event_file_errors(self.log_dir): tf.profiler.experimental.stop()
 
     def on_train_end(self, logs=None):
         if self.is_recording: self.stop()

@@ -7,11 +7,12 @@ __all__ = ['LR_PER_IMAGE', 'hyperparameter_warnings', 'batch_of_step', 'NanGuard
            'fits_in_memory', 'readable_errors', 'diagnose_zero_ap', 'DeferredSignals']
 
 # %% ../../nbs/train/09_diagnostics.ipynb #9f1bee41
-import signal, threading, warnings
+import time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import keras, numpy as np, tensorflow as tf
 from ..core.files import atomic_write
+from ..core.signals import REPEAT_SECONDS, StopSignal, install_handlers, restore_handlers
 from ..data.pipeline import DataConfig, make_sample_loader, pipeline_error_message
 from ..data.record_index import record_of_sample
 from ..detector.efficientdet import arch_anchors
@@ -19,6 +20,7 @@ from ..evaluate.predict import channels_to_category_ids
 from .experiment import TrainingPlan
 from .distributed import is_chief, num_workers, worker_rank
 from .trainer import Trainer, worker_dataset
+from .checkpoints import latest_checkpoint
 from .callbacks import MetricsCallback
 
 # %% ../../nbs/train/09_diagnostics.ipynb #b97c45d9
@@ -74,16 +76,21 @@ class NanGuard(MetricsCallback):
 
     def stop(self, rows, i):
         "Raises the error for row `i` of the metrics just read."
-        step = self.trainer.step-len(rows)+i
-        batch, ids = batch_of_step(self.trainer, self.data, step)
+        index = self.trainer.step-len(rows)+i      # of the step, from 0
+        batch, ids = batch_of_step(self.trainer, self.data, index)
         raise ValueError(
-            f'step {step}: {self._describe_metrics(rows[i], step)}; images {", ".join(map(str, ids))}; '
-            f'gradients: {self._describe_gradients(rows[i])}.{self._save_batch(batch, step)} '
+            f'step {index+1}: {self._describe_metrics(rows[i], index)}; images {", ".join(map(str, ids))}; '
+            f'gradients: {self._describe_gradients(rows[i])}.{self._save_batch(batch, index+1)} '
             f'The training diverged: lower training_config.learning_rate ({self.trainer.config.learning_rate:g}), '
-            'lengthen lr_warmup_epoch, or set clip_gradients_norm; the last checkpoint is intact')
+            f'lengthen lr_warmup_epoch, or set clip_gradients_norm{self._describe_checkpoint()}')
 
-    def _describe_metrics(self, row, step):
-        rate = float(self.trainer.lr_schedule(step))
+    def _describe_checkpoint(self):
+        "Names the checkpoint from which the run can continue, if there is one."
+        newest = latest_checkpoint(self.model_dir) if self.model_dir else None
+        return f'; {newest.name} is intact' if newest else ''
+
+    def _describe_metrics(self, row, index):
+        rate = float(self.trainer.lr_schedule(index))
         return f'the loss is {row[0]:g} (class {row[1]:g}, box {row[2]:g}) at learning rate {rate:g}'
 
     def _describe_gradients(self, row):
@@ -224,34 +231,30 @@ def diagnose_zero_ap(
 
 # %% ../../nbs/train/09_diagnostics.ipynb #49501c06
 class DeferredSignals:
-    "Defers SIGINT and SIGTERM during a step or the writing of a file; a second signal takes effect immediately."
-    def __init__(self): self.previous_handlers, self.in_critical_section, self.pending_signal = {}, False, None
+    "Defers the signals that stop a run during a step or the writing of a file; none of them is lost."
+    def __init__(self):
+        self.previous_handlers, self.in_critical_section = {}, False
+        self.received, self.first_time = None, None      # number of the first signal, and when it arrived
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous_handlers[number] = signal.signal(number, self.handle_signal)
+        self.previous_handlers = install_handlers(self.handle_signal)
         return self
 
-    def __exit__(self, *error):
-        for number,handler in self.previous_handlers.items(): signal.signal(number, handler)
+    def __exit__(self, *error): restore_handlers(self.previous_handlers)
 
-    def handle_signal(self, number, frame):
-        "Handles a signal: defers it inside a critical section, otherwise delivers it."
-        if self.in_critical_section and self.pending_signal is None: self.pending_signal = number
-        else: self.deliver_signal(number, frame)
-
-    def deliver_signal(self, number, frame=None):
-        "Calls the previous handler of a signal, then raises KeyboardInterrupt."
-        handler = self.previous_handlers.get(number)
-        if callable(handler): handler(number, frame)
-        raise KeyboardInterrupt('terminated' if number == signal.SIGTERM else 'interrupted')
+    def handle_signal(self, number, frame=None):
+        "Defers the first signal inside a critical section, and passes all others to the previous handler."
+        now = time.monotonic()
+        if self.received is None: self.received, self.first_time = number, now
+        if self.in_critical_section and now-self.first_time<REPEAT_SECONDS: return
+        previous = self.previous_handlers.get(number)
+        if not callable(previous): raise StopSignal(number)
+        previous(number, frame)
 
     @contextmanager
     def critical_section(self):
-        "Defers signals inside a `with` block and delivers a pending one at its end."
+        "Defers signals inside a `with` block; at its end, raises a signal received in it or lost before."
         self.in_critical_section = True
         try: yield
         finally: self.in_critical_section = False
-        number, self.pending_signal = self.pending_signal, None
-        if number is not None: self.deliver_signal(number)
+        if self.received is not None: raise StopSignal(self.received)

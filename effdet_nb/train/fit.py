@@ -7,10 +7,11 @@ __all__ = ['StepTimer', 'Evaluator', 'TrainingLoop', 'report_callbacks', 'run_un
 
 # %% ../../nbs/train/11_fit.ipynb #80c9a518
 import keras, numpy as np, tensorflow as tf, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from ..core.console import Status, log_message
+from ..core.files import exclusive_lock
 from ..accel.cpu_session import predict_with_tensorflow
 from ..detector.efficientdet import arch_anchors
 from ..detector.predictor import KerasDetector
@@ -28,13 +29,15 @@ from .callbacks import TensorBoardCallback, write_run_config
 from .callbacks import draw_training_batch, draw_validation_predictions
 from .diagnostics import DeferredSignals, NanGuard, NoPositivesGuard
 from .diagnostics import batch_of_step, diagnose_zero_ap, fits_in_memory, readable_errors
-from .startup import prepare_training
+from .startup import finished_history, open_run, prepare_training
 
 # %% ../../nbs/train/11_fit.ipynb #41a26b2f
 class StepTimer:
     "Times the steps of an epoch and the wait for their images; the first call, which compiles, is not timed."
-    def __init__(self):
-        self.start_time, self.is_warm = time.perf_counter(), False
+    def __init__(self,
+        is_warm:bool=False, # whether the step is compiled already, in an earlier epoch
+    ):
+        self.start_time, self.is_warm = time.perf_counter(), is_warm
         self.num_steps = 0           # steps timed
         self.input_seconds = 0.      # seconds of waiting for images
         self.input_is_timed = True   # False when several steps run in one call
@@ -56,10 +59,11 @@ class StepTimer:
         np.asarray(metrics)          # blocks until the step is finished
         self.is_warm, self.start_time, self.input_seconds = True, time.perf_counter(), 0.
 
-    def speed(self, images_per_step)->dict: # images_per_second, input_wait (0 to 1; None if it is not known)
+    def speed(self, images_per_step)->dict: # images_per_second, input_wait (0 to 1); None if it is not known
         "Returns the speed so far and the share of time spent waiting for images."
+        if not self.num_steps: return dict(images_per_second=None, input_wait=None)
         seconds = time.perf_counter()-self.start_time
-        wait = self.input_seconds/seconds if self.input_is_timed and self.num_steps else None
+        wait = self.input_seconds/seconds if self.input_is_timed else None
         return dict(images_per_second=self.num_steps*images_per_step/seconds, input_wait=wait)
 
 # %% ../../nbs/train/11_fit.ipynb #a9f61ba6
@@ -142,12 +146,19 @@ class TrainingLoop:
     def run_epoch(self, epoch, batches)->dict:
         "Runs an epoch, counted from 0, and evaluates if it is due; returns the row of the history."
         start, end = time.perf_counter(), self.trainer.plan.step_at(epoch+1)
-        self.timer = StepTimer()
+        self.timer = StepTimer(self.timer.is_warm)
         self.callbacks.on_epoch_begin(epoch)
         while self.trainer.step < end: self.run_call(batches, end)
         row = self.epoch_row(epoch)
-        if self.evaluator and self.evaluator.is_due(epoch): row |= self.evaluator.run()
+        if self.evaluator and self.evaluator.is_due(epoch): row |= self.evaluate()
         return row | dict(seconds=time.perf_counter()-start)
+
+    def evaluate(self)->dict:
+        "Evaluates the model, after the callbacks have saved it; returns the metrics."
+        with self.signals.critical_section(): self.callbacks.on_test_begin()
+        metrics = self.evaluator.run()
+        self.callbacks.on_test_end(metrics)
+        return metrics
 
     def run_call(self, batches, end):
         "Calls the compiled step once, for `iterations_per_loop` steps but not beyond step `end`."
@@ -227,7 +238,9 @@ def run_until_interrupted(
     try: return loop.run(batches)
     except KeyboardInterrupt:
         nan_guard.on_metrics(loop.history.flush())
-        log_message(f'interrupted: saved {checkpoints.save_step()}; run the same command again to continue')
+        path = checkpoints.save_step()
+        with suppress(OSError):      # the terminal may be closed
+            log_message(f'interrupted: saved {path}; run the same command again to continue')
         raise
     finally: loop.callbacks.on_train_end()
 
@@ -243,9 +256,13 @@ def train(
 )->list:            # the history: a dict per epoch
     "Trains a detector as a spec describes, or continues an interrupted run."
     spec, model_dir, secrets = spec.check('train'), Path(model_dir), (key,) if key else ()
-    with Status(model_dir, 'train', enabled=is_chief(), secrets=secrets) as status, DeferredSignals() as signals:
+    with _training_lock(model_dir), Status(model_dir, 'train', enabled=is_chief(), secrets=secrets) as status, \
+            DeferredSignals() as signals:
         strategy = strategy or make_strategy(gpus, gpu_index)
-        experiment, trainer, history, classes = prepare_training(spec, model_dir, key, strategy)
+        experiment, initial = open_run(spec, model_dir, key, strategy)
+        finished = finished_history(experiment, initial, strategy.num_replicas_in_sync)
+        if finished: return finished
+        trainer, history, classes = prepare_training(experiment, initial, model_dir, strategy)
         arch, data, plan = experiment.arch, experiment.data, experiment.training
         if is_chief(): write_run_config(model_dir, experiment.full_spec_text, strategy)
         with readable_errors(plan, arch.image_hw, partial(fits_in_memory, trainer)):
@@ -256,3 +273,9 @@ def train(
             reports = report_callbacks(trainer, history, evaluator, model_dir, status)
             loop = TrainingLoop(trainer, history, [*guards, *reports, checkpoints, *callbacks], evaluator, signals)
             return run_until_interrupted(loop, training_batches(trainer, data), nan_guard, checkpoints)
+
+def _training_lock(model_dir):
+    "Returns a context that keeps a second training out of a folder; only the chief of several machines locks it."
+    if not is_chief(): return nullcontext()
+    problem = f'{model_dir}: another training runs in this folder. Wait until it ends, or choose another --model_dir'
+    return exclusive_lock(model_dir/'.train.lock', problem)

@@ -130,6 +130,10 @@ def unknown_format_error(
     data:bytes,      # its first bytes, up to 64 KB
 )->ModelFileError:   # for `raise`
     "Builds the error for a file that this package did not write."
+    if not any(data):
+        content = 'begins with zeros only' if data else 'is empty'
+        return DamagedFileError(f'{path}: {content}, as after a power failure or on a full disk. '
+                                'Copy the file again from its source')
     return ModelFileError(f'{path}: {describe_foreign_file(data)}. Only model files written by effdet_nb can '
                           'be opened. Files that NVIDIA TAO encrypted cannot be converted: train again with the same '
                           'data and spec, and remove a checkpoint line that names such a file')
