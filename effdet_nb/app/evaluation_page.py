@@ -353,7 +353,7 @@ def evaluate_files(
 def _open_samples(spec):
     "Opens the validation images of a spec without TensorFlow."
     path = spec.dataset_config.validation_json_file
-    samples = open_eval_dataset(spec.dataset_config.validation_file_pattern, path)
+    samples = open_eval_dataset(spec.dataset_config.validation_file_pattern, path, spec.dataset_config.skip_corrupt)
     for line in describe_issues(samples.report): log_message(f'{Path(path).name}: {line}')
     return samples
 

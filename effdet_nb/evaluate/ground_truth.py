@@ -11,6 +11,7 @@ import numpy as np, warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from ..core.console import log_message
 from ..detector.boxes import area, xywh_to_yxyx
 from ..detector.images import read_image
 from ..data.coco import CocoDataset, images_by_source_id
@@ -160,23 +161,46 @@ class EvalDataset:
     def __init__(self,
         files,     # paths of record files
         coco=None, # path of a COCO file with the ground truth; None: ground truth of the records
+        skip_corrupt:bool=False, # leave out damaged records and images instead of raising an error
     ):
         self.records = Records.from_files(files)
+        self.skip_corrupt, self.skipped_records = skip_corrupt, set()    # numbers of the records left out
         self.coco, self.report = load_ground_truth(coco) if coco else (None, ConversionReport())
 
     def __len__(self): return len(self.records)
     def __iter__(self): return samples_from_records(self._examples(), self.coco)
 
     def _examples(self):
-        for i in annotation_order(self.records): yield decode_example(self.records.read(i), self.records.record_name(i))
+        for i in annotation_order(self.records):
+            try: example = self._read(i)
+            except ValueError as e:
+                if not self.skip_corrupt: raise
+                self._skip(int(i), e)
+                continue
+            yield example
+
+    def _read(self, i):
+        "Reads one record; with `skip_corrupt`, its image is decoded here to find out whether that is possible."
+        name = self.records.record_name(i)
+        example = decode_example(self.records.read(i), name)
+        if self.skip_corrupt: read_image(example['image'], name)
+        return example
+
+    def _skip(self, i, error):
+        "Reports a record that is left out, once."
+        if i in self.skipped_records: return
+        self.skipped_records.add(i)
+        counts = f'{len(self.skipped_records):,} of {len(self):,} records are not evaluated so far'
+        log_message(f'skip_corrupt: {error} ({counts})')
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #d205d5e1
 def open_eval_dataset(
     pattern:str,      # glob pattern of the record files, as in `validation_file_pattern`
     annotations=None, # path of a COCO file with the ground truth; None or empty: ground truth of the records
+    skip_corrupt:bool=False, # leave out damaged records and images instead of raising an error
 )->EvalDataset:       # iterates over (image bytes, GroundTruth)
     "Opens the validation records that a spec defines."
-    return EvalDataset(require_record_files(pattern, 'validation_file_pattern'), annotations or None)
+    return EvalDataset(require_record_files(pattern, 'validation_file_pattern'), annotations or None, skip_corrupt)
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #32871144
 def images_by_id(

@@ -15,7 +15,7 @@ from collections import namedtuple
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from ..core.files import atomic_write, check_output_path
+from ..core.files import atomic_write, check_output_path, readable_disk_errors
 from ..detector.anchors import decode_boxes
 from ..detector.detections import Detections
 from ..detector.images import to_channels
@@ -310,7 +310,8 @@ def export_tensorflow(
     if not is_saved_model: batch_size = batch_size or 1
     meta = build_metadata(model_file.meta, batch_size) | dict(nms=dict(kind='none') | nms_settings)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix='.export') as folder:
+    temporary_folder = tempfile.TemporaryDirectory(dir=destination.parent, prefix='.export')
+    with readable_disk_errors(path), temporary_folder as folder:
         temporary = Path(folder)/destination.name
         outputs, expected = _write_and_run(model_file, temporary, batch_size, is_saved_model)
         difference = check_difference(max_difference(outputs, expected, meta), TOLERANCES['fp32'], path)

@@ -64,7 +64,10 @@ def write_saved_model(
     import tensorflow as tf
     module = tf.Module()
     module.model, module.forward = model, serving_fn(model, batch_size)
-    tf.saved_model.save(module, str(folder), signatures=module.forward)
+    try: tf.saved_model.save(module, str(folder), signatures=module.forward)
+    except tf.errors.OpError as e:      # such as a full disk
+        raise OSError(f'{folder}: the SavedModel cannot be written ({e.message.splitlines()[0]}). Free some space or '
+                      'choose another disk, then run the same command again') from e
 
 # %% ../../nbs/export/01_formats.ipynb #04433037
 def run_saved_model(

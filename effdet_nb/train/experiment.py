@@ -269,7 +269,7 @@ def eval_dataset(
     data:DataConfig, # validation records and, if given, annotations
 )->EvalDataset:      # pairs of (image bytes, GroundTruth)
     "Returns the validation images of a run with their ground truth."
-    return open_eval_dataset(data.validation_file_pattern, data.validation_json_file)
+    return open_eval_dataset(data.validation_file_pattern, data.validation_json_file, data.skip_corrupt)
 
 def eval_dataset_from_spec(
     spec:Spec,  # the experiment
