@@ -71,6 +71,7 @@ class Fault(StrEnum):
     # image files
     FILE_MISSING = ('file missing', 'file_name is relative to the image folder. Copy the files there, '
                                     'or choose the right folder')
+    NAME_DIFFERS = ('file found under another name', 'Write this name into the JSON', False)
     NOT_AN_IMAGE = 'not an image', 'Replace the file, or remove it from the JSON'
     FILE_DAMAGED = 'file damaged', 'Copy the file again, or remove it from the JSON'
     SIZE_DIFFERS = ('JSON and file disagree about the size',
@@ -78,6 +79,11 @@ class Fault(StrEnum):
                     'if it was rotated, its boxes are wrong: correct the JSON')
     EXIF_ROTATED = ('turned by an EXIF flag, which is ignored',
                     'Save the image upright ("mogrify -auto-orient"), and check its boxes')
+    TURNED_UPRIGHT = ('turned upright by its EXIF flag, as its size in the JSON shows',
+                      'Nothing to do. Other programs may read the file without turning it', False)
+    SIDES_SWAPPED = ('height and width exchanged between JSON and file',
+                     'If the boxes belong to the image as it is stored, exchange height and width in the JSON; '
+                     'if they belong to the turned image, save the file as it was annotated')
     CONVERTED_TO_PNG = 'turned into PNG', '', False
     NOT_RGB = 'instead of RGB, converted when read', '', False
     # masks

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['SLACK', 'SURE_SIZE', 'EXIF_ORIENTATION', 'validate_box', 'draw_invalid_boxes', 'EncodedImage', 'probe_image',
-           'image_fault', 'load_ground_truth']
+           'match_orientation', 'SidesSwapped', 'image_fault', 'load_ground_truth', 'find_image_files']
 
 # %% ../../nbs/data/05_validate.ipynb #fdc89a83
-import io, math
+import io, math, os, unicodedata
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from urllib.parse import unquote
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from ..detector.boxes import draw_boxes
-from .coco import CocoError, drop_masks, load_coco_lenient, report_annotation_issues
+from .coco import CocoDataset, CocoError, drop_masks, load_coco_lenient, report_annotation_issues
 from .faults import Fault, Reason
 from .jpeg_header import plain_jpeg_hw
 
@@ -100,7 +102,8 @@ EXIF_ORIENTATION = 0x112 # EXIF tag; value 1 means upright
 def _warnings(image, kind):
     "Yields a reason for each unusual property of an open image."
     if kind not in ('JPEG','PNG'): yield Reason(Fault.CONVERTED_TO_PNG, kind)
-    if kind=='JPEG' and image.getexif().get(EXIF_ORIENTATION, 1)!=1: yield Reason(Fault.EXIF_ROTATED)
+    has_exif = kind!='PNG' or 'exif' in image.info          # Pillow would decode a PNG to search for it
+    if has_exif and image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9): yield Reason(Fault.EXIF_ROTATED)
     if image.mode!='RGB': yield Reason(Fault.NOT_RGB, image.mode)
 
 def probe_image(
@@ -116,11 +119,28 @@ def probe_image(
         if kind in ('JPEG','PNG'): return EncodedImage(data, kind.lower(), hw, warnings)
         return EncodedImage(_to_png(image), 'png', hw, warnings)
 
+# %% ../../nbs/data/05_validate.ipynb #a89a1a7f
+def match_orientation(
+    image:EncodedImage, # as it is stored in the file
+    json_hw:tuple,      # (height, width) in the JSON, pixels; None if unknown
+)->EncodedImage:        # upright if the size in the JSON shows that the boxes belong to the upright image
+    "Rotates an image to the orientation in which it was annotated; raises an error if that is unknown."
+    height,width = image.original_hw
+    if height==width or tuple(json_hw)!=(width,height): return image
+    if Reason(Fault.EXIF_ROTATED) not in image.warnings: raise SidesSwapped(f'{width} x {height}')
+    with Image.open(io.BytesIO(image.data)) as stored: upright = ImageOps.exif_transpose(stored)
+    if upright.size!=(height,width): raise SidesSwapped(f'{width} x {height}')
+    others = tuple(warning for warning in image.warnings if warning.fault is not Fault.EXIF_ROTATED)
+    return EncodedImage(_to_png(upright), 'png', (width,height), (*others, Reason(Fault.TURNED_UPRIGHT)))
+
+class SidesSwapped(ValueError): "Raised for an image whose height and width are exchanged in the JSON."
+
 # %% ../../nbs/data/05_validate.ipynb #0f513609
 def image_fault(
-    error:Exception, # error raised by `probe_image`
-)->Fault:            # file missing, not an image, or damaged
-    "Returns the fault for an error raised by `probe_image`."
+    error:Exception, # error raised by `probe_image` or `match_orientation`
+)->Fault:            # file missing, not an image, damaged, or of another orientation
+    "Returns the fault for an error raised by `probe_image` or `match_orientation`."
+    if isinstance(error, SidesSwapped): return Fault.SIDES_SWAPPED
     if isinstance(error, UnidentifiedImageError): return Fault.NOT_AN_IMAGE
     is_missing = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
     return Fault.FILE_MISSING if is_missing else Fault.FILE_DAMAGED
@@ -147,3 +167,43 @@ def _has_place(annotation, image_id, report):
     if fault in (None, Fault.OUT_OF_BOUNDS): return True
     report.dropped_boxes[fault].append((image_id, annotation['id']))
     return False
+
+# %% ../../nbs/data/05_validate.ipynb #1881443f
+def _name_parts(name):
+    "Returns the folders and the name of a file in the form in which they are compared."
+    text = unicodedata.normalize('NFC', unquote(name).replace('\\', '/')).casefold()
+    return tuple(part for part in text.split('/') if part not in ('','.'))
+
+def _files_by_last_part(folder):
+    "Groups the files of a folder and its subfolders by their names, as (parts, path)."
+    files = defaultdict(list)
+    for parent,_,names in os.walk(folder):
+        for name in names:
+            path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, '/')
+            files[_name_parts(name)[-1:]].append((_name_parts(path), path))
+    return files
+
+def _path_on_disk(name, files):
+    "Returns the path of the only file that can be meant by a name, or None."
+    parts = _name_parts(name)
+    paths = []
+    for others,path in files.get(parts[-1:], ()):
+        length = min(len(parts), len(others))
+        if parts[-length:]==others[-length:]: paths.append(path)
+    return paths[0] if len(paths)==1 else None
+
+# %% ../../nbs/data/05_validate.ipynb #f2f698f0
+def find_image_files(
+    coco:CocoDataset,
+    image_dir,        # folder of the images
+)->tuple:             # `CocoDataset` with the names of the files that were found, and a list of (name in JSON, path)
+    "Finds image files whose names differ from those in the JSON by case, slashes, encoding or folders."
+    absent = {image['file_name'] for image in coco.images
+              if not os.path.exists(os.path.join(image_dir, image['file_name']))}
+    if not absent: return coco, []
+    files = _files_by_last_part(image_dir)
+    found = {name:_path_on_disk(name, files) for name in sorted(absent)}
+    uses = Counter(found.values()) + Counter({image['file_name'] for image in coco.images})
+    found = {name:path for name,path in found.items() if path is not None and uses[path]==1}
+    images = [image | dict(file_name=found.get(image['file_name'], image['file_name'])) for image in coco.images]
+    return replace(coco, images=images), [*found.items()]
