@@ -221,6 +221,116 @@ def test_missing_crowd_and_area_are_derived(toy_dataset):
         assert not e['is_crowd'].any()
 
 
+names = {
+    'backslash': (lambda name: 'train\\'+name, 1), 'capital letters': (str.upper, 1),
+    'percent encoding': (lambda name: name.replace('.', '%2E'), 1), 'absolute path': (lambda name: '/home/me/'+name, 1),
+    'drive': (lambda name: 'D:\\data\\train\\'+name, 1), 'point': (lambda name: './/images/'+name, 1),
+    'another file': (lambda name: 'x'+name, 0)}
+
+
+@pytest.mark.parametrize('change, num_found', names.values(), ids=names)
+def test_a_file_under_another_name_is_found_and_named(toy_dataset, change, num_found):
+    images, annotations, out = toy_dataset
+    expected = examples(dataset_convert(images, annotations, out, num_shards=1).files)
+    edit(annotations, lambda d: d['images'][1].update(file_name=change(d['images'][1]['file_name'])))
+    summary = dataset_convert(images, annotations, out, num_shards=1)
+    assert len(summary.notes.get('file found under another name', ()))==num_found
+    assert len(summary.dropped_images.get('file missing', ()))==1-num_found
+    if num_found: assert [e['filename'] for e in examples(summary.files)]==[e['filename'] for e in expected]
+
+
+def test_a_file_in_a_folder_with_composed_accents_is_found(toy_dataset):
+    images, annotations, out = toy_dataset
+    (images/'caf\u00e9').mkdir()
+    (images/'000002.jpg').rename(images/'caf\u00e9'/'a b.jpg')
+    edit(annotations, lambda d: d['images'][1].update(file_name='cafe\u0301/a%20b.jpg'))
+    summary = dataset_convert(images, annotations, out, num_shards=1)
+    assert summary.num_images==14 and summary.report.notes[Fault.NAME_DIFFERS, '']
+
+
+@pytest.mark.parametrize('copies, file_names', [
+    (['a/2.jpg', 'b/2.jpg'], ['2.jpg']),                # two files could be meant
+    (['b/2.jpg'], ['a/2.jpg']),                         # a file of another folder
+    (['2.jpg'], ['a/2.jpg', 'b/2.jpg']),                # two entries would share a file
+    (['2.jpg'], ['2.jpg', '2.JPG'])])
+def test_a_file_is_not_guessed(toy_dataset, copies, file_names):
+    images, annotations, out = toy_dataset
+    (images/'000002.jpg').rename(images/'x')
+    for name in copies:
+        (images/name).parent.mkdir(exist_ok=True)
+        shutil.copy(images/'x', images/name)
+    def rename(d):
+        for i, name in enumerate(file_names): d['images'][1+i]['file_name'] = name
+    edit(annotations, rename)
+    summary = dataset_convert(images, annotations, out, num_shards=1)
+    assert not summary.notes.get('file found under another name')
+    assert len(summary.dropped_images['file missing'])==len([n for n in file_names if n not in copies])
+
+
+@pytest.mark.parametrize('orientation', [5, 6, 7, 8])
+@pytest.mark.parametrize('file_format', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
+def test_an_image_annotated_upright_is_stored_upright(tmp_path, orientation, file_format):
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[5:20, 8:30] = 255                                                           # an upright white box
+    stored = {5: pixels.transpose(1, 0, 2), 6: np.rot90(pixels), 7: np.rot90(pixels, 2).transpose(1, 0, 2),
+              8: np.rot90(pixels, 3)}[orientation]
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    options = dict(lossless=True) if file_format=='WEBP' else {}
+    Image.fromarray(stored).save(tmp_path/'a', file_format, exif=exif, **options)
+    image = dict(id=1, file_name='a', height=40, width=60)
+    annotation = dict(id=1, image_id=1, category_id=1, bbox=[8, 5, 22, 15], area=330, iscrowd=0)
+    (tmp_path/'a.json').write_text(json.dumps(dict(images=[image], annotations=[annotation],
+                                                   categories=[dict(id=1, name='white')])))
+    summary = dataset_convert(tmp_path, tmp_path/'a.json', tmp_path/'out', num_shards=1)
+    example, = examples(summary.files)
+    assert (example['height'], example['width'], example['format'])==(40, 60, 'png')
+    (y1, x1, y2, x2), = np.round(example['boxes']).astype(int)
+    found = np.asarray(Image.open(io.BytesIO(example['image']))).astype(int)
+    assert found[y1:y2, x1:x2].mean()>250 and found.sum()<found[y1:y2, x1:x2].sum()*1.1
+    if file_format!='TIFF': assert 'turned upright by its EXIF flag' in summary.notes   # Pillow turns a TIFF itself
+    assert 'turned by an EXIF flag, which is ignored' not in summary.notes
+
+
+@pytest.mark.parametrize('orientation', [None, 1, 2, 3, 4])
+def test_an_image_with_exchanged_sides_is_left_out(toy_dataset, orientation):
+    images, annotations, out = toy_dataset
+    exif = Image.Exif()
+    if orientation: exif[0x112] = orientation
+    Image.new('RGB', (128, 100)).save(images/'000002.jpg', exif=exif)
+    edit(annotations, lambda d: d['images'][1].update(height=128, width=100))
+    summary = dataset_convert(images, annotations, out, num_shards=1)
+    assert summary.dropped_images=={'sides exchanged in the JSON': [(2, '000002.jpg')]}
+    assert summary.num_images==13
+
+
+def test_records_of_another_file_are_not_overwritten(toy_dataset, tmp_path):
+    images, annotations, out = toy_dataset
+    (tmp_path/'other').mkdir()
+    other = tmp_path/'other'/'train.json'
+    shutil.copy(annotations, other)
+    dataset_convert(images, annotations, out, num_shards=2)
+    dataset_convert(images, other, out, num_shards=2)                                   # the same contents
+    edit(other, lambda d: d['annotations'].pop())
+    assert dataset_convert(images, other, out, num_shards=3).num_images==14             # the same file, edited
+    before = {n: (out/n).read_bytes() for n in listing(out)}
+    edit(annotations, lambda d: d['annotations'].clear())
+    with pytest.raises(ValueError, match='records of another file with the tag train, .*other/train.json, which would'):
+        dataset_convert(images, annotations, out, num_shards=3)
+    assert {n: (out/n).read_bytes() for n in listing(out) if not n.startswith('.')}=={
+        n: data for n, data in before.items() if not n.startswith('.')}
+
+
+def test_categories_of_one_name_are_counted_apart(toy_dataset):
+    images, annotations, out = toy_dataset
+    edit(annotations, lambda d: [c.update(name='shape') for c in d['categories'][:2]])
+    expected = sum(a['bbox'][0] + a['bbox'][2] <= 128 for a in json.loads(annotations.read_text())['annotations'])
+    summary = dataset_convert(images, annotations, out, num_shards=1)
+    assert summary.num_boxes==expected and {'shape (id 1)', 'shape (id 2)'} < {*summary.boxes_by_name}
+    report = json.loads((out/'train_report.json').read_text())
+    assert report['boxes']==sum(report['boxes_by_category'].values())
+
+
 def test_other_formats_and_unusual_images_are_noted(toy_dataset):
     images, annotations, out = toy_dataset
     with Image.open(images/'000001.jpg') as im:
@@ -370,6 +480,11 @@ hopeless = {
     'no annotations file': (lambda i, a: a.unlink(), FileNotFoundError, 'train.json: no such file'),
     'no box left': (lambda i, a: edit(a, lambda d: [o.update(bbox=[5, 5, 0, 0]) for o in d['annotations']]), ValueError,
                     'nothing usable is left, 14 images with 0 boxes'),
+    'only images without file name': (lambda i, a: edit(a, lambda d: [o.pop('file_name') for o in d['images']]),
+                                      CocoError, 'none of the 14 images can be used: images.0. has no file_name'),
+    'corners': (lambda i, a: edit(a, lambda d: [o.update(bbox=[30+k, 40, 120, 90+k])
+                                                for k, o in enumerate(d['annotations'])]),
+                CocoError, 'look like corners'),
     'no picture left': (lambda i, a: [p.write_bytes(b'x') for p in i.iterdir()], ValueError,
                         'nothing usable is left, 0 images'),
 }

@@ -54,7 +54,7 @@ class Fault(StrEnum):
                      'background. Give the image one entry with all of its boxes')
     ALL_CROWD = ('every box is a crowd', 'Crowds are ignored in evaluation, and in training with '
                                          'skip_crowd_during_training. Set iscrowd to 0 for single objects')
-    NO_ANNOTATIONS = ('"annotations" missing, taken as images without objects',
+    NO_ANNOTATIONS = ('no "annotations": images without objects',
                       'Nothing to do for images without ground truth', False)
     WRITTEN_AS_TEXT = 'written as text', 'Write numbers without quotes', False
     UNKNOWN_CATEGORY = 'unknown category', 'Add the category to "categories", or remove these annotations'
@@ -79,9 +79,9 @@ class Fault(StrEnum):
                     'if it was rotated, its boxes are wrong: correct the JSON')
     EXIF_ROTATED = ('turned by an EXIF flag, which is ignored',
                     'Save the image upright ("mogrify -auto-orient"), and check its boxes')
-    TURNED_UPRIGHT = ('turned upright by its EXIF flag, as its size in the JSON shows',
-                      'Nothing to do. Other programs may read the file without turning it', False)
-    SIDES_SWAPPED = ('height and width exchanged between JSON and file',
+    TURNED_UPRIGHT = ('turned upright by its EXIF flag',
+                      'The size in the JSON shows that it was annotated upright. Other programs may not turn it', False)
+    SIDES_SWAPPED = ('sides exchanged in the JSON',
                      'If the boxes belong to the image as it is stored, exchange height and width in the JSON; '
                      'if they belong to the turned image, save the file as it was annotated')
     CONVERTED_TO_PNG = 'turned into PNG', '', False

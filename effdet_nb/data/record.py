@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from .faults import ConversionReport, Fault
 from .masks import empty_rle, mask_exceeds_box, mask_png, mask_rle
 from .tfrecord import make_example
-from .validate import image_fault, probe_image, validate_box
+from .validate import image_fault, match_orientation, probe_image, validate_box
 
 # %% ../../nbs/data/08_record.ipynb #efc81c14
 def _area(annotation, box):
@@ -89,7 +89,9 @@ def encode(
     "Makes the record of one image."
     report = ConversionReport() if report is None else report
     image_id,file_name = image_info['id'],image_info['file_name']
-    try: image = probe_image(os.path.join(self.image_dir, file_name))
+    try:
+        image = probe_image(os.path.join(self.image_dir, file_name))
+        image = match_orientation(image, (image_info['height'],image_info['width']))
     except Exception as e: return _drop_image(image_info, annotations, image_fault(e), report)
     h,w = image.original_hw
     hw = int(image_info['height'] or h), int(image_info['width'] or w)

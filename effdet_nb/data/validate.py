@@ -90,20 +90,26 @@ def _check_complete(image, kind, data):
     if kind=='PNG': image.verify()
     elif kind!='JPEG' or b'\xff\xd9' not in data[-64:]: image.load()
 
+EXIF_ORIENTATION = 0x112 # EXIF tag; value 1 means upright
+
 def _to_png(image):
-    "Converts an image to the bytes of an RGB PNG."
-    out = io.BytesIO()
-    image.convert('RGB').save(out, 'PNG')
+    "Converts an image to the bytes of an RGB PNG; an EXIF flag of its orientation is kept."
+    out,exif = io.BytesIO(),Image.Exif()
+    exif[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
+    options = dict(exif=exif) if exif[EXIF_ORIENTATION]!=1 else {}
+    image.convert('RGB').save(out, 'PNG', **options)
     return out.getvalue()
 
 # %% ../../nbs/data/05_validate.ipynb #ec5e54ee
-EXIF_ORIENTATION = 0x112 # EXIF tag; value 1 means upright
+def _orientation(image, kind):
+    "Returns the EXIF flag of a file; Pillow turns a TIFF itself, and would decode a PNG to search for the flag."
+    if kind=='TIFF' or kind=='PNG' and 'exif' not in image.info: return 1
+    return image.getexif().get(EXIF_ORIENTATION, 1)
 
 def _warnings(image, kind):
     "Yields a reason for each unusual property of an open image."
     if kind not in ('JPEG','PNG'): yield Reason(Fault.CONVERTED_TO_PNG, kind)
-    has_exif = kind!='PNG' or 'exif' in image.info          # Pillow would decode a PNG to search for it
-    if has_exif and image.getexif().get(EXIF_ORIENTATION, 1) in range(2, 9): yield Reason(Fault.EXIF_ROTATED)
+    if _orientation(image, kind) in range(2, 9): yield Reason(Fault.EXIF_ROTATED)
     if image.mode!='RGB': yield Reason(Fault.NOT_RGB, image.mode)
 
 def probe_image(
