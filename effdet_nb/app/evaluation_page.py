@@ -338,6 +338,7 @@ def evaluate_files(
     "Evaluates model files on the validation images of a spec."
     model_paths = [model_paths] if isinstance(model_paths, (str,Path)) else list(model_paths)
     with _open_status(results_dir, key) as status:
+        _check_files_exist(model_paths)
         if spec.dataset_config.testdev_dir: return _detect_testdev(spec, model_paths[0], key, nms)
         if score_threshold is None: score_threshold = spec.eval_config.min_score_thresh
         options = _evaluation_options(spec, len(model_paths)>1, iou_threshold, score_threshold)
@@ -349,6 +350,12 @@ def evaluate_files(
             write_evaluation_report(results_dir, results, samples)
             status.log_progress('Evaluation metrics generated.', kpi=_status_metrics(results))
         return results
+
+def _check_files_exist(paths):
+    "Raises an error that names all missing files, before the first model is evaluated."
+    missing = [str(path) for path in paths if not Path(path).exists()]
+    if missing: raise FileNotFoundError(f'{", ".join(missing)}: no such file. Check the path; relative paths start in '
+                                        'the current folder')
 
 def _open_samples(spec):
     "Opens the validation images of a spec without TensorFlow."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DISK_ERRORS', 'WRITE_MODES', 'MAX_FILE_SIZE', 'check_output_path', 'remove_stale_parts', 'readable_disk_errors',
-           'atomic_write', 'exclusive_lock', 'read_file', 'to_jsonable', 'write_json']
+           'atomic_write', 'exclusive_lock', 'read_file', 'match_files', 'to_jsonable', 'write_json']
 
 # %% ../../nbs/core/01_files.ipynb #c8b9277a
-import errno, json, math, os, re, stat, uuid
+import errno, glob, json, math, os, re, stat, uuid
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -188,6 +188,21 @@ def read_file(
     if state.st_size>max_size:
         raise ValueError(f'{path}: {state.st_size:,} bytes, at most {max_size:,} are read. Give a smaller file')
     with open(path, 'rb', buffering=0) as f: return f.read()
+
+# %% ../../nbs/core/01_files.ipynb #76cbcdfb
+def match_files(
+    pattern,              # a path, or a pattern with * and ?; ** matches any number of folders if `recursive`
+    recursive:bool=False, # whether ** is allowed
+)->list:                  # paths, sorted; a path that exists is its own only match
+    "Lists the files and folders that a pattern matches."
+    pattern = os.path.expanduser(os.fspath(pattern))
+    if os.path.exists(pattern): return [pattern]
+    folder,name = os.path.split(pattern)
+    literal_brackets = pattern.replace('[', '[[]')
+    literal_folder = os.path.join(folder.replace('[', '[[]'), name)
+    for candidate in (literal_brackets, literal_folder, pattern):
+        if found := glob.glob(candidate, recursive=recursive): return sorted(found)
+    return []
 
 # %% ../../nbs/core/01_files.ipynb #b3176d5a
 def to_jsonable(

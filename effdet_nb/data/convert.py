@@ -239,6 +239,9 @@ def check_sources(
         raise FileNotFoundError(f'{image_dir}: no such folder. Set image_dir to the folder with the images')
     if not coco.images: raise ValueError(f'{coco.path.name}: no images. There is nothing to convert')
     if any(stat_image(image_dir, info) for info in coco.images): return
+    if not os.access(image_dir, os.X_OK):
+        raise PermissionError(f'{image_dir}: this folder cannot be entered: permission denied. Change its permissions '
+                              '(chmod), or convert as its owner')
     raise FileNotFoundError(f'{image_dir}: all {len(coco.images):,} images are missing, such as '
                             f'{coco.images[0]["file_name"]}. file_name in {coco.path.name} is relative to this folder')
 

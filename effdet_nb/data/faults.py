@@ -73,6 +73,8 @@ class Fault(StrEnum):
                                     'or choose the right folder')
     NAME_DIFFERS = ('file found under another name', 'Write this name into the JSON', False)
     NOT_AN_IMAGE = 'not an image', 'Replace the file, or remove it from the JSON'
+    NOT_PERMITTED = ('cannot be read: permission denied',
+                     'Change the permissions of the file and its folder (chmod), or convert as their owner')
     FILE_DAMAGED = 'file damaged', 'Copy the file again, or remove it from the JSON'
     SIZE_DIFFERS = ('JSON and file disagree about the size',
                     'Boxes were taken relative to the size in the JSON. That is right if the file was scaled; '

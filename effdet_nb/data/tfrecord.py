@@ -8,7 +8,7 @@ __all__ = ['FEATURE_LISTS', 'FEATURE_TYPES', 'MAKERS', 'REQUIRED_FEATURES', 'NOT
            'find_record_files', 'load_sidecar', 'shards_by_sidecar', 'check_complete', 'announced_shards']
 
 # %% ../../nbs/data/07_tfrecord.ipynb #1b91ac73
-import glob, hashlib, json, os, re, struct
+import hashlib, json, os, re, struct
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +16,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from ..core.files import atomic_write
+from ..core.files import atomic_write, match_files
 from .classes import ClassTable
 
 # %% ../../nbs/data/07_tfrecord.ipynb #7fbe3d3f
@@ -247,8 +247,7 @@ def find_record_files(
     file_pattern:str,  # glob pattern, such as 'records/train*'
 )->list:               # paths, sorted
     "Finds the record files that a pattern matches."
-    paths = glob.glob(str(file_pattern))
-    return sorted(path for path in paths if os.path.isfile(path) and not path.endswith(NOT_RECORDS))
+    return [path for path in match_files(file_pattern) if os.path.isfile(path) and not path.endswith(NOT_RECORDS)]
 
 # %% ../../nbs/data/07_tfrecord.ipynb #723df8bc
 _SHARD_NAME = re.compile(r'(?P<tag>.*)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<ending>\.tfrecord)?', re.DOTALL)

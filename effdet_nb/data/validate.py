@@ -144,10 +144,11 @@ class SidesSwapped(ValueError): "Raised for an image whose height and width are 
 # %% ../../nbs/data/05_validate.ipynb #0f513609
 def image_fault(
     error:Exception, # error raised by `probe_image` or `match_orientation`
-)->Fault:            # file missing, not an image, damaged, or of another orientation
+)->Fault:            # file missing, not readable, not an image, damaged, or of another orientation
     "Returns the fault for an error raised by `probe_image` or `match_orientation`."
     if isinstance(error, SidesSwapped): return Fault.SIDES_SWAPPED
     if isinstance(error, UnidentifiedImageError): return Fault.NOT_AN_IMAGE
+    if isinstance(error, PermissionError): return Fault.NOT_PERMITTED
     is_missing = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
     return Fault.FILE_MISSING if is_missing else Fault.FILE_DAMAGED
 

@@ -15,22 +15,44 @@ from ..detector.predictor import KerasDetector
 # %% ../../nbs/train/05_distributed.ipynb #4e37225d
 def _tf_config_members():
     "Returns the cluster's tasks as (type, index) pairs in order, and this process's own pair."
-    config = json.loads(os.environ.get('TF_CONFIG') or '{}')
+    try: members, own = _parse_tf_config(os.environ.get('TF_CONFIG') or '{}')
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError): raise _tf_config_error() from None
+    if members and own not in members: raise _tf_config_error()
+    return members, own
+
+def _parse_tf_config(text):
+    "Reads TF_CONFIG; an invalid one raises one of several errors."
+    config = json.loads(text)
     cluster, task = config.get('cluster', {}), config.get('task', {})
-    members = [(kind, i) for kind in ('chief', 'worker') for i in range(len(cluster.get(kind, ())))]
+    addresses = [(kind, cluster.get(kind, [])) for kind in ('chief', 'worker')]
+    if not all(isinstance(hosts, list) for _,hosts in addresses): raise TypeError('not a list of addresses')
+    members = [(kind, i) for kind,hosts in addresses for i in range(len(hosts))]
     return members, (task['type'], int(task['index'])) if members else None
+
+def _tf_config_error():
+    "Returns the error for an environment variable that does not describe this process."
+    example = '{"cluster": {"worker": ["host1:8888", "host2:8888"]}, "task": {"type": "worker", "index": 0}}'
+    return ValueError(f'TF_CONFIG: {os.environ["TF_CONFIG"][:80]} is not a list of machines with the place of this one '
+                      f'in it. It must be like {example}. To train on this machine alone, unset TF_CONFIG')
+
+def _slurm_number(name, default):
+    "Returns the number in an environment variable of SLURM."
+    text = os.environ.get(name) or str(default)
+    if text.isdecimal(): return int(text)
+    raise ValueError(f'{name}: {text[:40]} is not a number, as SLURM sets it. Start the command with srun, or unset '
+                     'the variables of SLURM to train on this machine alone')
 
 # %% ../../nbs/train/05_distributed.ipynb #cda1d1f1
 def worker_rank()->int:
     "Returns the index of this process in its run, from TF_CONFIG or SLURM; 0 for a single process."
     members, own = _tf_config_members()
-    return members.index(own) if members else int(os.environ.get('SLURM_PROCID', 0))
+    return members.index(own) if members else _slurm_number('SLURM_PROCID', 0)
 
 # %% ../../nbs/train/05_distributed.ipynb #9f8e9724
 def num_workers()->int:
     "Returns the number of processes of a run, from TF_CONFIG or SLURM; 1 for a single process."
     members, _ = _tf_config_members()
-    return len(members) or int(os.environ.get('SLURM_STEP_NUM_TASKS', 1))
+    return len(members) or _slurm_number('SLURM_STEP_NUM_TASKS', 1)
 
 # %% ../../nbs/train/05_distributed.ipynb #c32a77a5
 def is_chief()->bool:
