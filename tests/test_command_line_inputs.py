@@ -160,3 +160,9 @@ def test_a_wrong_environment_variable_is_named(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f'^{name}: ') as e: [worker_rank(), num_workers()]
     assert 'unset' in str(e.value) and value in str(e.value)
+
+
+def test_only_paths_are_expanded():
+    spec = Spec().replace(training_config=dict(keep_checkpoint_max=3, num_epochs=2))
+    assert spec.training_config.keep_checkpoint_max==3
+    assert Spec.parse('training_config { keep_checkpoint_max: 3 checkpoint_period: 2 }').training_config

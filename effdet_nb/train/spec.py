@@ -210,7 +210,8 @@ def is_path(
     name:str,    # one of its fields
 )->bool:
     "Returns whether the value of a field is a path or a pattern of paths."
-    return section_fields(section)[name].metadata['unit'] in ('file', 'files', 'folder')
+    field = section_fields(section)[name]
+    return field.type is str and field.metadata['unit'] in ('file', 'files', 'folder')
 
 def _type_error(section, name, text):
     "Returns the error for a value of the wrong type."
