@@ -272,13 +272,13 @@ class InferenceSummary:
     num_images:int=0         # images that were read
     boxes_per_class:Counter=field(default_factory=Counter) # class name -> boxes kept
     unreadable:list=field(default_factory=list) # (path, reason) of images that could not be read
-    passed_over:Counter=field(default_factory=Counter) # reason -> files in the folder that were not processed
     best_score:float=0.      # highest score of all detections, kept or not
     score_threshold:float=.5 # lowest score to keep
     seconds:float=0.         # from the first image to the last file written
     written_to:list=field(default_factory=list) # folders or files of the output
     stage_seconds:Counter=field(default_factory=Counter) # stage -> seconds, all images and threads together
     predictions:list=field(default_factory=list) # a `FilePrediction` for each image
+    passed_over:Counter=field(default_factory=Counter) # reason -> files in the folder that were not processed
 
     def add(self, prediction:FilePrediction):
         "Counts the detections in one more image."
