@@ -105,8 +105,19 @@ faults = {
     'no area': (lambda: [api_record('a', boxes=((.1,.2,.1,.6),))], 1, r'1 boxes have no area, such as one in image a'),
     'outside': (lambda: [api_record('a', boxes=((.1,.2,1.4,.6),))], 0, r'1 boxes extend beyond their image'),
     'copies': (lambda: [api_record('a'), api_record('a2', encoded=noise_image(hash('a')%1000)), api_record('b')], 0,
-               r'1 of 3 images are exact copies'),
-    'tiny': (lambda: [api_record('a', boxes=((.1,.1,.11,.11),)*2, hw=(60,60))], 1,
+               r'1 of 3 images are exact copies of others'),
+    'pixels': (lambda: [api_record('a', boxes=((10,20,30,45),)*2, hw=(60,60)), api_record('b')], 1,
+               r'2 of 3 boxes are far outside their image, such as one in image a, so they look like pixels'),
+    'pixels in part': (lambda: [api_record('a', boxes=((0,0,60,60),(1,2,1.5,50),(.1,.2,.3,.4)), hw=(60,60))], 1,
+                       r'2 of 3 boxes are far outside their image'),
+    'fractions': (lambda: [api_record('a', boxes=((.001,.002,.01,.012),)*2, hw=(60,60))], 1,
+                  r'the 2 boxes are smaller than a pixel, such as one in image a'),
+    'not finite': (lambda: [api_record('a', boxes=((.1,float('nan'),.3,.6),(.1,.1,.5,.5)))], 1,
+                   r'1 boxes have no area, such as one in image a'),
+    'copies with other boxes': (lambda: [api_record('a'), api_record('b', boxes=((.3,.3,.6,.6),),
+                                         encoded=noise_image(hash('a')%1000)), api_record('c')], 1,
+                                r'2 of 3 images are copies with different boxes, such as image a'),
+    'tiny': (lambda: [api_record('a', boxes=((.1,.1,.11,.11),)*2, hw=(256,256))], 1,
              r'2 of 2 boxes \(100%\) are smaller than 2 pixels at 128x128'),
     'small': (lambda: [api_record('a', boxes=((.1,.1,.17,.17),)*2, hw=(60,60))], 0,
               r'2 of 2 boxes \(100%\) are smaller than half of the smallest anchor .* the median is 9 pixels'),
@@ -122,6 +133,20 @@ def test_a_fault_in_the_records_is_found(tmp_path, records, num_errors, message)
     check = check_spec(api_record_spec(tmp_path, records()))
     assert re.search(message, problem_text(check)), problem_text(check)
     assert len(check.errors) == num_errors, problem_text(check)
+
+
+@pytest.mark.parametrize('crowds, more, num_errors, num_notes', [
+    ([[1], [1]], '', 1, 0), ([[1], [1]], 'skip_crowd_during_training: False', 0, 1), ([[1], [0]], '', 0, 0)])
+def test_a_split_of_crowds_is_found(tmp_path, crowds, more, num_errors, num_notes):
+    check = check_spec(api_record_spec(tmp_path, [api_record(k, crowd=c) for k, c in zip('ab', crowds)], more=more))
+    found = [p for p in check.problems if 'boxes are crowds' in p.message]
+    assert [p.is_error for p in found]==[True]*num_errors + [False]*num_notes
+
+
+def test_validation_crowds_are_an_error(tmp_path):
+    records = [api_record(k, crowd=[1]) for k in 'ab']
+    check = check_spec(api_record_spec(tmp_path, [api_record('c')], records, 'skip_crowd_during_training: False'))
+    assert 'problem  validation: all 2 boxes are crowds' in problem_text(check)
 
 
 def test_damaged_records_are_no_error_if_they_are_skipped(tmp_path):

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['NUM_CLASSES_FIELD', 'MIN_SIDE', 'FEW', 'JSON_FIELD', 'SPLITS', 'DataProblem', 'check_classes', 'pattern_name',
-           'check_box_counts', 'check_boxes', 'check_anchors', 'check_annotation_file', 'check_split_overlap',
-           'check_shards', 'check_epoch_size', 'DataCheck', 'check_records', 'check_before_training']
+           'check_box_counts', 'check_boxes', 'check_crowds', 'check_anchors', 'check_annotation_file',
+           'check_split_overlap', 'check_shards', 'check_epoch_size', 'DataCheck', 'check_records',
+           'check_before_training']
 
 # %% ../../nbs/data/17_check.ipynb #5658a00f
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from ..core.console import log_message
 from .anchor_fit import MATCH_IOU, anchor_sizes, best_size_iou
 from .coco import images_by_source_id
-from .faults import describe_issues
+from .faults import ALMOST_ALL, MANY, describe_issues
 from .pipeline import DataConfig, load_class_table
 from .record_index import Records, explain_no_match
 from .scan import SplitScan, scan_records
@@ -103,15 +104,39 @@ def check_boxes(
 ):                     # yields problems
     "Finds boxes without area and boxes that extend beyond their image."
     def first_image(chosen): return scan.image_ids[scan.image_index[chosen][0]]
-    is_flat = (scan.box_sizes<=0).any(1)
+    is_flat = ~(scan.box_sizes>0).all(1)
     if is_flat.any():
         yield _error(split, f'{is_flat.sum():,} boxes have no area, such as one in image {first_image(is_flat)}. '
                             'Convert again with dataset_convert, which leaves them out')
     limits = np.tile(scan.image_sizes, 2)[scan.image_index]
-    is_outside = ((scan.boxes<-1) | (scan.boxes>limits+1)).any(1)
-    if is_outside.any():
+    is_outside,is_far = ((scan.boxes<-1) | (scan.boxes>limits+1)).any(1),(scan.boxes>2*limits).any(1)
+    if len(is_far) and is_far.mean()>MANY:
+        yield _error(split, f'{is_far.sum():,} of {len(is_far):,} boxes are far outside their image, such as one in '
+                            f'image {first_image(is_far)}, so they look like pixels. Records need fractions of the image '
+                            'size, 0 to 1: divide by its width and height, or write the records with dataset_convert')
+    elif is_outside.any():
         yield _note(split, f'{is_outside.sum():,} boxes extend beyond their image, such as one in image '
                            f'{first_image(is_outside)}; training clips them')
+
+    if _are_fractions(scan):
+        yield _error(split, f'the {len(scan.boxes):,} boxes are smaller than a pixel, such as one in image '
+                            f'{scan.image_ids[scan.image_index[0]]}, so they look like fractions that were divided by '
+                            'the image size twice. bbox in the JSON must be in pixels. Correct it and convert again')
+
+def _are_fractions(scan):
+    "Tests whether almost all boxes are smaller than a pixel of their image."
+    return len(scan.boxes)>0 and (scan.box_sizes.max(1)<=1).mean()>=ALMOST_ALL
+
+# %% ../../nbs/data/17_check.ipynb #3e3e9263
+def check_crowds(
+    scan:SplitScan,
+    split:str,       # for messages
+    is_skipped:bool, # whether crowds are left out
+):                   # yields problems
+    "Finds a split in which every box is a crowd."
+    if not len(scan.is_crowd) or not scan.is_crowd.all(): return
+    message = f'all {len(scan.is_crowd):,} boxes are crowds. Set iscrowd to 0 for single objects and convert again'
+    yield _error(split, f'{message}; otherwise nothing is left to use') if is_skipped else _note(split, message)
 
 # %% ../../nbs/data/17_check.ipynb #dadadef7
 MIN_SIDE, FEW = 2, .05 # smallest useful side, pixels; share of boxes below which there is no note
@@ -123,7 +148,7 @@ def check_anchors(
 ):                  # yields problems
     "Checks whether the anchors match the sizes and shapes of the boxes."
     sizes,shapes = scan.scaled_box_sizes(image_hw),anchor_sizes(anchors)
-    if not len(sizes): return
+    if not len(sizes) or _are_fractions(scan): return
     tiny = sizes.max(1)<MIN_SIDE
     unmatched = best_size_iou(sizes, shapes)<MATCH_IOU
     small = unmatched & (sizes.max(1)<shapes.max(1).min())
@@ -201,16 +226,26 @@ def check_split_overlap(
 ):                      # yields problems
     "Finds images that are in both splits, or twice in the training split."
     train_sums = {*train.checksums}
-    if val is not None:
-        shared = train_sums & {*val.checksums}
-        if shared:
-            example = val.image_ids[val.checksums.index(min(shared))]
-            yield _note('validation',
-                        f'{len(shared):,} of {val.num_images:,} images are in the training set as well, '
-                        f'such as image {example}. Scores will be too good; remove them from one of the two')
+    shared = [i for i,checksum in enumerate(val.checksums) if checksum in train_sums] if val else ()
+    if shared:
+        yield _note('validation',
+                    f'{len(shared):,} of {val.num_images:,} images are in the training set as well, such as image '
+                    f'{val.image_ids[shared[0]]}. Scores will be too good; remove them from one of the two')
     num_copies = train.num_images-len(train_sums)
     if num_copies:
         yield _note('training', f'{num_copies:,} of {train.num_images:,} images are exact copies of others')
+        yield from _check_copies(train)
+
+def _check_copies(scan):
+    "Yields a problem if copies of an image have different boxes: a problem if they are many, otherwise a note."
+    boxes_by_checksum,box_lists = defaultdict(set),np.split(scan.boxes, np.cumsum(scan.boxes_per_image)[:-1])
+    for checksum,boxes in zip(scan.checksums, box_lists): boxes_by_checksum[checksum].add(boxes.tobytes())
+    different = [i for i,checksum in enumerate(scan.checksums) if len(boxes_by_checksum[checksum])>1]
+    if not different: return
+    message = (f'{len(different):,} of {scan.num_images:,} images are copies with different boxes, such as image '
+               f'{scan.image_ids[different[0]]}, so an object in one is background in another. '
+               'Give each image one entry in the JSON, with all of its boxes')
+    yield DataProblem(len(different)>FEW*scan.num_images, 'training', message)
 
 # %% ../../nbs/data/17_check.ipynb #8609679c
 def check_shards(
@@ -309,6 +344,7 @@ def _check_split(config, split, scan, verify_checksums):
     yield from check_classes(scan, pattern, config.num_classes)
     yield from check_box_counts(scan, split, config.max_instances if split=='training' else np.inf)
     yield from check_boxes(scan, split)
+    yield from check_crowds(scan, split, config.skip_crowd or split=='validation')
 
 def _check_damage(scan, split, skip_corrupt):
     "Yields a problem or note if some records cannot be read."

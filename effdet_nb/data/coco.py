@@ -352,13 +352,15 @@ def _shared_ids(lists, name):
     if not {*map(type, keys)}<={int}: keys = [*map(id_key, keys)]
     if len({*keys})<len(keys): yield from _shared_ids_of(name, zip(keys, _remaining(lists[name])), Counter(keys))
 
+def _object_of(annotation): return annotation['image_id'], annotation['category_id'], annotation['bbox']
+
 def _shared_ids_of(name, keyed_entries, counts):
     "Yields the issues of a list in which some ids occur more than once."
     first,places = {},defaultdict(list)
     for key,(i,entry) in keyed_entries:
         owner = first.setdefault(key, entry)
         if owner is entry: continue
-        is_other_object = name=='annotations' and owner!=entry
+        is_other_object = name=='annotations' and _object_of(owner)!=_object_of(entry)
         places[Fault.SHARED_ANNOTATION_ID if is_other_object else _SHARED_ID_FAULTS[name]].append((i, key))
     for fault,found in places.items():
         ids = list(dict.fromkeys(key for _,key in found))

@@ -29,6 +29,7 @@ class SplitScan:
     record_index:np.ndarray     # [I] number of the record
     boxes:np.ndarray            # [N, 4] yxyx, pixels of the image
     labels:np.ndarray           # [N] category ids
+    is_crowd:np.ndarray         # [N] bool, whether a box is a crowd
     image_index:np.ndarray      # [N] index of the image, 0 to I-1
     damaged_records:list        # [str] one message for each record that cannot be read
 
@@ -67,7 +68,7 @@ def _scan_record(records, i, decode_images):
     encoded = example.pop('image')
     if decode_images: decode_image(encoded)
     example['sha256'] = example['sha256'] or hashlib.sha256(encoded).hexdigest()
-    return {key:example[key] for key in ('source_id','sha256','height','width','boxes','labels')}
+    return {key:example[key] for key in ('source_id','sha256','height','width','boxes','labels','is_crowd')}
 
 def _join_examples(records, examples, damaged):
     "Joins the contents of many records into one scan."
@@ -78,6 +79,7 @@ def _join_examples(records, examples, damaged):
         np.reshape([(row['height'],row['width']) for row in rows], (-1,2)).astype(float), counts,
         np.array(list(examples), int), np.concatenate([np.zeros((0,4), np.float32), *(row['boxes'] for row in rows)]),
         np.concatenate([np.zeros(0, np.int64), *(row['labels'] for row in rows)]),
+        np.concatenate([np.zeros(0, bool), *(row['is_crowd'] for row in rows)]),
         np.repeat(np.arange(len(rows)), counts), damaged)
 
 # %% ../../nbs/data/16_scan.ipynb #d9dae903
