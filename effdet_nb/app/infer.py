@@ -436,7 +436,7 @@ def _status(results_dir, key):
     return nullcontext() if results_dir is None else Status(results_dir, 'inference', secrets=(key,))
 
 def _output_folders(image_path, label_path, results_dir):
-    "Where images and labels go: as named, or into the results folder."
+    "Returns the folders of images and labels: as given, or in the results folder."
     if results_dir is not None:
         image_path = image_path or Path(results_dir)/'images_annotated'
         label_path = label_path or Path(results_dir)/'labels'
