@@ -1,6 +1,6 @@
 "Files made to mislead or exhaust a reader: each is refused in one sentence, quickly, before anything is built from it."
 
-import json, struct, time, zipfile
+import json, struct, time, warnings, zipfile
 from contextlib import contextmanager
 from zlib import crc32
 
@@ -8,16 +8,21 @@ import h5py, numpy as np, pytest
 from test_encryption import KEY, cheap_scrypt, refused  # noqa: F401
 from test_model_file import npy, repacked
 
+from effdet_nb.data.check import check_records
 from effdet_nb.data.classes import ClassTable
+from effdet_nb.data.pipeline import DataConfig, read_training_example
+from effdet_nb.data.record_index import CorruptRecord, Records
+from effdet_nb.data.tfrecord import decode_example, example_class, make_example, write_records
 from effdet_nb.detector.efficientdet import Arch, arch_to_dict
 from effdet_nb.export.runtimes import load_onnx_bytes
-from effdet_nb.train.spec import Spec
+from effdet_nb.train.spec import MAX_SPEC_SIZE, Spec, SpecError
 from effdet_nb.train.startup import read_initial_weights
 from effdet_nb.weights.encryption import (DamagedFileError, HEADER_STRUCT, ModelFileError, WrongKeyError, decrypt,
                                           encrypt, make_encryption_header)
 from effdet_nb.weights.import_weights import import_weights
 from effdet_nb.weights.model_file import load_model_file, read_meta, save_etlt, save_model_file
-from effdet_nb.weights.pretrained import WeightsError
+from effdet_nb.weights import pretrained
+from effdet_nb.weights.pretrained import WeightsError, matching_names
 from effdet_nb.weights.read_weights import read_h5, read_weights
 
 ARCH = Arch('efficientdet-tiny', image_hw=(128, 128), num_classes=4)
@@ -290,3 +295,146 @@ def test_flipped_bits_of_model_files_never_give_other_weights(tmp_path, cheap_sc
 def test_ten_thousand_flipped_bits_of_model_files(tmp_path, cheap_scrypt, key):
     small = {name: a[..., :8] for name, a in heads().items()}     # more of the file is names and numbers
     check_flipped(save_toy(tmp_path/'m.tlt', key, small), key, seed=1, count=5000)
+
+
+# --- specs
+
+WORDS = ('training_config', 'model_config', 'dataset_config', 'eval_config', 'amp', 'num_epochs', 'model_name',
+         'image_size', 'learning_rate', 'aspect_ratios', 'freeze_blocks', 'skip_checkpoint_variables', '{', '}',
+         '<', '>', '[', ']', ':', ',', ';', '"', "'", '\\', '#', '\n', '\r', '\t', '\0', '\ufeff', 'é', '\U0001f40d',
+         '-', '1e999', 'nan', '0x10', '99999999999', '"512,512"', 'True', '(' * 50, 'a{9999999999}', '(a+)+$')
+SPEC_TEXT = '''# a comment
+dataset_config { num_classes: 4 image_size: "128,256" training_file_pattern: 'records/train*' }
+training_config {
+  num_epochs: 3  # another
+  learning_rate: 0.08, skip_checkpoint_variables: "-predict*"
+}
+model_config < model_name: "efficientdet-d0" aspect_ratios: "[(1.0, 1.0)]" freeze_blocks: "[0, 1]" >
+'''
+
+
+def mutate(text, rng):
+    "A text with one to eight random changes: characters deleted, words inserted, parts repeated or exchanged."
+    for _ in range(int(rng.integers(1, 9))):
+        i, j = sorted(int(k) for k in rng.integers(0, len(text)+1, 2))
+        kind = int(rng.integers(5))
+        if kind == 0: text = text[:i]+text[i+1:]
+        elif kind == 1: text = text[:i]+str(rng.choice(WORDS))+text[i:]
+        elif kind == 2: text = text[:i]+text[j:]
+        elif kind == 3: text = text[:i]+text[i:j]*int(rng.integers(2, 4))+text[j:]
+        else: text = text[:i]+chr(int(rng.integers(1, 0x3000)))+text[i+1:]
+    return text
+
+
+def check_mutated_specs(seed, count):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        text = mutate(SPEC_TEXT, rng)
+        with seconds(1), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            try: Spec.parse(text, 's.txt').problems('train')
+            except SpecError as e: assert e.problems and len(str(e)) < 50_000, text
+
+
+def test_mutated_specs_are_read_or_refused(): check_mutated_specs(0, 400)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(1, 5))
+def test_twenty_thousand_mutated_specs(seed): check_mutated_specs(seed, 5000)
+
+
+LONG_SPECS = {
+    'fields in one line': lambda n: 'training_config { '+'amp: True '*(n//10)+'}',
+    'values': lambda n: 'training_config { '+''.join(f'num_epochs: {i} ' for i in range(n//18))+'}',
+    'unknown fields': lambda n: 'training_config { '+''.join(f'f{i}: 1 ' for i in range(n//10))+'}',
+    'unknown sections': lambda n: ''.join(f'f{i} {{}} ' for i in range(n//10)),
+    'wrong values': lambda n: 'training_config { '+'amp: 3 '*(n//8)+'}',
+    'quotes': lambda n: 'training_config { checkpoint: '+'"'*n+' }',
+    'backslashes': lambda n: 'training_config { checkpoint: "'+'\\'*n+'" }',
+    'brackets': lambda n: 'training_config { checkpoint: '+'['*n+' }',
+    'minus signs': lambda n: 'training_config { learning_rate: '+'-'*n+' }',
+    'one name': lambda n: 'training_config { '+'a'*n+': 1 }',
+    'one path': lambda n: 'training_config { checkpoint: "'+'a'*n+'" }',
+    'digits': lambda n: 'training_config { num_epochs: '+'1'*n+' }',
+    'blanks': lambda n: 'training_config { '+' '*n+' }',
+    'comments': lambda n: '#\n'*(n//2),
+    'nested literal': lambda n: 'model_config { aspect_ratios: "'+'['*n+'" }',
+    'size of blanks': lambda n: 'dataset_config { image_size: "'+' '*n+'x" }',
+    'long regex': lambda n: 'training_config { skip_checkpoint_variables: "'+'('*n+'" }',
+}
+
+
+@pytest.mark.parametrize('kind', LONG_SPECS)
+def test_the_longest_specs_are_read_in_a_second(kind):
+    text = LONG_SPECS[kind](MAX_SPEC_SIZE-100)
+    with seconds(2), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try: Spec.parse(text, 's.txt').problems()
+        except SpecError as e: assert len(str(e)) < 50_000
+    with pytest.raises(SpecError, match='but a spec has at most'): Spec.parse(text*2)
+
+
+def test_a_long_file_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path/'spec.txt', 'wb') as f: f.truncate(2**36)     # 64 GB of zeros that are not stored
+    with seconds(.1), pytest.raises(SpecError, match='but a spec has at most'): Spec.load(tmp_path/'spec.txt')
+
+
+@pytest.mark.parametrize('pattern', ['a{4294967296}', 'a{1,99999999999999999999}', '('*10_000, '(', '[z-a]', '*',
+                                     '(?P<'])
+def test_patterns_that_cannot_be_compiled_are_refused(pattern):
+    problems = Spec().replace(training_config=dict(skip_checkpoint_variables=pattern)).problems()
+    assert len(problems) == 1 and 'is not a regular expression' in problems[0] and len(problems[0]) < 600
+
+
+@pytest.mark.parametrize('pattern', ['(a+)+$', '(a|aa)+$', '(a*a*)*b?!!'])
+def test_patterns_that_never_end_are_stopped(monkeypatch, pattern):
+    names = ['a'*60+'!', 'stem_conv/kernel']
+    assert matching_names('stem', names) == names[1:]
+    monkeypatch.setattr(pretrained, 'MATCH_SECONDS', 1)
+    with pytest.raises(WeightsError, match='without a result'): matching_names(pattern, names)
+
+
+# --- records
+
+RECORD = {'image/encoded': b'x', 'image/height': 96, 'image/width': 128, 'image/object/class/label': [1],
+          'image/object/bbox/ymin': [.1], 'image/object/bbox/xmin': [.1], 'image/object/bbox/ymax': [.5],
+          'image/object/bbox/xmax': [.5]}
+
+
+@pytest.mark.parametrize('key, value', [
+    ('image/object/bbox/ymax', np.nan), ('image/object/bbox/xmin', np.inf), ('image/object/bbox/ymin', -np.inf),
+    ('image/object/bbox/xmax', 3e38), ('image/object/area', np.nan), ('image/object/area', np.inf), ('image/height', 0),
+    ('image/width', -128), ('image/height', 2**40),
+])
+def test_records_with_impossible_numbers_are_damaged(key, value):
+    assert len(decode_example(make_example(RECORD))['boxes']) == 1
+    bad = make_example(RECORD | {key: [value]})
+    with pytest.raises(ValueError, match=f'record 3: {key}'): decode_example(bad, 'record 3')
+
+
+@pytest.mark.parametrize('key', ['image/height', 'image/encoded', 'image/object/class/label', 'image/object/bbox/ymin',
+                                 'image/source_id'])
+@pytest.mark.parametrize('other', ['bytes_list', 'float_list', 'int64_list'])
+def test_records_with_values_of_another_type_are_damaged(key, other):
+    example = example_class().FromString(make_example(RECORD | {'image/source_id': 'i'}))
+    feature = example.features.feature[key]
+    if feature.WhichOneof('kind') == other: return
+    feature.Clear()
+    getattr(feature, other).value.append(dict(bytes_list=b'1', float_list=1.5, int64_list=1)[other])
+    with pytest.raises(ValueError, match=f'{key} has values of type'): decode_example(example.SerializeToString())
+
+
+def test_a_damaged_record_is_skipped_or_named(tmp_path):
+    bad = make_example(RECORD | {'image/object/bbox/ymax': [np.nan]})
+    write_records(tmp_path/'train-00000-of-00001', [make_example(RECORD), bad])
+    records = Records.from_files([tmp_path/'train-00000-of-00001'])
+    with pytest.raises(CorruptRecord, match='record 1: image/object/bbox/ymax of object 0 is nan'):
+        read_training_example(records, 1, CLASSES)
+    check = check_records(DataConfig(training_file_pattern=str(tmp_path/'train-*'), num_classes=4))
+    assert any('1 of 2 records are damaged' in p.message for p in check.errors)
+
+
+def test_a_spec_without_records_is_a_problem():
+    check = check_records(DataConfig())
+    assert len(check.errors) == 1 and 'names no records' in str(check)

@@ -365,7 +365,7 @@ def check_records(
     verify_checksums:bool=False, # compute the checksum of every shard
 )->DataCheck:
     "Checks records against their configuration and lists all problems at once."
-    problems,scans = [],{}
+    problems,scans = _check_patterns(config),{}
     for split in SPLITS:
         if not getattr(config, f'{split}_file_pattern'): continue
         scan,found = _scan_split(config, split, limit=limit, decode_images=decode_images)
@@ -381,6 +381,12 @@ def check_records(
         problems += check_epoch_size(train.num_records, val and val.num_records, epoch_size, batch_size, eval_samples)
     errors_first = sorted(dict.fromkeys(problems), key=lambda p: not p.is_error)
     return DataCheck(errors_first, scans, config.image_hw, _category_names(config), anchors)
+
+def _check_patterns(config):
+    "Returns a problem if no records are named."
+    if config.training_file_pattern or config.validation_file_pattern: return []
+    return [_error('dataset_config', 'names no records, so there is nothing to check. Set training_file_pattern, '
+                                     'validation_file_pattern or both')]
 
 def _without_repeats(found, problems):
     "Leaves out a second problem of `num_classes`, since both splits have the same cause."

@@ -20,8 +20,9 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 def format_value(
     value, # the value of a field
 )->str:    # as written in a spec file
-    "Formats a value as it is written in a spec file."
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(value)
+    "Formats a value as it is written in a spec file; the middle of a very long string is left out."
+    if not isinstance(value, str): return str(value)
+    return json.dumps(value if len(value) <= 300 else f'{value[:200]} ... {value[-80:]}', ensure_ascii=False)
 
 # %% ../../nbs/train/01_fields.ipynb #77384ed1
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def one_of(*values): return Constraint(' or '.join(map(format_value, values)), l
 fraction = Constraint('at least 0 and below 1', lambda v: 0<=v<1)
 
 # %% ../../nbs/train/01_fields.ipynb #acc193fc
-IMAGE_SIZE_PATTERN = re.compile(r'\s*[(\[]?\s*(\d{1,6})\s*([,xX])\s*(\d{1,6})\s*[)\]]?\s*')
+IMAGE_SIZE_PATTERN = re.compile(r'\s*(?:[(\[]\s*)?(\d{1,6})\s*([,xX])\s*(\d{1,6})\s*(?:[)\]]\s*)?')
 MIN_IMAGE_SIDE = 128     # pixels
 
 def parse_image_size(
@@ -108,7 +109,7 @@ def check_regex(
 )->bool:      # always True; an invalid pattern raises a ValueError
     "Checks that a regular expression can be compiled."
     try: re.compile(text)
-    except re.error as e:
+    except (re.error, OverflowError, RecursionError) as e:      # a count above 2^32, ten thousand brackets
         raise ValueError(f'{format_value(text)} is not a regular expression ({e}). '
                          'Write a part of a name, such as "-predict"') from None
     return True

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CURLY_QUOTES', 'TOKEN_ADVICE', 'QUOTES', 'CLOSED_TEXT', 'SECTION_ALIASES', 'FIELD_ALIASES', 'OTHER_NAMES',
-           'NO_FIELD_ADVICE', 'TYPE_DESCRIPTIONS', 'BACKSLASH_ESCAPE', 'TASK_SECTIONS', 'find_field', 'is_path',
-           'SpecError', 'Spec']
+           'NO_FIELD_ADVICE', 'TYPE_DESCRIPTIONS', 'MAX_VALUE_LENGTH', 'BACKSLASH_ESCAPE', 'MAX_PROBLEMS',
+           'TASK_SECTIONS', 'MAX_SPEC_SIZE', 'find_field', 'is_path', 'SpecError', 'Spec']
 
 # %% ../../nbs/train/02_spec.ipynb #05bda871
 import glob, os, re, warnings
@@ -27,6 +27,11 @@ class _Entry(NamedTuple):
     text:str    # the value as written
     line:int
     column:int
+
+class _Tokenizer(text_format.Tokenizer):
+    "Protobuf's tokenizer, with a pattern for strings whose time is proportional to their length."
+    _TOKEN = re.compile(r'[a-zA-Z_][0-9a-zA-Z_+-]*|(?:[0-9+-]|\.[0-9])[0-9a-zA-Z_.+-]*|'
+                        r'"(?:[^"\n\\]|\\.)*(?:"|\\?$)|\'(?:[^\'\n\\]|\\.)*(?:\'|\\?$)')
 
 def _position(tokens):
     "Returns line and column of the next token."
@@ -85,7 +90,7 @@ def _value_continues(token, next_token):
 # %% ../../nbs/train/02_spec.ipynb #9dab5989
 def _scan(text):
     "Returns the entries of a file and the error (message, line, column) that stopped the scan, if any."
-    tokens, entries = text_format.Tokenizer(text.split('\n')), []
+    tokens, entries = _Tokenizer(text.split('\n')), []
     try: unclosed = _scan_entries(tokens, entries)
     except text_format.ParseError as e:
         return entries, (re.sub(r'^\d+:\d+ : ', '', str(e)), e.GetLine(), e.GetColumn())
@@ -110,7 +115,7 @@ def _scan_entry(tokens, section):
     name, has_colon = _scan_name(tokens), tokens.TryConsume(':')
     if section is None and _consume_any(tokens, '{<'): return _Entry(name, None, '', *position)
     if not has_colon and tokens.token != '{':
-        raise _syntax_error(tokens, f'after {name} a {"colon" if section else "{"} is missing')
+        raise _syntax_error(tokens, f'after {name[:60]} a {"colon" if section else "{"} is missing')
     return _Entry(section and section.section, name, _scan_value(tokens), *position)
 
 # %% ../../nbs/train/02_spec.ipynb #29c3c076
@@ -140,7 +145,7 @@ def find_field(
     name:str,    # as written; None to look up the section only
 )->tuple:        # (section, field), aliases resolved
     "Resolves the aliases of a field; raises a ValueError that names the nearest field if there is none."
-    section = SECTION_ALIASES.get(section, section)
+    section, name = _shorten(SECTION_ALIASES.get(section, section)), _shorten(name)
     section, name = FIELD_ALIASES.get((section,name), (section,name))
     if section is None: raise _no_section_error(name)
     if section not in SPEC_SECTIONS: raise ValueError(f'{section}: no such section. {_suggest(section, SPEC_SECTIONS)}')
@@ -160,6 +165,10 @@ def _common_name(name):
     "Returns a name in small letters with underscores, and the name here of a setting of another tool."
     name = re.sub(r'(?<=[a-z0-9])(?=[A-Z])', '_', name).lower()
     return OTHER_NAMES.get(name, name)
+
+def _shorten(text):
+    "Returns a text of at most 60 characters for an error message; None stays None."
+    return f'{text[:57]}...' if text and len(text) > 60 else text
 
 def _no_section_error(name):
     "Returns the error for a name outside all sections."
@@ -183,8 +192,13 @@ def _suggest(name, known):
 TYPE_DESCRIPTIONS = {int: 'a whole number from 0 to 4294967295', float: 'a number', bool: 'True or False',
                      str: 'a string in quotes'}
 
+MAX_VALUE_LENGTH = 2**13      # characters, twice the longest path; protobuf needs quadratic time for backslashes
+
 def _read_value(section, name, text):
     "Returns the value of a field from its text in the file."
+    if len(text) > MAX_VALUE_LENGTH:
+        raise ValueError(f'{section}.{name}: a value of {len(text):,} characters; '
+                         f'at most {MAX_VALUE_LENGTH:,} are allowed')
     message = getattr(experiment_message_class()(), section)
     has_escape = BACKSLASH_ESCAPE.search(text) and section_fields(section)[name].type is str
     if has_escape and is_path(section, name): raise _backslash_error(section, name, text)
@@ -215,8 +229,7 @@ def is_path(
 
 def _type_error(section, name, text):
     "Returns the error for a value of the wrong type."
-    text = re.sub(r'^- ', '-', str(text))
-    if len(text) >= 60: text = f'{text[:57]}...'
+    text = _shorten(re.sub(r'^- ', '-', str(text)))
     return ValueError(f'{section}.{name}: {text} is not {TYPE_DESCRIPTIONS[section_fields(section)[name].type]}')
 
 def _canonical(section, name, value):
@@ -237,6 +250,8 @@ def _convert_value(section, name, value):
     return _canonical(section, name, getattr(message, name))
 
 # %% ../../nbs/train/02_spec.ipynb #3cecf0ff
+MAX_PROBLEMS = 50      # in the message of an error
+
 class SpecError(ValueError):
     "An error that lists every problem of a spec in `problems`."
     def __init__(self,
@@ -244,8 +259,10 @@ class SpecError(ValueError):
         problems:list, # one sentence each
     ):
         self.name, self.problems = str(name), list(problems)
-        summary = f'{name}: {len(problems)} problems'
-        super().__init__(problems[0] if len(problems) == 1 else '\n  '.join([summary, *problems]))
+        summary, num_more = f'{name}: {len(problems)} problems', len(problems)-MAX_PROBLEMS
+        more = [f'... and {num_more:,} more'] if num_more > 0 else []
+        lines = [summary, *problems[:MAX_PROBLEMS], *more]
+        super().__init__(problems[0] if len(problems) == 1 else '\n  '.join(lines))
 
     def __reduce__(self): return type(self), (self.name, self.problems)
 
@@ -416,7 +433,7 @@ class _EntryReader:
         earlier_position, self.positions[where] = self.positions.get(where), self.position(entry)
         value = _read_value(*where, entry.text)
         earlier = self.values.get(where, value)
-        if earlier_position and format_value(earlier) != format_value(value):
+        if earlier_position and repr(earlier) != repr(value):
             _warn_twice(where, earlier, earlier_position, value, self.positions[where])
         self.values[where] = value
 
@@ -429,6 +446,14 @@ def _line_and_column(problem):
     return tuple(map(int, match.groups())) if match else (0,0)
 
 # %% ../../nbs/train/02_spec.ipynb #902bb32b
+MAX_SPEC_SIZE = 2**17      # bytes; a spec with every field and long comments has 10,000
+
+def _check_spec_size(size, name):
+    "Raises an error if a text is too long to be a spec."
+    if size > MAX_SPEC_SIZE:
+        raise SpecError(name, [f'{name}: {size:,} bytes, but a spec has at most {MAX_SPEC_SIZE:,}. '
+                               'Is this the file of the experiment?'])
+
 @patch(cls_method=True)
 def parse(cls:Spec,
     text:str,          # protobuf text format
@@ -436,6 +461,7 @@ def parse(cls:Spec,
     task:str=None,     # also check the spec for this task
 )->Spec:
     "Parses a spec from text; raises a SpecError that lists all problems with line and column."
+    _check_spec_size(len(text), name)
     entries, fault = _scan(text)
     reader = _EntryReader(name)
     for entry in entries: reader.read(entry)
@@ -457,6 +483,7 @@ def load(cls:Spec,
         what = 'this is a folder, not a spec file' if os.path.isdir(path) else 'there is no such spec file'
         advice = 'Give the path of a text file with training_config { ... } and so on'
         raise FileNotFoundError(f'{path}: {what}. {advice}')
+    _check_spec_size(os.path.getsize(path), path)
     try: text = Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError:
         raise SpecError(path, [f'{path}: not a text in UTF-8, so not a spec. Give the experiment file, not a model, '
