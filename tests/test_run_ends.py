@@ -1,0 +1,318 @@
+"However a training ends, what it has trained is kept, and the next start says what it does."
+import errno
+import os
+import resource
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from small_training import StubTrainer, run_stub, small_spec, stub_loop
+
+from effdet_nb.app.command import tee_output
+from effdet_nb.core.files import atomic_write, exclusive_lock, write_json
+from effdet_nb.data.classes import ClassTable
+from effdet_nb.detector.efficientdet import Arch, arch_to_dict
+from effdet_nb.evaluate.ground_truth import open_eval_dataset
+from effdet_nb.train import checkpoints as checkpoints_module, diagnostics, fit
+from effdet_nb.train.callbacks import TensorBoardCallback, event_file_errors, format_epoch
+from effdet_nb.train.checkpoints import CheckpointCallback, list_checkpoints, load_latest_checkpoint, set_aside_run
+from effdet_nb.train.diagnostics import NanGuard
+from effdet_nb.train.experiment import InitialWeights, compare_spec_texts, resolve_experiment
+from effdet_nb.train.spec import Spec
+from effdet_nb.train.startup import finished_history, open_run
+from effdet_nb.weights.encryption import ModelFileError
+from effdet_nb.weights.model_file import save_model_file
+
+ARCH = Arch('efficientdet-tiny', (128, 128), 4)
+CLASSES = ClassTable.from_categories([{'id': i, 'name': f'class {i}'} for i in (1, 2, 3)], 4)
+
+
+@pytest.fixture
+def records(tmp_path):
+    "Record files without an image; enough for runs of stubs."
+    from effdet_nb.data.tfrecord import write_records
+    folder = tmp_path/'records'
+    folder.mkdir()
+    write_records(folder/'train-00000-of-00001', [b'record']*12)
+    return folder
+
+
+@pytest.fixture
+def spec(records):
+    spec = small_spec(records, num_epochs=3, checkpoint_period=1, lr_warmup_epoch=1)
+    return spec.replace(eval_config=dict(eval_epoch_cycle=1))
+
+
+def write_checkpoint(folder, step, key='', name=None, **meta):
+    "Writes a small file that opens as a checkpoint."
+    meta = dict(arch=arch_to_dict(ARCH), classes=CLASSES.to_dict(), kind='checkpoint', step=step, history=[]) | meta
+    weights = {'w': np.arange(20_000, dtype=np.float32)}
+    return save_model_file(folder/(name or f'model.step-{step}.tlt'), weights, meta, key)
+
+
+# --- the newest checkpoint is damaged
+
+def change(data, where, value): return data[:where]+value+data[where+len(value):]
+
+
+DAMAGES = {
+    'empty': lambda data: b'',
+    'zeros': lambda data: bytes(len(data)),
+    'truncated': lambda data: data[:len(data)//2],
+    'zeros at the start': lambda data: change(data, 0, bytes(4096)),
+    'zeros at the end': lambda data: change(data, len(data)-4096, bytes(4096)),
+    'one bit': lambda data: change(data, len(data)//2, bytes([data[len(data)//2]^1])),
+}
+
+
+@pytest.mark.parametrize('key', ['', 'Geheim'])
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_a_damaged_newest_checkpoint_is_passed_over(damage, key, tmp_path, capsys):
+    for step in (2, 4, 6): path = write_checkpoint(tmp_path, step, key)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    found, checkpoint = load_latest_checkpoint(tmp_path, key)
+    assert found.name == 'model.step-4.tlt' and checkpoint.meta['step'] == 4
+    assert 'model.step-6.tlt' in capsys.readouterr().err
+
+
+def test_if_all_are_damaged_the_best_model_continues_the_run(tmp_path):
+    write_checkpoint(tmp_path, 3, name='model.best.tlt')
+    for step in (2, 4): (tmp_path/f'model.step-{step}.tlt').write_bytes(b'')
+    assert load_latest_checkpoint(tmp_path)[1].meta['step'] == 3
+    (tmp_path/'model.best.tlt').write_bytes(b'')
+    with pytest.raises(ModelFileError, match=r'step-4\.tlt.*empty'): load_latest_checkpoint(tmp_path)
+
+
+def test_a_wrong_key_is_an_error_and_starts_no_new_run(tmp_path):
+    for step in (2, 4): write_checkpoint(tmp_path, step, 'Geheim')
+    for key in ('', 'other'):
+        with pytest.raises(ModelFileError, match=r'step-4\.tlt'): load_latest_checkpoint(tmp_path, key)
+
+
+# --- several runs in one folder
+
+def checkpoint_callback(folder, keep, monkeypatch):
+    "A callback whose checkpoints are small files."
+    def save(path, *args, **meta):
+        path.write_bytes(b'new')
+        return path
+    monkeypatch.setattr(checkpoints_module, 'save_checkpoint', save)
+    config = SimpleNamespace(keep_checkpoint_max=keep, checkpoint_period=1)
+    trainer = SimpleNamespace(step=0, config=config, plan=SimpleNamespace(config=config, last_epoch=99))
+    return CheckpointCallback(trainer, SimpleNamespace(epochs=[]), folder, CLASSES)
+
+
+@pytest.mark.parametrize('keep', [1, 2, 3])
+def test_a_run_never_deletes_the_checkpoint_that_it_has_just_written(keep, tmp_path, monkeypatch):
+    for step in (50, 60, 70): (tmp_path/f'model.step-{step}.tlt').write_bytes(b'later, and damaged')
+    callback = checkpoint_callback(tmp_path, keep, monkeypatch)
+    for step in (10, 20, 30, 40):
+        callback.trainer.step = step
+        callback.save_step()
+    own = [p.name for p in list_checkpoints(tmp_path) if p.read_bytes() == b'new']
+    assert own == [f'model.step-{step}.tlt' for step in (10, 20, 30, 40)[-keep:]]
+
+
+def test_an_earlier_run_is_moved_aside_each_time(tmp_path):
+    for n in (1, 2, 3):
+        write_checkpoint(tmp_path, 10*n)
+        write_checkpoint(tmp_path, 10*n, name='model.best.tlt')
+        (tmp_path/'history.csv').write_text(f'run {n}')
+        assert set_aside_run(tmp_path) == tmp_path/f'earlier-{n}'
+        assert not list(tmp_path.glob('*.*'))
+        assert (tmp_path/f'earlier-{n}'/'history.csv').read_text() == f'run {n}'
+    assert set_aside_run(tmp_path) is None
+
+
+@pytest.mark.parametrize('field', ['checkpoint', 'pruned_model_path'])
+@pytest.mark.parametrize('place', ['run/model.best.tlt', './run/../run/model.step-4.tlt'])
+def test_a_new_run_cannot_start_from_files_that_it_moves(field, place, spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('model.best.tlt', 'model.step-4.tlt'): write_checkpoint(tmp_path/'run', 4, name=name)
+    new = spec.replace(training_config={'resume': False, field: place})
+    with pytest.raises(ValueError, match=f'training_config.{field}.*another --model_dir'):
+        open_run(new, 'run', '', SimpleNamespace(num_replicas_in_sync=1))
+    assert len(list_checkpoints('run')) == 1
+
+
+def test_a_second_training_in_a_folder_is_refused_and_changes_nothing(spec, tmp_path):
+    spec = spec.replace(dataset_config=dict(validation_file_pattern='', validation_json_file=''))
+    with exclusive_lock(tmp_path/'run'/'.train.lock', ''):
+        with pytest.raises(ValueError, match=rf'another training runs in this folder.*process {os.getpid()}'):
+            fit.train(spec, tmp_path/'run')
+        assert [p.name for p in (tmp_path/'run').iterdir()] == ['.train.lock']
+
+
+# --- a run that is over
+
+@pytest.mark.parametrize('changes, words', [
+    ({}, 'finished already: x.tlt (step 9)\n'),
+    (dict(num_epochs=1), 'finished already: x.tlt (step 9); changed since: training_config.num_epochs 3 -> 1\n'),
+    (dict(stop_at_epoch=2), 'stop_at_epoch')])
+def test_a_finished_run_says_so_and_nothing_more(spec, changes, words, capsys):
+    rows = [dict(epoch=n) for n in (1, 2, 3)]
+    meta = dict(step=9, history=rows, spec=resolve_experiment(spec).spec_text)
+    initial = InitialWeights(SimpleNamespace(meta=meta, arch=ARCH), 'x.tlt')
+    experiment = resolve_experiment(spec.replace(training_config=changes))
+    assert finished_history(experiment, initial) == rows
+    err = capsys.readouterr().err
+    assert err.startswith('finished already') and words in err and len(err.splitlines()) == 1
+
+
+def test_a_run_that_is_not_over_is_no_finished_one(spec):
+    meta = dict(step=6, history=[{}, {}], spec=spec.to_text())
+    initial = InitialWeights(SimpleNamespace(meta=meta, arch=ARCH), 'x.tlt')
+    assert finished_history(resolve_experiment(spec), initial) is None
+    assert finished_history(resolve_experiment(spec), InitialWeights()) is None
+
+
+# --- an evaluation fails
+
+@pytest.mark.parametrize('error', [ValueError('a damaged record'), OSError(errno.EIO, 'disk'), KeyboardInterrupt()])
+def test_an_epoch_is_saved_before_its_evaluation(error, spec, tmp_path, monkeypatch):
+    callback = checkpoint_callback(tmp_path, 0, monkeypatch)
+    def make_callbacks(trainer, history):
+        callback.trainer = trainer
+        return [callback]
+    loop = stub_loop(spec, make_callbacks)
+    def evaluate():
+        if loop.trainer.step == 6: raise error
+        return {'AP': .5, 'AP50': .5}
+    loop.evaluator.evaluate = evaluate
+    with pytest.raises(type(error)): loop.run(iter(dict, None))
+    assert [p.name for p in list_checkpoints(tmp_path)] == ['model.step-3.tlt', 'model.step-6.tlt']
+    assert len(loop.history.epochs) == 1          # the second epoch is trained, but not judged
+
+
+def damaged_records(folder, how):
+    "Three drawings as records, of which the second is damaged."
+    from effdet_nb.data.convert import dataset_convert
+    from effdet_nb.data.record_index import index_tfrecord
+    from effdet_nb.detector.toy_data import make_toy_dataset
+    make_toy_dataset(folder/'shapes', num_train=1, num_val=3, image_hw=(64, 64), seed=0)
+    dataset_convert(folder/'shapes'/'val', folder/'shapes'/'val.json', folder, 'val', num_shards=1, workers=1)
+    path = next(folder.glob('val-*'))
+    data, (start, length) = bytearray(path.read_bytes()), index_tfrecord(path)[1]
+    if how == 'bit': data[start+length//2] ^= 1
+    else:
+        from effdet_nb.data.tfrecord import masked_crc
+        image = data.index({'image': b'\xff\xd8', 'png': b'\x89PNG'}[how], start)
+        data[image:image+64] = bytes(64)          # the checksum is right, the image cannot be decoded
+        data[start+length:start+length+4] = masked_crc(bytes(data[start:start+length])).to_bytes(4, 'little')
+    path.write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize('how', ['bit', 'image'])
+@pytest.mark.parametrize('with_json', [True, False])
+def test_skip_corrupt_leaves_out_damaged_validation_records(how, with_json, tmp_path, capsys, recwarn):
+    folder = damaged_records(tmp_path, how)
+    path = folder/'shapes'/'val.json' if with_json else None
+    samples = open_eval_dataset(f'{folder}/val-*', path, skip_corrupt=True)
+    assert [len(list(samples)) for _ in range(2)] == [2, 2]
+    assert capsys.readouterr().err.count('skip_corrupt: ') == 1         # said once, not at every evaluation
+    if how == 'bit':
+        with pytest.raises(ValueError, match='checksum'): list(open_eval_dataset(f'{folder}/val-*', path))
+
+
+# --- what is reported
+
+@pytest.mark.parametrize('per_loop', [3, 5, 100])
+def test_the_speed_of_an_epoch_in_one_call_is_unknown_first_and_measured_later(per_loop, spec):
+    rows = run_stub(spec.replace(training_config=dict(iterations_per_loop=per_loop))).history.epochs
+    assert [row['images_per_second'] is None for row in rows] == [True, False, False]
+    lines = [format_epoch(row, 3) for row in rows]
+    assert 'images/s' not in lines[0] and all('images/s' in line and ' 0.0 images/s' not in line for line in lines[1:])
+
+
+def nan_guard(spec, folder, step, monkeypatch):
+    monkeypatch.setattr(diagnostics, 'batch_of_step', lambda trainer, data, step: ({'step': step}, [7]))
+    trainer = StubTrainer(resolve_experiment(spec).training)
+    trainer.step = step
+    return NanGuard(trainer, None, folder)
+
+
+@pytest.mark.parametrize('step, bad, number', [(1, 0, 1), (7, 0, 5), (7, 2, 7), (300, 1, 299)])
+def test_a_nan_is_reported_with_the_number_of_its_step(step, bad, number, spec, tmp_path, monkeypatch):
+    "As the progress lines count, also after a resume at step 4 or 297."
+    guard, rows = nan_guard(spec, tmp_path, step, monkeypatch), np.ones((min(step, 3), 6))
+    rows[bad, 0] = np.nan
+    with pytest.raises(ValueError, match=rf'^step {number}: .*bad_batch\.step-{number}\.npz') as e: guard.on_metrics(rows)
+    assert 'intact' not in str(e.value)           # there is no checkpoint
+    write_checkpoint(tmp_path, 4)
+    with pytest.raises(ValueError, match=r'; model\.step-4\.tlt is intact$'): guard.on_metrics(rows)
+
+
+@pytest.mark.parametrize('section, field, old, new', [
+    ('dataset_config', 'num_channels', 3, 1), ('model_config', 'freeze_blocks', '', '[0, 1]'),
+    ('model_config', 'freeze_blocks', '[0]', '[0, 1]'), ('model_config', 'freeze_bn', False, True)])
+def test_fields_that_a_run_cannot_change_are_named(section, field, old, new):
+    specs = [Spec().replace(**{section: {field: value}}).to_text() for value in (old, new)]
+    with pytest.raises(ValueError, match=f'{section}.{field} was .* and is .*start another --model_dir'):
+        compare_spec_texts(*specs, {}, {}, 'x.tlt')
+
+
+@pytest.mark.parametrize('section, field, old, new', [
+    ('dataset_config', 'image_size', '128,256', '(128, 256)'), ('model_config', 'freeze_blocks', '[0,1]', '[0, 1]'),
+    ('model_config', 'aspect_ratios', '[(1.0, 1.0), (1.4, 0.7)]', '[(1,1),(1.4,.7)]')])
+def test_another_spelling_of_a_value_is_no_change(section, field, old, new):
+    specs = [Spec().replace(**{section: {field: value}}).to_text() for value in (old, new)]
+    assert compare_spec_texts(*specs, {}, {}, 'x.tlt') == ''
+
+
+# --- disks that are full or read-only
+
+@pytest.fixture
+def full_disk():
+    "No file may become larger than 2 kB."
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize('write', [
+    lambda path: write_json(path, ['text']*1000), lambda path: save_model_file(path, {'w': np.ones(9999)}, {}),
+    lambda path: save_model_file(path, {'w': np.ones(9999)}, {}, 'Geheim')], ids=['JSON', 'model', 'encrypted'])
+def test_a_full_disk_is_named_with_the_file(write, tmp_path, full_disk):
+    with pytest.raises(OSError, match=rf'^{tmp_path}/out: cannot be written \(File too large\)\. Free some space'):
+        write(tmp_path/'out')
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_of_another_file_keeps_its_message(tmp_path):
+    with pytest.raises(FileNotFoundError, match='No such file'), atomic_write(tmp_path/'out'): open(tmp_path/'missing')
+
+
+@pytest.mark.parametrize('error', [tf.errors.ResourceExhaustedError, tf.errors.UnknownError,
+                                   tf.errors.FailedPreconditionError])
+def test_a_full_disk_under_the_event_files_is_not_a_full_memory(error, tmp_path, monkeypatch):
+    with pytest.raises(OSError, match='TensorBoard cannot be written .No space left'), event_file_errors('log'):
+        raise error(None, None, 'No space left on device\nand more')
+    board = TensorBoardCallback(tmp_path)
+    def fail(*args, **kwargs): raise error(None, None, 'No space left on device')
+    monkeypatch.setattr(tf.summary, 'scalar', fail)
+    monkeypatch.setattr(tf.summary, 'image', fail)
+    image = np.zeros((2, 2, 3), np.uint8)
+    for write in (lambda: board.write_scalars('a', {'b': 1}, 1), lambda: board.write_image('a', image, 1)):
+        with pytest.raises(OSError, match='TensorBoard cannot be written'): write()
+
+
+def test_a_full_disk_ends_the_log_and_not_the_command(tmp_path, capsys, full_disk):
+    with tee_output(tmp_path/'log.txt'):
+        for n in range(300): print(f'a line of the command, number {n}')
+    out, err = capsys.readouterr()
+    assert out.count('\n') == 300 and err.count('no more lines are written (File too large)') == 1
+    assert (tmp_path/'log.txt').stat().st_size <= 2000
+
+
+@pytest.mark.parametrize('path', ['out', 'new/out', 'new/deep/out'])
+def test_a_read_only_folder_is_named_before_the_work(path, tmp_path, monkeypatch):
+    from effdet_nb.export.export import check_export_options
+    monkeypatch.setattr(os, 'access', lambda *args: False)
+    with pytest.raises(PermissionError, match=f'{tmp_path} is read-only'):
+        check_export_options(tmp_path/f'{path}.onnx', 17, None)
+    assert os.listdir(tmp_path) == []
