@@ -10,7 +10,7 @@ from effdet_nb.detector.bifpn import Upsample
 from effdet_nb.detector.nms import NmsOptions, postprocess
 from effdet_nb.export.onnx_graph import (
     add_initializer, anchors_from_metadata, fold_batch_norms, get_batch_dim, get_metadata, graph_initializers,
-    remove_noop_reshapes, replace_nodes, resize_to_gather, set_metadata)
+    name_by_position, remove_noop_reshapes, replace_nodes, resize_to_gather, set_metadata)
 from effdet_nb.export.onnx_nms import (
     NMS_BUILDERS, add_nms, add_onnx_nms, add_trt_nms, anchors_to_center_size, efficient_nms_reference, strip_nms)
 from effdet_nb.export.runtimes import OnnxDetector
@@ -234,3 +234,24 @@ def test_resizing_copies_what_the_bifpn_copies(n, size):
     proto = resize_to_gather(proto)
     assert ('Gather' in {node.op_type for node in proto.graph.node}) == (size % n > 0)
     np.testing.assert_array_equal(run_onnxruntime(proto, x)['y'], expected)
+
+
+@pytest.mark.parametrize('seed', [1, 2, 3])
+def test_names_and_order_of_constants_do_not_depend_on_counters(seed):
+    "Other numbers in the names, another order of the constants, another trace: the same bytes and the same outputs."
+    raw, rng = toy_onnx_model(), np.random.default_rng(seed)
+    other = type(raw).FromString(raw.SerializeToString())
+    numbers = {t.name: f'{t.name}__{rng.integers(999)}' for t in other.graph.initializer}
+    for tensor in other.graph.initializer: tensor.name = numbers[tensor.name]
+    for node in other.graph.node:
+        node.name = f'{node.name or node.op_type}__{rng.integers(999)}'
+        node.input[:] = [numbers.get(name, name) for name in node.input]
+    tensors = [type(t).FromString(t.SerializeToString()) for t in other.graph.initializer]
+    del other.graph.initializer[:]
+    other.graph.initializer.extend(tensors[i] for i in rng.permutation(len(tensors)))
+    other.graph.doc_string = f'trace {seed}'
+    images, outputs = noise_images(), run_onnxruntime(raw, noise_images())
+    a, b = name_by_position(raw), name_by_position(other)
+    assert a.SerializeToString() == b.SerializeToString()
+    onnx.checker.check_model(a, full_check=True)
+    for name, values in run_onnxruntime(a, images).items(): np.testing.assert_array_equal(values, outputs[name])

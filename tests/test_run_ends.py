@@ -239,7 +239,8 @@ def test_a_nan_is_reported_with_the_number_of_its_step(step, bad, number, spec, 
     "As the progress lines count, also after a resume at step 4 or 297."
     guard, rows = nan_guard(spec, tmp_path, step, monkeypatch), np.ones((min(step, 3), 6))
     rows[bad, 0] = np.nan
-    with pytest.raises(ValueError, match=rf'^step {number}: .*bad_batch\.step-{number}\.npz') as e: guard.on_metrics(rows)
+    words = rf'^step {number}: .*bad_batch\.step-{number}\.npz'
+    with pytest.raises(ValueError, match=words) as e: guard.on_metrics(rows)
     assert 'intact' not in str(e.value)           # there is no checkpoint
     write_checkpoint(tmp_path, 4)
     with pytest.raises(ValueError, match=r'; model\.step-4\.tlt is intact$'): guard.on_metrics(rows)

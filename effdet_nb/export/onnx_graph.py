@@ -7,11 +7,11 @@ __all__ = ['DUMMY_BATCH', 'METADATA_KEY', 'IMAGE_PREPARATION', 'GRAPH_PASSES', '
            'add_initializer', 'replace_nodes', 'copy_proto', 'infer_tensor_shapes', 'resize_nodes', 'resize_to_gather',
            'remove_noop_reshapes', 'folded_conv', 'fold_batch_norms', 'count_readers', 'fold_normalization',
            'folded_scale', 'follow_chain', 'matmul_nodes', 'head_conv_to_matmul', 'set_batch_dim', 'run_onnx',
-           'set_metadata', 'get_metadata', 'build_metadata', 'anchors_from_metadata', 'get_batch_dim', 'model_to_onnx',
-           'convert_to_onnx']
+           'set_metadata', 'get_metadata', 'build_metadata', 'anchors_from_metadata', 'get_batch_dim',
+           'name_by_position', 'model_to_onnx', 'convert_to_onnx']
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #aa0236f1
-import json
+import json, re
 from collections import Counter
 import numpy as np
 from .. import __version__
@@ -339,8 +339,41 @@ def get_batch_dim(
     dim = proto.graph.input[0].type.tensor_type.shape.dim[0]
     return dim.dim_param or dim.dim_value
 
+# %% ../../nbs/export/02_onnx_graph.ipynb #6b535efd
+def name_by_position(
+    proto, # onnx.ModelProto, changed in place
+):         # the same proto
+    "Renames operators, tensors and constants by their position, and sorts the constants by first use."
+    graph, counts = proto.graph, Counter()
+    graph.doc_string = ''                                       # contains a counter of TensorFlow
+    names = {tensor.name: tensor.name for tensor in (*graph.input, *graph.output)}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+
+    def unique_name(text):
+        text = re.sub(r'__\d+', '', text)                       # a counter of tf2onnx
+        counts[text] += 1
+        return text if counts[text]==1 else f'{text}_{counts[text]}'
+
+    for node in graph.node:
+        node.name = unique_name(_without_model_name(node.name) or node.op_type)
+        for i,name in enumerate(node.input):
+            if name in constants and name not in names: names[name] = unique_name(f'{node.name}/constant_{i}')
+        for name in node.output: names.setdefault(name, unique_name(_without_model_name(name)))
+        for tensors in (node.input, node.output): tensors[:] = [names.get(name, name) for name in tensors]
+    used = [constants[name] for name in names if name in constants]
+    for tensor in used: tensor.name = names[tensor.name]
+    sorted_constants = [copy_proto(tensor) for tensor in used]
+    del graph.initializer[:], graph.value_info[:]
+    graph.initializer.extend(sorted_constants)
+    return proto
+
+def _without_model_name(name):
+    "Removes the name of the model, with the number that Keras adds to it, from the name of an operator."
+    return re.sub(r'^efficientdet-[^/]*/', '', name)
+
 # %% ../../nbs/export/02_onnx_graph.ipynb #bad4ce6c
-GRAPH_PASSES = resize_to_gather, remove_noop_reshapes, fold_batch_norms, fold_normalization, head_conv_to_matmul
+GRAPH_PASSES = (resize_to_gather, remove_noop_reshapes, fold_batch_norms, fold_normalization, head_conv_to_matmul,
+                name_by_position)
 
 def model_to_onnx(
     model_file,          # a `ModelFile`, pruned or not
