@@ -135,8 +135,8 @@ def unknown_format_error(
         return DamagedFileError(f'{path}: {content}, as after a power failure or on a full disk. '
                                 'Copy the file again from its source')
     return ModelFileError(f'{path}: {describe_foreign_file(data)}. Only model files written by effdet_nb can '
-                          'be opened. Files that NVIDIA TAO encrypted cannot be converted: train again with the same '
-                          'data and spec, and remove a checkpoint line that names such a file')
+                          'be opened. A file that NVIDIA TAO encrypted can be read only inside its container: train '
+                          'again with the same data and spec, and remove a checkpoint line that names such a file')
 
 # %% ../../nbs/weights/02_container.ipynb #dfc696ba
 def require_file(
