@@ -129,7 +129,7 @@ def __repr__(self:ConversionResult):
             ('boxes', self.num_boxes)]
     rows += [(f'  {name}', count) for name,count in _category_rows(self.boxes_by_name)]
     lines = [f'{self.tag}: {len(self.files)} shards', *(f'  {name:<44}{count:>9,}' for name,count in rows)]
-    return '\n'.join([*lines, *_issue_lines(self.report), f'  all ids and cures: {self.report_file.name}'])
+    return '\n'.join([*lines, *_issue_lines(self.report), f'  all ids and fixes: {self.report_file.name}'])
 
 # %% ../../nbs/data/11_convert.ipynb #a704b3f0
 def tao_warnings(
