@@ -1,13 +1,21 @@
 "Files made to mislead or exhaust a reader: each is refused in one sentence, quickly, before anything is built from it."
 
-import json, struct, time, warnings, zipfile
+import json, shlex, struct, time, warnings, zipfile
+from configparser import ConfigParser
 from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
 from zlib import crc32
 
 import h5py, numpy as np, pytest
+from hypothesis import given, strategies as st
+from packaging.requirements import Requirement
 from test_encryption import KEY, cheap_scrypt, refused  # noqa: F401
 from test_model_file import npy, repacked
 
+from effdet_nb.app.command import command, format_error
+from effdet_nb.app.options import Option, parse_options
+from effdet_nb.core.files import mask_secrets, to_jsonable
 from effdet_nb.data.check import check_records
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.pipeline import DataConfig, read_training_example
@@ -18,7 +26,7 @@ from effdet_nb.export.runtimes import load_onnx_bytes
 from effdet_nb.train.spec import MAX_SPEC_SIZE, Spec, SpecError
 from effdet_nb.train.startup import read_initial_weights
 from effdet_nb.weights.encryption import (DamagedFileError, HEADER_STRUCT, ModelFileError, WrongKeyError, decrypt,
-                                          encrypt, make_encryption_header)
+                                          encrypt, make_encryption_header, resolve_key)
 from effdet_nb.weights.import_weights import import_weights
 from effdet_nb.weights.model_file import load_model_file, read_meta, save_etlt, save_model_file
 from effdet_nb.weights import pretrained
@@ -91,6 +99,63 @@ def test_a_key_refuses_foreign_weights_that_are_named_like_a_model_file(tmp_path
     (tmp_path/'theirs.h5').write_bytes((tmp_path/'theirs.tlt').read_bytes())
     assert 'not encrypted' in refused(lambda: read_weights(tmp_path/'theirs.tlt', KEY), WrongKeyError)
     assert read_weights(tmp_path/'theirs.tlt').arrays and read_weights(tmp_path/'theirs.h5', KEY).arrays
+
+
+# --- where keys come from, and where they do not go
+
+@pytest.fixture
+def no_key(monkeypatch):
+    for name in ('EFFDET_KEY', 'EFFDET_KEY_FILE'): monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.mark.parametrize('text, key', [(b'tlt_encode\n', 'tlt_encode'), (b'two words\r\nmore', 'two words'),
+                                       ('gr\u00fcn'.encode(), 'gr\u00fcn'), (b'\xff\xfe', '\udcff\udcfe')])
+def test_a_key_can_be_in_a_file(tmp_path, no_key, text, key):
+    (tmp_path/'key').write_bytes(text)
+    no_key.setenv('EFFDET_KEY_FILE', str(tmp_path/'key'))
+    assert resolve_key() == key and resolve_key('typed') == 'typed'
+    assert decrypt(encrypt(b'model', key), resolve_key()) == b'model'
+    no_key.setenv('EFFDET_KEY', 'from the variable')
+    assert resolve_key() == 'from the variable'
+
+
+def test_an_unusable_key_is_refused(tmp_path, no_key):
+    for key in (' ', '\t \n', '\u00a0'):
+        with pytest.raises(ValueError, match='blanks only'): resolve_key(key)
+    with pytest.raises(ValueError, match='not a character'): resolve_key('a\ud800')
+    (tmp_path/'empty').write_text('\nkey')
+    for name, words in (('empty', 'first line is empty'), ('none', 'no such file'), ('.', 'no such file')):
+        no_key.setenv('EFFDET_KEY_FILE', str(tmp_path/name))
+        with pytest.raises((ValueError, OSError), match=words): resolve_key()
+
+
+@given(st.text(max_size=8), st.text(st.characters(exclude_categories=['Cs']), max_size=60))
+def test_masked_messages_stay_readable(secret, text):
+    masked = mask_secrets(text, [secret])
+    if len(secret) > 5 and not secret.isspace(): assert '*' in secret or secret not in masked
+    if not secret.strip() or secret not in text: assert masked == text
+
+
+@pytest.mark.parametrize('key, message, shown', [
+    (' ', 'x.tlt: no such file', 'x.tlt: no such file'), ('t', 'the key t, not it', 'the key ***, not it'),
+    ('nvidia_tlt', 'a/nvidia_tlt/b', 'a/***/b'), ('tlt', 'model.tltx tlt', 'model.tltx ***')])
+def test_errors_hide_the_key_and_nothing_else(key, message, shown):
+    assert format_error('effdet_train', ValueError(message), key) == f'effdet_train: error: {shown}'
+    assert to_jsonable([message], [key]) == [shown]
+
+
+def test_a_key_on_the_command_line_is_noted_once(no_key, capsys, monkeypatch):
+    monkeypatch.setattr('sys.argv', ['effdet_probe'])
+
+    @command
+    def effdet_probe(key: Option('Key', '-k') = None): return repr(key)
+
+    for argv, num_notes, shown in ((['-k', 'word'], 1, "'word'"), ([], 0, "''")):
+        monkeypatch.setattr('sys.argv', ['effdet_probe', *argv])
+        effdet_probe(**parse_options(effdet_probe, argv, 'effdet_probe'))
+        out, err = capsys.readouterr()
+        assert out.strip() == shown and err.count('EFFDET_KEY_FILE') == num_notes and 'word' not in err
 
 
 # --- the header of an encrypted file
@@ -438,3 +503,17 @@ def test_a_damaged_record_is_skipped_or_named(tmp_path):
 def test_a_spec_without_records_is_a_problem():
     check = check_records(DataConfig())
     assert len(check.errors) == 1 and 'names no records' in str(check)
+
+
+# --- what is installed
+
+def test_requirements_have_upper_bounds_and_admit_what_is_installed():
+    config = ConfigParser(delimiters=['='])
+    config.read(Path(__file__).parents[1]/'settings.ini', encoding='utf-8')
+    requirements = [Requirement(text) for text in shlex.split(config['DEFAULT']['requirements'])]
+    for r in requirements:
+        assert any(s.operator in ('<', '==') for s in r.specifier), f'{r} has no upper bound'
+        assert r.specifier.contains(version(r.name)), f'{r}: {version(r.name)} is installed'
+    bounds = {r.name: r.specifier for r in requirements}
+    vulnerable = ('pillow', '12.2.0'), ('pillow', '11.2.1'), ('cryptography', '46.0.4'), ('protobuf', '6.33.4')
+    for name, old in vulnerable: assert not bounds[name].contains(old)

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from fastcore.script import call_parse
 from .options import parse_options
+from ..core.files import mask_secrets
 from ..core.signals import StopSignal, StopSignalHandler
 
 # %% ../../nbs/app/10_command.ipynb #2f2ae66c
@@ -43,9 +44,7 @@ def format_error(
         summary,details = f'{type(error).__name__}: {summary}. Run with --verbose to see where it arose', []
     suffix = ' (listed above)' if details else ''
     text = '\n'.join([*details, f'{prog}: error: {summary}{suffix}'])
-    return _hide_key(text, key)
-
-def _hide_key(text, key): return text.replace(key, '***') if key else text
+    return mask_secrets(text, [key])
 
 # %% ../../nbs/app/10_command.ipynb #879a5285
 class Tee:
@@ -187,7 +186,14 @@ def _set_up(options):
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '1' if verbose else '3')
     devices = cuda_visible_devices(gpu_index, os.environ.get('CUDA_VISIBLE_DEVICES'))
     if devices is not None: os.environ['CUDA_VISIBLE_DEVICES'] = devices
+    if options.get('key'): _log_key_note()
     if 'key' in options: options['key'] = resolve_key(options['key'])
+
+def _log_key_note():
+    "Logs that other users can read a key on the command line, and where to put it instead."
+    from effdet_nb.core.console import log_message
+    log_message('note: while this command runs, other users of this machine can read the key in the list of '
+                'processes. The variable EFFDET_KEY, or a file that EFFDET_KEY_FILE names, keeps it private')
 
 def _log_warning(message, *args, **kwargs):
     "Prints a warning as one line, without the line of code it came from."
@@ -229,7 +235,7 @@ def _report_error(f, error, options):
     "Prints the traceback if `--verbose` is set, then the error message; returns 1."
     import traceback
     key = options.get('key') or ''
-    if options.get('verbose'): _print_error(_hide_key(traceback.format_exc(), key))
+    if options.get('verbose'): _print_error(mask_secrets(traceback.format_exc(), [key]))
     _print_error(format_error(_command_name(f), error, key))
     return 1
 

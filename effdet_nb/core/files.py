@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DISK_ERRORS', 'WRITE_MODES', 'MAX_FILE_SIZE', 'check_output_path', 'remove_stale_parts', 'readable_disk_errors',
-           'atomic_write', 'exclusive_lock', 'read_file', 'match_files', 'to_jsonable', 'write_json']
+           'atomic_write', 'exclusive_lock', 'read_file', 'match_files', 'mask_secrets', 'to_jsonable', 'write_json']
 
 # %% ../../nbs/core/01_files.ipynb #c8b9277a
 import errno, glob, json, math, os, re, stat, uuid
@@ -204,6 +204,18 @@ def match_files(
         if found := glob.glob(candidate, recursive=recursive): return sorted(found)
     return []
 
+# %% ../../nbs/core/01_files.ipynb #b3176d59
+def mask_secrets(
+    text:str, # a message
+    secrets,  # strings that must not appear in it, such as keys; blank ones are skipped
+)->str:       # the message with *** in their place
+    "Replaces secrets by asterisks; those of fewer than six characters only where they stand alone as a word."
+    for secret in secrets:
+        if not secret or secret.isspace(): continue
+        pattern = re.escape(secret)
+        text = re.sub(pattern if len(secret) > 5 else rf'(?<!\w){pattern}(?!\w)', '***', text)
+    return text
+
 # %% ../../nbs/core/01_files.ipynb #b3176d5a
 def to_jsonable(
     x,          # any value: nested dicts and lists, NumPy values, paths, times
@@ -215,12 +227,7 @@ def to_jsonable(
     if isinstance(x, float): return float(x) if math.isfinite(x) else None
     if x is None or isinstance(x, (bool,int)): return x
     if hasattr(x, 'tolist'): return to_jsonable(x.tolist(), secrets)   # NumPy arrays and numbers
-    return _mask(str(x), secrets)
-
-def _mask(text, secrets):
-    "Replaces secrets in a string with asterisks."
-    for secret in filter(None, secrets): text = text.replace(secret, '***')
-    return text
+    return mask_secrets(str(x), secrets)
 
 # %% ../../nbs/core/01_files.ipynb #d6989555
 def write_json(
