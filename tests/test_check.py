@@ -213,3 +213,14 @@ def test_real_data_has_no_problems_and_a_page(shared_dir, tmp_path, name, classe
     assert not check.errors, problem_text(check)
     page = (tmp_path/'page.html').read_text()
     assert page.count('<image') == 24+6 and 'src="http' not in page and len(page) < 3_000_000
+
+
+@pytest.mark.parametrize('names, tags', [
+    (['train-00000-of-00002', 'train-00001-of-00002'], None),
+    (['train-00000-of-00001', 'train-valid-00000-of-00001'], 'train (1), train-valid (1)'),
+    (['a-00000-of-00001.tfrecord', 'a2-00000-of-00002.tfrecord', 'a2-00001-of-00002.tfrecord'], 'a (1), a2 (2)'),
+    (['plain.tfrecord'], None)])
+def test_a_pattern_that_matches_several_conversions_gets_a_note(names, tags):
+    from effdet_nb.data.check import _check_tags
+    notes = [str(note) for note in _check_tags([f'/x/{name}' for name in names], 'a*', 'training')]
+    assert [tags in note for note in notes]==[True]*len(notes) and len(notes)==(tags is not None)

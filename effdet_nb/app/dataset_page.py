@@ -37,7 +37,7 @@ def split_charts(
     ]
 
 def _count_categories(check, split):
-    "The number of boxes of each category, by name."
+    "Returns the number of boxes of each category, by name."
     counts = Counter(check.scans[split].labels.tolist())
     return Counter({check.category_names.get(k, str(k)): n for k,n in counts.items()})
 
@@ -62,12 +62,12 @@ def split_section(
     split:str,         # 'training' or 'validation'
     num_images:int=12, # images to show
 )->list:               # fragments
-    "Describes the records of one split."
+    "Returns the section of a page about the records of one split."
     cards = metric_cards(_split_numbers(check, split))
     return [cards, figure_row(*split_charts(check, split)), figure_row(*sample_figures(check, split, num_images))]
 
 def _split_numbers(check, split):
-    "The numbers at the top of a section."
+    "Returns the numbers at the top of a section."
     scan = check.scans[split]
     sides = np.sqrt(scan.scaled_box_sizes(check.image_hw).prod(1))
     return {'images': scan.num_records, 'boxes': len(scan.labels), 'categories': len(_count_categories(check, split)),
@@ -81,7 +81,7 @@ def write_dataset_page(
     check:DataCheck,
     num_images:int=12, # images to show of each split
 )->Path:               # the file
-    "Writes the problems a check found, and what the data looks like, as one page."
+    "Writes a page with the problems of a check, and with charts and images of the data."
     problems = [dict(kind='problem' if p.is_error else 'note', where=p.source, what=p.message) for p in check.problems]
     sections = {'Problems': [html_table(problems) if problems else 'None was found.']}
     for split in check.scans: sections[f'{split.capitalize()} records'] = split_section(check, split, num_images)

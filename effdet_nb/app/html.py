@@ -35,7 +35,7 @@ def html_tag(
     *content,     # fragments, or text to be escaped; None is left out
     **attributes, # such as `id='x'`; write `class_` for class and `_` for a hyphen
 )->Html:
-    "Makes an HTML element around its content."
+    "Returns an HTML element with its content."
     attrs = ''
     for key,value in attributes.items():
         if value is None: continue
@@ -55,7 +55,7 @@ def format_cell(
     return Html('–') if value is None else escape_html(value)
 
 def _format_float(value):
-    "Keeps about three digits, and shows what is not finite as a dash."
+    "Formats a number with about three digits; infinity and NaN become a dash."
     if not math.isfinite(value): return '–'
     if abs(value)>=1000: return f'{value:,.0f}'
     return f'{value:.1f}' if abs(value)>=10 else f'{value:.3f}'
@@ -77,7 +77,7 @@ def html_table(
     title:str=None,      # a line above it
     sortable:bool=False, # a click on a heading sorts by it, on a page with `TABLE_SORT_JS`
 )->Html:
-    "Makes a table of plain data."
+    "Returns an HTML table of rows of values."
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = html_tag('tr', *[_heading_cell(rows, column) for column in columns])
     body = [html_tag('tr', *[_body_cell(row.get(column)) for column in columns]) for row in rows]
@@ -86,7 +86,7 @@ def html_table(
     return html_tag('div', html_tag('table', *sections, class_='sortable' if sortable else None), class_='scroll')
 
 def _heading_cell(rows, column):
-    "A heading is right-aligned if all cells below it are."
+    "Returns a heading cell, aligned like the cells below it."
     is_numeric = rows and all(_is_numeric(row.get(column)) for row in rows)
     return html_tag('th', column, scope='col', class_='n' if is_numeric else None)
 
@@ -98,7 +98,7 @@ def _is_numeric(value): return value is None or isinstance(value, (int, float, n
 def metric_cards(
     numbers:dict, # caption -> value
 )->Html:
-    "Makes a row of large numbers with small captions."
+    "Returns a row of large numbers with small captions."
     cards = [html_tag('div', html_tag('dt', k), html_tag('dd', format_cell(v))) for k,v in numbers.items()]
     return html_tag('dl', *cards, class_='numbers')
 
@@ -115,7 +115,7 @@ def chart_figure(
     vector:bool=True,   # SVG; False is PNG, for charts of thousands of points
     math_text:bool=False, # whether `$x$` is mathematics, as in the tick labels of logarithmic axes
 )->Html:
-    "Makes a figure of a page from what matplotlib draws."
+    "Returns a matplotlib chart as a figure of a page."
     chart = _render_chart(draw, figsize, 'svg' if vector else 'png', math_text)
     width,height = (round(72*side) for side in figsize)
     image = html_tag('image', href=_encode_uri(chart, 'svg+xml' if vector else 'png'), width=width, height=height)
@@ -147,19 +147,19 @@ def heatmap_table(
     columns:list, # names of the columns
     title:str,    # a line above: what to notice
 )->Html:
-    "Makes a table of counts, each coloured by its share of the row."
+    "Returns a table of counts, each coloured by its share of the row."
     head = html_tag('tr', html_tag('td'), *[html_tag('th', c, scope='col', class_='n') for c in columns])
     body = [_heatmap_row(name, row) for name,row in zip(rows, counts)]
     sections = html_tag('caption', title), html_tag('thead', head), html_tag('tbody', *body)
     return html_tag('div', html_tag('table', *sections, class_='square'), class_='scroll')
 
 def _heatmap_row(name, counts):
-    "One row of a heat map; zeros are left empty."
+    "Returns one row of a heat map; cells with zero are empty."
     cells = [_heatmap_cell(int(n), sum(counts)) if n else html_tag('td', class_='n') for n in counts]
     return html_tag('tr', html_tag('th', name, scope='row'), *cells)
 
 def _heatmap_cell(count, row_total):
-    "A count over a background of up to 70 % colour."
+    "Returns a cell with a count, coloured up to 70 % by its share."
     background = f'color-mix(in srgb, {HEATMAP_COLOR} {round(70*count/row_total)}%, transparent)'
     return html_tag('td', format_cell(count), class_='n', style=f'background: {background}')
 
@@ -173,7 +173,7 @@ def data_uri(
     return _encode_uri(png, 'png') if len(png)<=len(jpeg) else _encode_uri(jpeg, 'jpeg')
 
 def _encode_image(image, file_format, **options):
-    "The bytes of an image file."
+    "Returns an image as the bytes of a file."
     out = io.BytesIO()
     Image.fromarray(np.asarray(image, np.uint8)).save(out, file_format, **options)
     return out.getvalue()
@@ -194,7 +194,7 @@ def thumbnail(
 
 # %% ../../nbs/app/03_html.ipynb #1749b9ef
 def _svg_box(box, color, caption, font_size):
-    "One box with its caption, as SVG."
+    "Returns one box with its caption as SVG."
     y1,x1,y2,x2 = box
     outline = dict(fill='none', stroke=color, stroke_width=f'{font_size/8:.2f}')
     size = dict(width=f'{max(x2-x1, 0):.1f}', height=f'{max(y2-y1, 0):.1f}')
@@ -214,7 +214,7 @@ def boxes_figure(
     names=None,   # label -> name: a list or a dict
     title:str='', # a line below
 )->Html:
-    "Makes a figure of an image with boxes over it."
+    "Returns a figure with boxes drawn over an image."
     height,width = np.shape(image)[:2]
     pixels = html_tag('image', href=data_uri(image), width=width, height=height)
     outlines = _outline_boxes(as_boxes(boxes), labels, scores, names, max(height, width)/15)
@@ -223,7 +223,7 @@ def boxes_figure(
     return html_tag('figure', html_tag('svg', pixels, *outlines, **view), figcaption, class_='picture')
 
 def _outline_boxes(boxes, labels, scores, names, font_size):
-    "All boxes with their captions, as SVG."
+    "Returns all boxes with their captions as SVG."
     if labels is None: labels = [None]*len(boxes)
     if scores is None: scores = [None]*len(boxes)
     outlines = []
@@ -236,14 +236,14 @@ def _outline_boxes(boxes, labels, scores, names, font_size):
 def figure_pairs(
     pairs:list, # (left, right) fragments
 )->Html:
-    "Makes a grid of pairs, as many in a row as there is room."
+    "Returns a grid of pairs of figures; the width of the window determines how many are in a row."
     return html_tag('div', *[html_tag('div', *pair, class_='pair') for pair in pairs], class_='grid')
 
 # %% ../../nbs/app/03_html.ipynb #a7b54773
 def figure_row(
     *fragments, # such as figures
 )->Html:
-    "Makes a row of fragments that wraps at the edge of the screen."
+    "Returns a row of fragments that wraps at the edge of the screen."
     return html_tag('div', *fragments, class_='row')
 
 # %% ../../nbs/app/03_html.ipynb #0d39adbb
@@ -251,7 +251,7 @@ def file_table(
     paths:dict, # what it is -> path of a file or folder
     root=None,  # folder that paths are shown relative to
 )->Html:
-    "Makes a table of files with their sizes."
+    "Returns a table of files with their sizes."
     rows = []
     for what,path in paths.items():
         path = Path(path)
@@ -260,7 +260,7 @@ def file_table(
     return html_table(rows)
 
 def _size_on_disk(path):
-    "The size of a file, or the number of files in a folder."
+    "Returns the size of a file, or the number of files in a folder."
     if path.is_file(): return format_file_size(path.stat().st_size)
     return f'files: {sum(p.is_file() for p in path.rglob("*")):,}'
 
@@ -268,7 +268,7 @@ def _size_on_disk(path):
 def command_list(
     commands:list, # (what it does, the command) pairs
 )->Html:
-    "Makes a numbered list of shell commands."
+    "Returns a numbered list of shell commands."
     items = [html_tag('li', what, html_tag('pre', html_tag('code', command))) for what,command in commands]
     return html_tag('ol', *items, class_='commands')
 
@@ -351,7 +351,7 @@ def html_page(
     subtitle:str='', # a sentence below the title
     script:str='',   # the only one that may run, such as `TABLE_SORT_JS`
 )->str:              # a complete HTML document
-    "Makes a whole page of fragments under headings."
+    "Returns a complete page of fragments under headings."
     links = [html_tag('a', heading, href=f'#part-{i}') for i,heading in enumerate(sections, 1)]
     parts = [_page_section(i, heading, content) for i,(heading,content) in enumerate(sections.items(), 1)]
     lead = html_tag('p', subtitle, class_='lead') if subtitle else None
@@ -361,12 +361,12 @@ def html_page(
     return '\n'.join(['<!doctype html>', '<html lang="en">', *head, body, '</html>', ''])
 
 def _page_section(number, heading, content):
-    "A heading and its fragments, with an anchor for the links at the top."
+    "Returns a heading and its fragments, with an anchor for the links at the top."
     blocks = [block if isinstance(block, Html) else html_tag('p', block) for block in content]
     return html_tag('section', html_tag('h2', heading), *blocks, id=f'part-{number}')
 
 def _page_head(title, script):
-    "Metadata, the policy and the style, one element a line."
+    "Returns metadata, security policy and style of a page, one element per line."
     policy = CONTENT_SECURITY_POLICY
     if script:
         digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -383,7 +383,7 @@ def write_html_page(
     subtitle:str='', # a sentence below the title
     script:str='',   # the only one that may run, such as `TABLE_SORT_JS`
 )->Path:             # the file
-    "Writes a page that needs no other file."
+    "Writes a page as one file that loads nothing else."
     text = html_page(title, sections, subtitle, script)
     with atomic_write(path, 'w') as f: f.write(text)
     return Path(path)

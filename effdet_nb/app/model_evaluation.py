@@ -51,7 +51,7 @@ def describe_nms(
 def model_display_names(
     paths:list, # of model files
 )->list:        # a name for each
-    "Finds the shortest endings of paths that are all different."
+    "Returns the shortest endings of paths that are all different."
     absolute = [os.path.abspath(path) for path in paths]
     duplicates = [path for path,full in zip(paths, absolute) if absolute.count(full)>1]
     if duplicates: raise ValueError(f'{duplicates[0]}: named twice; give each model once')
@@ -63,7 +63,7 @@ def model_display_names(
 # %% ../../nbs/app/05_model_evaluation.ipynb #a82bddf2
 @dataclass
 class ModelEvaluation:
-    "The metrics of one model, their analysis, and facts about its file."
+    "The metrics of one model, their analysis, and the properties of its file."
     name:str                     # its name in tables
     metrics:Metrics              # COCO's numbers and all details
     error_analysis:dict          # from `metrics.analyze_errors`
@@ -72,12 +72,12 @@ class ModelEvaluation:
     images_per_second:float=None # None if it was not measured
 
     def to_dict(self):
-        "Returns everything as plain data for JSON."
+        "Returns all metrics as plain data for JSON."
         facts = dict(model=self.name, nms=self.nms, num_bytes=self.num_bytes, images_per_second=self.images_per_second)
         return {**facts, **self.metrics.to_dict(), **self.error_analysis}
 
     def known_metrics(self, names):
-        "Returns some of COCO's numbers, None where COCO has no number."
+        "Returns some of COCO's metrics; those without any ground truth are None."
         return {name: none_if_undefined(self.metrics[name]) for name in names}
 
     def per_class_rows(self):
@@ -93,7 +93,7 @@ class ModelEvaluation:
 def none_if_undefined(
     value, # a number of COCO's
 ):
-    "Returns None for -1, which COCO writes where there was nothing to find."
+    "Returns None for -1, the value of COCO for a metric without any ground truth."
     return None if value==-1 else value
 
 # %% ../../nbs/app/05_model_evaluation.ipynb #892cf003
@@ -116,7 +116,7 @@ def most_different_images(
 def evaluation_summary(
     evaluations:list, # `ModelEvaluation`, one or more
 )->str:
-    "Counts images and boxes, and for a single model its detections."
+    "Returns the numbers of images and boxes, and of detections if there is one model."
     first_line = repr(evaluations[0].metrics).split('\n')[0]
     return first_line if len(evaluations)==1 else ', '.join(first_line.split(', ')[:2])
 
@@ -175,7 +175,7 @@ def evaluation_warnings(
     image_hw:tuple=None,     # (height, width) the spec sets explicitly, pixels; None if it does not
     classes:ClassTable=None, # of the validation records; None if they do not say
 ):                           # yields sentences, mostly none
-    "Warns of what lowers AP without being an error."
+    "Yields warnings about settings that lower AP without being an error."
     if image_hw and tuple(image_hw)!=tuple(detector.image_hw):
         own,expected = ('{}x{}'.format(*hw) for hw in (detector.image_hw, image_hw))
         yield (f'{model_path}: its input has {own} pixels, and it is measured at that size; '
@@ -243,7 +243,7 @@ def open_detector(
     return detector
 
 def _first_batch(detector, samples, batch_size):
-    "The first images, resized to the network input."
+    "Returns the first images, resized to the network input."
     image_hw = tuple(detector.image_hw)
     return np.stack([letterbox_sample(sample, image_hw)[0].image for sample in islice(samples, batch_size)])
 

@@ -49,7 +49,7 @@ STAGE_DESCRIPTIONS = dict(
     inference='annotating images', speed='measuring speed', report='writing the report')
 
 class StageTimer:
-    "Announces the stages of a run and measures their duration."
+    "Prints the name of each stage of a run and measures its duration."
     def __init__(self,
         status=None, # a `Status` to write to as well
     ):
@@ -59,7 +59,7 @@ class StageTimer:
     def __call__(self,
         name, # of a stage, a key of `STAGE_DESCRIPTIONS`
     ):
-        "Runs one stage; set `result` inside."
+        "Prints the name of a stage, runs it, and prints the `result` that was set inside."
         number = list(STAGE_DESCRIPTIONS).index(name)+1
         prefix,description = f'[{number}/{len(STAGE_DESCRIPTIONS)}]', STAGE_DESCRIPTIONS[name]
         log_message(f'{prefix} {description} ...')
@@ -106,7 +106,7 @@ def __repr__(self:QuickstartRun):
     return '\n'.join([*lines, '', *[f'{what:<24}{path}' for what,path in self.files.items()]])
 
 def _aligned(name, *cells):
-    "A line of a table: a name and right-aligned cells."
+    "Returns a line of a table: a name and right-aligned cells."
     return f'{name:<24}' + ''.join(f'{cell:>12}' for cell in cells)
 
 # %% ../../nbs/app/08_quickstart.ipynb #ec7f9bbb
@@ -138,7 +138,7 @@ def sample_image_ids(
     num_first:int=6, # images with the smallest ids
     num_worst:int=2, # images with the lowest AP
 )->list:             # image ids, each once
-    "Chooses the images to show: the first and the worst."
+    "Returns the ids of the images to show: the first ones and the worst one."
     ids = [truth.image_id for truth,_ in metrics.results]
     first = sorted(ids, key=lambda image_id: (len(str(image_id)), str(image_id)))[:num_first]
     worst = [image_id for _,image_id in worst_images(metrics, num_worst)]
@@ -151,7 +151,7 @@ def prediction_figures(
     image_ids:list,           # which images
     score_threshold:float=.4, # boxes with lower scores are not drawn
 )->list:                      # (ground truth, detections) figures
-    "Draws images with their ground truth, beside the same with the detections."
+    "Draws images twice, side by side: with their ground truth and with the detections."
     images = images_by_id(samples, image_ids)
     results = {truth.image_id: (truth, detections) for truth,detections in metrics.results}
     pairs = []
@@ -208,7 +208,7 @@ def quickstart_sections(
     }
 
 def _summary_section(run):
-    "The AP of each model, and what the numbers mean."
+    "Returns the section with the AP of each model and an explanation of the numbers."
     cards = metric_cards({f'AP50, {name}': metrics['AP50'] for name,metrics in run.metrics.items()})
     note = ('AP is the mean over IoU thresholds from 0.5 to 0.95, AP50 that at 0.5, both on validation images that no '
             'model was trained on. The sizes of the trained and the retrained model are those of checkpoints, which '
@@ -217,7 +217,7 @@ def _summary_section(run):
     return [cards, html_table(run.summary_rows()), note]
 
 def _prediction_section(run):
-    "Images with the detections of the last model."
+    "Returns the section with images and the detections of the last model."
     name,metrics = list(run.metrics.items())[-1]
     figures = prediction_figures(metrics, run.validation_samples(), sample_image_ids(metrics))
     note = (f'By the {name} model, boxes with a score of 0.4 or more: the first validation images, and last the two '
@@ -225,7 +225,7 @@ def _prediction_section(run):
     return [note, figure_pairs(figures)]
 
 def _speed_section(run, settings, stage_seconds):
-    "Images per second, and the duration of each stage."
+    "Returns the section on images per second and the duration of each stage."
     speeds = [{'what': name, 'images per second': value} for name,value in run.throughput.items()]
     stages = []
     for name,seconds in stage_seconds.items():
@@ -246,13 +246,13 @@ def run_data_stages(
     _write_text(run.files['spec'], settings.spec_text(run.folder))
 
 def _draw_images(run, settings):
-    "Draws both splits."
+    "Draws the images of both splits."
     folder,image_hw = run.folder/'shapes', (settings.size, settings.size)
     run.files['images'] = make_toy_dataset(folder, settings.num_train, settings.num_val, image_hw, settings.seed)
     return f'{settings.num_train} images to train on, {settings.num_val} to evaluate on'
 
 def _convert_images(run, settings):
-    "Converts both splits."
+    "Converts both splits to records."
     shapes,num_boxes = run.folder/'shapes', 0
     run.files['records'] = run.folder/'records'
     for split,num_images in dict(train=settings.num_train, val=settings.num_val).items():
@@ -271,7 +271,7 @@ def run_training_stages(
     key:str,                     # encrypts the models
     stages:StageTimer,           # announces
 ):
-    "Trains, prunes and retrains, and evaluates in between."
+    "Trains, prunes and retrains a model, and evaluates it after each stage."
     files,spec = run.files, settings.spec(run.folder)
     with stages('train') as stage:
         stage.result = _train_model(run, 'training', 'trained', spec, key)
@@ -288,14 +288,14 @@ def run_training_stages(
         stage.result = evaluate_stage_model(run, 'retrained', files['retrained model'], spec, key)
 
 def _train_model(run, training, model, spec, key):
-    "Trains and keeps the history and the latest checkpoint."
+    "Trains a model; records the history and the latest checkpoint."
     history = train(spec, run.folder/model, key)
     run.history[training] = history
     run.files[f'{model} model'] = latest_checkpoint(run.folder/model)
     return f'loss {history[-1]["loss"]:.3f}'
 
 def _prune_model(run, settings, spec, key):
-    "Prunes the trained model and evaluates what is left."
+    "Prunes the trained model and evaluates the pruned one."
     path = run.folder/'pruned'/'model.tlt'
     run.files['pruned model'] = path
     prune(run.files['trained model'], path, key, pruning_threshold=settings.pruning_threshold)
@@ -327,7 +327,7 @@ def _annotate_images(run, score_threshold, key):
     return f'{summary.counts["boxes"]} boxes in {summary.counts["images"]} images'
 
 def _measure_speed(run, size):
-    "Times the trained, the retrained and the exported model on eight validation images."
+    "Measures the speed of the trained, the retrained and the exported model on eight validation images."
     paths = islice(sorted((run.folder/'shapes'/'val').iterdir()), 8)
     images = np.stack([read_letterboxed(path, (size, size)).image for path in paths])
     for name,runtime in dict(trained='Keras', retrained='Keras', exported='ONNX Runtime').items():
@@ -336,7 +336,7 @@ def _measure_speed(run, size):
 
 # %% ../../nbs/app/08_quickstart.ipynb #d20b43ff
 def _describe_run(settings, seconds):
-    "A sentence on what was run, and on which machine."
+    "Returns a sentence about the settings of a run and its machine."
     versions = f'TensorFlow {version("tensorflow")}, effdet_nb {__version__}, {time.strftime("%Y-%m-%d")}'
     return (f'EfficientDet-Lite0 at {settings.size} x {settings.size} pixels, from ImageNet weights, '
             f'on {settings.num_train} drawn images: {format_duration(seconds)} '
@@ -349,7 +349,7 @@ def quickstart(
     key:str='',                 # encrypts the models; empty leaves them open
     **kwargs,                   # fields of `QuickstartSettings`
 )->QuickstartRun:
-    "Runs the whole pipeline on drawn shapes and writes a report."
+    "Runs the whole pipeline on synthetic images and writes a report."
     settings,start = QuickstartSettings(**kwargs), time.perf_counter()
     run = QuickstartRun(prepare_folder(folder, settings))
     with Status(run.folder, 'quickstart', secrets=(key,) if key else ()) as status:

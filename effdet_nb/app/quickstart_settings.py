@@ -56,7 +56,7 @@ model_config { model_name: "efficientdet-lite0" }
 # %% ../../nbs/app/07_quickstart_settings.ipynb #1d1d9f07
 @dataclass(frozen=True)
 class QuickstartSettings:
-    "The sizes and rates of a quickstart."
+    "The settings of a quickstart: sizes, counts and learning rates."
     size:int=128                  # side of the images and of the network input, pixels; at least 128
     num_train:int=400             # training images
     num_val:int=40                # validation images
@@ -121,7 +121,7 @@ def prepare_folder(
     folder,                      # for everything the run makes; made if absent
     settings:QuickstartSettings, # of the run
 )->Path:                         # the folder
-    "Claims a folder for a run, or raises if it is used for something else."
+    "Creates the folder of a run; raises an error if it contains other files or another run."
     folder = Path(folder)
     settings_path,own = folder/'quickstart.json', dict(vars(settings), effdet_nb=__version__)
     if not settings_path.is_file():
@@ -142,7 +142,7 @@ def shell_commands(
     trained_path, retrained_path, # the two models' files
     exported_path,                # the exported file
 )->list:                          # (what it does, command) pairs
-    "Returns the commands that do the steps of a run."
+    "Returns the shell commands for the steps of a run."
     f = Path(folder).as_posix()
     return [
         ('Draw the images and their COCO files', _draw_command(f, settings)),
@@ -159,13 +159,13 @@ def shell_commands(
     ]
 
 def _draw_command(folder, settings):
-    "A Python one-liner that draws the images."
+    "Returns a line of Python that draws the images."
     arguments = f"'{folder}/shapes', {settings.num_train}, {settings.num_val}, "
     arguments += f'({settings.size},{settings.size}), {settings.seed}'
     code = f'from effdet_nb.detector.toy_data import make_toy_dataset; make_toy_dataset({arguments})'
     return f'python -c "{code}"'
 
 def _convert_command(folder, split):
-    "The conversion of one split."
+    "Returns the command that converts one split."
     source = f"-i {folder}/shapes/{split} -a {folder}/shapes/{split}.json"
     return f"effdet_dataset_convert {source} -o {folder}/records -t {split} -s 4"

@@ -9,7 +9,7 @@ __all__ = ['NUM_CLASSES_FIELD', 'MIN_SIDE', 'FEW', 'JSON_FIELD', 'SPLITS', 'Data
            'check_before_training']
 
 # %% ../../nbs/data/17_check.ipynb #5658a00f
-import os
+import os, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,13 +263,22 @@ def check_shards(
     shards = {path:shard for part in by_sidecar.values() for path,shard in part.items()}
     present = {os.path.abspath(path) for path in records.files}
     expected = {*shards} | announced_shards(present)
-    yield from _check_absent(sorted(expected-present), expected, f'"{pattern_name(pattern)}" matches {len(present)}',
-                             source)
+    name = pattern_name(pattern)
+    yield from _check_absent(sorted(expected-present), expected, f'"{name}" matches {len(present)}', source)
+    yield from _check_tags(present, name, source)
     if not verify_checksums: return
     for path in sorted(present & {*shards}):
         if sha256_of(path)!=shards[path]['sha256']:
             yield _error(source, f'{Path(path).name} is not the file that was written, its checksum differs. '
                                  'Copy or convert it again')
+
+def _check_tags(files, name, source):
+    "Yields a note if a pattern such as `train-*` also matches the shards of `train-valid`."
+    tags = Counter(re.sub(r'-\d{5}-of-\d{5}(\.\w+)?$', '', Path(file).name) for file in files)
+    if len(tags)<2: return
+    counts = ', '.join(f'{tag} ({count})' for tag,count in sorted(tags.items()))
+    yield _note(source, f'"{name}" matches shards of {len(tags)} conversions: {counts}. If you mean only one, write '
+                        f'{min(tags, key=len)}-?????-of-*')
 
 def _check_absent(absent, shards, matches, source):
     "Yields problems of shards that are missing or not matched by the pattern."
