@@ -17,6 +17,7 @@ import numpy as np
 from ..core.console import log_message
 from .anchor_fit import MATCH_IOU, anchor_sizes, best_size_iou
 from .coco import images_by_source_id
+from .convert import unique_names
 from .faults import ALMOST_ALL, MANY, describe_issues
 from .pipeline import DataConfig, load_class_table
 from .record_index import Records, explain_no_match
@@ -108,20 +109,23 @@ def check_boxes(
     if is_flat.any():
         yield _error(split, f'{is_flat.sum():,} boxes have no area, such as one in image {first_image(is_flat)}. '
                             'Convert again with dataset_convert, which leaves them out')
-    limits = np.tile(scan.image_sizes, 2)[scan.image_index]
-    is_outside,is_far = ((scan.boxes<-1) | (scan.boxes>limits+1)).any(1),(scan.boxes>2*limits).any(1)
-    if len(is_far) and is_far.mean()>MANY:
-        yield _error(split, f'{is_far.sum():,} of {len(is_far):,} boxes are far outside their image, such as one in '
-                            f'image {first_image(is_far)}, so they look like pixels. Records need fractions of the image '
-                            'size, 0 to 1: divide by its width and height, or write the records with dataset_convert')
-    elif is_outside.any():
-        yield _note(split, f'{is_outside.sum():,} boxes extend beyond their image, such as one in image '
-                           f'{first_image(is_outside)}; training clips them')
-
+    yield from _check_edges(scan, split, first_image)
     if _are_fractions(scan):
         yield _error(split, f'the {len(scan.boxes):,} boxes are smaller than a pixel, such as one in image '
                             f'{scan.image_ids[scan.image_index[0]]}, so they look like fractions that were divided by '
                             'the image size twice. bbox in the JSON must be in pixels. Correct it and convert again')
+
+def _check_edges(scan, split, first_image):
+    "Yields a note if boxes extend beyond their image, a problem if most are far outside."
+    limits = np.tile(scan.image_sizes, 2)[scan.image_index]
+    is_outside,is_far = ((scan.boxes<-1) | (scan.boxes>limits+1)).any(1),(scan.boxes>2*limits).any(1)
+    if len(is_far) and is_far.mean()>MANY:
+        yield _error(split, f'{is_far.sum():,} of {len(is_far):,} boxes are far outside their image, such as one in '
+                            f'image {first_image(is_far)}, so they look like pixels. Records need fractions of the '
+                            'image size, 0 to 1: divide by its width and height, or use dataset_convert')
+    elif is_outside.any():
+        yield _note(split, f'{is_outside.sum():,} boxes extend beyond their image, such as one in image '
+                           f'{first_image(is_outside)}; training clips them')
 
 def _are_fractions(scan):
     "Tests whether almost all boxes are smaller than a pixel of their image."
@@ -407,7 +411,7 @@ def _category_names(config):
     pattern = os.path.expanduser(config.training_file_pattern or config.validation_file_pattern)
     try: classes = load_class_table(pattern, config.num_classes)
     except ValueError: return {}
-    return dict(zip(classes.ids, classes.names))
+    return unique_names(dict(zip(classes.ids, classes.names)))
 
 # %% ../../nbs/data/17_check.ipynb #6590d392
 def check_before_training(

@@ -59,21 +59,21 @@ def read_coco_json(
         raise FileNotFoundError(f'{path}: {state}. Give the COCO annotation file (.json)')
     try:
         with _paused_gc(): data = json.loads(_read_text(path), object_hook=object_hook)
-    except json.JSONDecodeError as e:
-        place = f'line {e.lineno}, column {e.colno}'
-        raise CocoError(path, [f'not valid JSON: {e.msg} ({place}). Was the file copied completely?']) from None
-    except UnicodeDecodeError as e:
-        problem = f'not a text file: byte {e.start} is not UTF-8. Give the COCO annotation file (.json)'
-        raise CocoError(path, [problem]) from None
-    except RecursionError:
-        problem = 'lists or objects are nested too deeply for an annotation file. Give the COCO annotation file (.json)'
-        raise CocoError(path, [problem]) from None
-    except ValueError:
-        problem = f'a number has more than {sys.get_int_max_str_digits():,} digits. Correct it, or remove its entry'
-        raise CocoError(path, [problem]) from None
+    except (ValueError,RecursionError) as e: raise CocoError(path, [_json_problem(e)]) from None
     if isinstance(data, dict): return data
     raise CocoError(path, [f'the top level is a {type(data).__name__}; '
                            'need an object with images, annotations and categories'])
+
+def _json_problem(error):
+    "Describes an error raised while JSON was read."
+    if isinstance(error, json.JSONDecodeError):
+        place = f'line {error.lineno}, column {error.colno}'
+        return f'not valid JSON: {error.msg} ({place}). Was the file copied completely?'
+    if isinstance(error, UnicodeDecodeError):
+        return f'not a text file: byte {error.start} is not UTF-8. Give the COCO annotation file (.json)'
+    if isinstance(error, RecursionError):
+        return 'lists or objects are nested too deeply for an annotation file. Give the COCO annotation file (.json)'
+    return f'a number has more than {sys.get_int_max_str_digits():,} digits. Correct it, or remove its entry'
 
 def _read_text(path):
     "Returns the text of a JSON file; its bytes are freed on return to save memory."
@@ -300,9 +300,8 @@ def _wrong_boxes(lists):
     for i,annotation in _remaining(annotations):
         bbox = _as_bbox(annotation['bbox'])
         if bbox is None: wrong.append(i)
-        else:
-            if str in map(type, annotation['bbox']): as_text.append(i)
-            annotation['bbox'] = bbox
+        elif str in map(type, annotation['bbox']): as_text.append(i)
+        annotation['bbox'] = annotation['bbox'] if bbox is None else bbox
     if wrong:
         first = annotations[wrong[0]]
         problem = f' (id {first["id"]}): bbox is {reprlib.repr(first["bbox"])}; need four numbers, x y width height'
@@ -328,14 +327,18 @@ def _are_areas(values):
     return {*map(type, values)}<={int,float} and all(0<=value<MAX_NUMBER for value in values)
 
 # %% ../../nbs/data/03_coco.ipynb #c06e9174
+def _category_name(value):
+    "Returns a name as text, or None; a number can be a name."
+    if isinstance(value, (int,float)) and not isinstance(value, bool): return f'{value}'
+    return value if _is_text(value) and value.strip() else None
+
 def _wrong_names(lists):
     "Finds categories without a name, and names of several categories."
     missing,first,shared = [],{},[]
     for i,category in _remaining(lists['categories']):
-        name = category.get('name')
-        is_usable = _is_text(name) and name.strip() or isinstance(name, (int,float)) and not isinstance(name, bool)
-        category['name'] = str(name) if is_usable else f'id {category["id"]}'
-        if not is_usable: missing.append(i)
+        name = _category_name(category.get('name'))
+        category['name'] = name or f'id {category["id"]}'
+        if not name: missing.append(i)
         if first.setdefault(category['name'], i)!=i: shared.append(i)
     if missing: yield _issue('categories', missing, Fault.CATEGORY_NAME_MISSING, ' has no name')
     if shared:
@@ -394,18 +397,23 @@ def _dangling_ids(lists, key, all_image_ids=frozenset()):
 # %% ../../nbs/data/03_coco.ipynb #50af59d9
 def _repetitions(lists):
     "Finds image files and boxes that are listed more than once."
-    entries_of_file,first_box,same_box = defaultdict(list),{},[]
+    yield from _repeated_files(lists)
+    first,same_box = {},[]
+    for i,annotation in _remaining(lists['annotations']):
+        box = (annotation['image_id'], annotation['category_id'], *annotation['bbox'])
+        if first.setdefault(box, i)!=i: same_box.append(i)
+    if same_box:
+        yield _issue('annotations', same_box, Fault.SAME_BOX, ': an earlier annotation has the same box and category')
+
+def _repeated_files(lists):
+    "Yields the issue of image files with several entries."
+    entries_of_file = defaultdict(list)
     for i,image in _remaining(lists['images']): entries_of_file[image['file_name']].append(i)
     repeated = [indices for indices in entries_of_file.values() if len(indices)>1]
     if repeated:
         name = lists['images'][repeated[0][0]]['file_name']
         yield _issue('images', [*chain.from_iterable(repeated)], Fault.REPEATED_FILE,
                      f': its file {name} has {len(repeated[0])} entries')
-    for i,annotation in _remaining(lists['annotations']):
-        box = (annotation['image_id'], annotation['category_id'], *annotation['bbox'])
-        if first_box.setdefault(box, i)!=i: same_box.append(i)
-    if same_box:
-        yield _issue('annotations', same_box, Fault.SAME_BOX, ': an earlier annotation has the same box and category')
 
 def _all_crowds(lists):
     "Finds a file in which every box is a crowd."

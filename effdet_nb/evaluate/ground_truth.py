@@ -121,7 +121,8 @@ def _mismatch_error(matcher, first, others, num_before):
         problem = (f'image {first["source_id"]} has {height} x {width} pixels in the records and {file_height} x '
                    f'{file_width} in {matcher.name} ({len(mismatches):,} of {total:,} differ)')
     return ValueError(f'{problem}; the records and the file must describe the same images. '
-                      'Pass the file from which the records were converted')
+                      'Pass the file from which the records were converted, or leave validation_json_file out '
+                      'to use the boxes of the records')
 
 def _number_if_numeric(name):
     "Converts an id back to a number if it was one; records store ids as text."

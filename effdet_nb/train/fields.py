@@ -143,7 +143,8 @@ class DatasetConfig:
     validation_file_pattern:str = spec_field(
         2, '', 'TFRecord files to evaluate on', 'files', required_by=('evaluate',), read_by=TRAIN_EVAL_TASKS)
     validation_json_file:str = spec_field(
-        3, '', 'COCO annotations of the validation images', 'file', required_by=('evaluate',), read_by=TRAIN_EVAL_TASKS)
+        3, '', 'COCO annotations of the validation images; if left out, the boxes of the records are used', 'file',
+        read_by=TRAIN_EVAL_TASKS)
     testdev_dir:str = spec_field(
         4, '', 'Output folder for the detections of a test set without annotations; if given, evaluate writes '
         'them there in COCO format and computes no AP', 'folder')
