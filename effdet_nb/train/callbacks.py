@@ -9,7 +9,7 @@ __all__ = ['format_epoch', 'plot_history', 'write_history', 'MetricsCallback', '
            'StatusCallback']
 
 # %% ../../nbs/train/08_callbacks.ipynb #9a012f5d
-import csv, json, os, platform, sys
+import csv, json, os, platform, re, sys
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -198,7 +198,7 @@ def event_file_errors(
     "Converts TensorFlow's errors inside a `with` block to one that names the folder."
     try: yield
     except tf.errors.OpError as e:
-        reason = e.message.splitlines()[0] if e.message else type(e).__name__
+        reason = re.sub(r'{{.*?}} *', '', e.message.splitlines()[0])     # without the names of TensorFlow's operations
         raise OSError(f'{log_dir}: the files for TensorBoard cannot be written ({reason}). Free some space or choose '
                       'another --model_dir, then run the same command again') from e
 
