@@ -127,6 +127,19 @@ def test_a_closed_terminal_does_not_change_the_exit_code(tmp_path):
     assert process.wait(timeout=60) == 129
 
 
+@pytest.mark.parametrize('seed', [None, '7'])
+def test_a_restarted_command_has_the_same_hashes_each_time_and_keeps_its_output(seed, tmp_path):
+    script = tmp_path/'effdet_hash'
+    script.write_text(COMMAND.format(body="""
+    from effdet_nb.app.command import fix_hash_seed
+    fix_hash_seed()
+    return hash('a name'), sys.argv[1:]""").replace("    print('ready', flush=True)\n", ''))
+    env = {k: v for k, v in ENV.items() if k != 'PYTHONHASHSEED'} | ({'PYTHONHASHSEED': seed} if seed else {})
+    outputs = {subprocess.run([sys.executable, script], env=env, capture_output=True, text=True).stdout
+               for _ in range(3)}
+    assert len(outputs) == 1 and outputs.pop().count('\n') == 1
+
+
 def test_in_a_shared_process_each_signal_raises():
     "As in a notebook, which a command must not end."
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):

@@ -11,7 +11,7 @@ __all__ = ['TASKS', 'LAUNCHER_WORDS', 'effdet_dataset_convert', 'effdet_check', 
 import argparse, os, sys
 from contextlib import contextmanager
 from difflib import get_close_matches
-from .command import command
+from .command import command, fix_hash_seed
 from .options import CommandParser, Option, parse_options
 
 # %% ../../nbs/app/11_cli.ipynb #fbb1d526
@@ -301,6 +301,7 @@ def effdet_export(
     verbose:_verbose_option()=False,
 ):
     "Export a model to ONNX, TFLite or SavedModel, and compare the exported file with the original."
+    fix_hash_seed()
     from effdet_nb.train.spec import Spec
     output_path = output_path or os.path.splitext(model_path)[0] + ('.etlt' if key else '.onnx')
     spec = Spec.load(experiment_spec_file, 'export') if experiment_spec_file else None

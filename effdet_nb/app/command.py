@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OS_ADVICE', 'format_error', 'Tee', 'LogFile', 'tee_output', 'cuda_visible_devices', 'suppress_stderr',
-           'QuietTensorFlow', 'command']
+           'QuietTensorFlow', 'fix_hash_seed', 'command']
 
 # %% ../../nbs/app/10_command.ipynb #4b50467b
 import errno, importlib.abc, importlib.util, os, signal, sys, threading, warnings
@@ -257,6 +257,13 @@ def _end_process(code):
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError, AttributeError): stream.flush()
     os._exit(code)
+
+# %% ../../nbs/app/10_command.ipynb #bb934bf5
+def fix_hash_seed():
+    "Restarts the process of a command with a fixed seed of Python's hashes, unless one is set."
+    if 'PYTHONHASHSEED' in os.environ or not _owns_process() or os.name=='nt': return
+    os.environ['PYTHONHASHSEED'] = '0'
+    os.execv(sys.executable, sys.orig_argv)
 
 # %% ../../nbs/app/10_command.ipynb #20cf1b02
 def command(
