@@ -14,6 +14,7 @@ from test_encryption import KEY, cheap_scrypt, refused  # noqa: F401
 from test_model_file import npy, repacked
 
 from effdet_nb.app.command import command, format_error
+from effdet_nb.app.dataset_page import check_dataset
 from effdet_nb.app.options import Option, parse_options
 from effdet_nb.core.files import mask_secrets, to_jsonable
 from effdet_nb.data.check import check_records
@@ -22,7 +23,7 @@ from effdet_nb.data.pipeline import DataConfig, read_training_example
 from effdet_nb.data.record_index import CorruptRecord, Records
 from effdet_nb.data.tfrecord import decode_example, example_class, make_example, write_records
 from effdet_nb.detector.efficientdet import Arch, arch_to_dict
-from effdet_nb.export.runtimes import load_onnx_bytes
+from effdet_nb.export.runtimes import check_metadata, load_onnx_bytes, parse_metadata
 from effdet_nb.train.spec import MAX_SPEC_SIZE, Spec, SpecError
 from effdet_nb.train.startup import read_initial_weights
 from effdet_nb.weights.encryption import (DamagedFileError, HEADER_STRUCT, ModelFileError, WrongKeyError, decrypt,
@@ -517,3 +518,35 @@ def test_requirements_have_upper_bounds_and_admit_what_is_installed():
     bounds = {r.name: r.specifier for r in requirements}
     vulnerable = ('pillow', '12.2.0'), ('pillow', '11.2.1'), ('cryptography', '46.0.4'), ('protobuf', '6.33.4')
     for name, old in vulnerable: assert not bounds[name].contains(old)
+
+
+# --- metadata of exported files
+
+def exported_meta(**changes):
+    arch = dict(name='efficientdet-tiny', image_hw=[128, 128], num_classes=4, aspects=[[1., 1.]], num_scales=1,
+                anchor_scale=4., max_level=7)
+    return dict(arch=arch, classes=CLASSES.to_dict(), batch_size=None, nms=dict(kind='none')) | changes
+
+
+@pytest.mark.parametrize('changes', [
+    dict(arch=None), dict(arch=[]), dict(arch=dict(name='x')), dict(classes={}), dict(nms=None), dict(nms='onnx'),
+    dict(nms=dict(kind='onnx', top_k=10**30)), dict(nms=dict(kind='onnx', magic=1)), dict(batch_size=0),
+    dict(nms=dict(kind='onnx', score_threshold='low')), dict(nms=dict(kind='onnx', iou_threshold=float('nan'))),
+    dict(batch_size='4'), dict(batch_size=10**9), dict(max_batch_size=-1), dict(batch_size=True),
+])
+def test_impossible_metadata_of_exported_files_is_refused(changes):
+    check_metadata(exported_meta(), 'm.onnx')
+    with seconds(.5), pytest.raises(ValueError, match='m.onnx: its'): check_metadata(exported_meta(**changes), 'm.onnx')
+
+
+@pytest.mark.parametrize('text', ['{', '['*10**5, '', b'\xff', '1'*10**5, 'nul'])
+def test_metadata_that_is_not_json_is_refused(text):
+    with seconds(.5), pytest.raises(ValueError, match='m.onnx: its metadata is not'): parse_metadata(text, 'm.onnx')
+
+
+@pytest.mark.parametrize('section, name, value', [
+    ('model_config', 'num_scales', 4_000_000_000), ('dataset_config', 'num_classes', 4_000_000_000),
+    ('dataset_config', 'image_size', '999999,999999'), ('dataset_config', 'max_instances_per_image', 4_000_000_000)])
+def test_a_spec_of_a_network_that_cannot_be_built_is_refused(tmp_path, section, name, value):
+    spec = Spec().replace(**{section: {name: value}})
+    with seconds(.5), pytest.raises(SpecError, match=f'{section}.{name}'): check_dataset(spec)

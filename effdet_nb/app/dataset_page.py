@@ -13,6 +13,7 @@ from ..detector.efficientdet import arch_anchors
 from ..data.check import DataCheck, check_records
 from ..data.scan import plot_aspect_ratios, plot_box_sizes, plot_class_counts, sample_images
 from ..train.experiment import arch_from_spec, data_config_from_spec
+from ..train.spec import SpecError
 from .html import (
     boxes_figure, chart_figure, figure_row, html_table, metric_cards, thumbnail, write_html_page)
 
@@ -98,6 +99,8 @@ def check_dataset(
     verify_checksums:bool=False, # compute the checksum of every shard
 )->DataCheck:
     "Checks the records of a spec against its model and anchors, and writes the dataset page."
+    problems = spec.problems()
+    if problems: raise SpecError(spec.name, problems)
     check = check_records(
         data_config_from_spec(spec), arch_anchors(arch_from_spec(spec)), spec.training_config.num_examples_per_epoch,
         spec.training_config.train_batch_size, spec.eval_config.eval_samples,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_FILTERS', 'MAX_ANCHORS', 'ARCH_RULES', 'save_model_file', 'read_meta', 'summarize_arrays',
-           'check_arch', 'known_arch_keys', 'check_classes', 'check_layer_sizes', 'ModelFile', 'load_model_file',
-           'is_onnx', 'save_etlt', 'load_etlt', 'weights_by_path', 'set_weights_by_path', 'save_detector',
-           'load_keras_model', 'load_keras_detector']
+           'check_arch', 'check_classes', 'check_layer_sizes', 'ModelFile', 'load_model_file', 'is_onnx', 'save_etlt',
+           'load_etlt', 'weights_by_path', 'set_weights_by_path', 'save_detector', 'load_keras_model',
+           'load_keras_detector']
 
 # %% ../../nbs/weights/03_model_file.ipynb #d92b11ae
 import numpy as np
@@ -95,19 +95,13 @@ def check_arch(
 )->dict:        # the same value
     "Raises an error if the description of a network has unknown, missing or impossible entries."
     if not isinstance(arch, dict): raise _description_error(name, 'arch', arch, 'a dict')
-    unknown = sorted(arch.keys()-known_arch_keys())
+    unknown = sorted(arch.keys()-ARCH_RULES.keys())
     if unknown: raise _description_error(name, f'arch.{unknown[0][:60]}', arch[unknown[0]], 'absent: it is unknown')
     for key in ('name', 'image_hw', 'num_classes'):
         if key not in arch: raise _description_error(name, f'arch.{key}', None, ARCH_RULES[key][0])
     for key,(allowed,is_valid) in ARCH_RULES.items():
         if key in arch and not is_valid(arch[key]): raise _description_error(name, f'arch.{key}', arch[key], allowed)
     return arch
-
-def known_arch_keys(
-)->set: # names of the fields of `Arch` in model files
-    "Lists the entries that the description of a network may have."
-    from effdet_nb.detector.efficientdet import FILE_KEYS, Arch
-    return {FILE_KEYS.get(name, name) for name in Arch.__dataclass_fields__}
 
 def _description_error(name, where, value, allowed):
     "Returns the error for an entry of the metadata that is not allowed."
