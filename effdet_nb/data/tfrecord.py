@@ -290,8 +290,8 @@ def _load_complete(path):
     try: contents = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path}: damaged ({e}). Copy it again, or convert again') from None
     if contents.get('complete', True): return contents
-    raise ValueError(f'{path}: this conversion was stopped while its shards were moved to their final names, or is still '
-                     'running. Run the same dataset_convert command again; it continues')
+    raise ValueError(f'{path}: this conversion was stopped while its shards were moved to their final names, or is '
+                     'still running. Run the same dataset_convert command again; it continues')
 
 def _shards_of(sidecars):
     "Maps the path of each shard to its entry in the sidecar."
