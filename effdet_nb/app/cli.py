@@ -66,19 +66,48 @@ def effdet_check(
     pictures:Option('Also decode every image', flag=True)=False,
     sums:Option('Also compare the SHA-256 of every record file with the one written at conversion; finds files that '
                 'were damaged while they were copied', flag=True)=False,
+    overfit:Option('Then train on N images until their objects are found, to test whether data and settings can work',
+                   type=int, metavar='N')=None,
+    minutes:Option('For --overfit: longest training time', type=float, metavar='X')=2.,
+    suggest:Option('Spec file to write, with settings for a short training on this data (default: not written)',
+                   metavar='FILE')=None,
+    key:_key_option()=None,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
     "Check the records against the spec: classes, counts, ids, box sizes and anchors."
+    if overfit is not None and (overfit<1 or not minutes>0):
+        raise ValueError(f'--overfit {overfit}, --minutes {minutes:g}: at least 1 image and more than 0 minutes are '
+                         'needed, such as --overfit 8 --minutes 2')
     from effdet_nb.train.spec import Spec
-    spec = Spec.load(experiment_spec_file)
+    spec = Spec.load(experiment_spec_file, None if overfit is None else 'train')
     from effdet_nb.app.dataset_page import check_dataset
     check = check_dataset(spec, output_path, pictures, sums)
     num_errors = len(check.errors)
-    if num_errors==0: return check
-    print(check)
+    if num_errors==0 and suggest: _write_suggestion(spec, check, suggest)
+    if num_errors==0 and overfit is None: return check
+    print(check, flush=True)
+    if num_errors==0: return _overfit(spec, overfit, minutes, key)
     problems = 'problem' if num_errors==1 else 'problems'
     raise ValueError(f'{num_errors} serious {problems} with the data, listed above. Correct the data or the spec')
+
+def _write_suggestion(spec, check, path):
+    "Writes a spec with settings for the training records, and prints where."
+    from effdet_nb.core.files import atomic_write
+    from effdet_nb.train.suggest import suggest_spec
+    if 'training' not in check.scans:
+        raise ValueError('--suggest: the spec names no training records. Set dataset_config.training_file_pattern')
+    text = suggest_spec(spec, check.scans['training']).to_text()
+    with atomic_write(path) as f: f.write(text.encode())
+    print(f'suggested settings: {path}. Train with effdet_train -e {path} -d FOLDER', flush=True)
+
+def _overfit(spec, num_images, minutes, key):
+    "Trains on a few images; returns the result, or raises with its advice if the images were not learned."
+    from effdet_nb.train.overfit import Outcome, overfit, overfit_advice
+    result = overfit(spec, num_images, key or '', seconds=60*minutes)
+    if result.outcome==Outcome.LEARNED: return result
+    print(result.summary(), flush=True)
+    raise ValueError(f'--overfit: {result.outcome.value}. {overfit_advice(result)}')
 
 # %% ../../nbs/app/11_cli.ipynb #949be11a
 _CHECKPOINT_HINT = ('name the model in the spec: training_config { checkpoint: "..." } to start from it, or '

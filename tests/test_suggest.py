@@ -1,0 +1,70 @@
+"Guards of the suggested settings: they follow the data, keep what the spec says about it, and are a valid spec."
+import numpy as np
+import pytest
+from small_training import small_spec, write_records
+
+from effdet_nb.app import cli
+from effdet_nb.data.record_index import Records, require_record_files
+from effdet_nb.data.scan import SplitScan, scan_records
+from effdet_nb.train import suggest as S
+from effdet_nb.train.spec import Spec
+
+
+def scan_of_boxes(num_images, hw, box_side):
+    "A scan of images with one square box each."
+    boxes = np.tile(np.float32([10,10,10+box_side,10+box_side]), (num_images,1))
+    image_sizes = np.tile(np.float64(hw), (num_images,1))
+    return SplitScan(None, num_images, list(range(num_images)), ['']*num_images, image_sizes,
+                     np.ones(num_images, int), np.arange(num_images), boxes, np.ones(num_images, int),
+                     np.arange(num_images), [])
+
+
+SPEC = Spec.parse('''dataset_config { training_file_pattern: "t-*" num_classes: 5 }
+                     model_config { aspect_ratios: "[(1, 2)]" model_name: "efficientdet-d3" }''')
+
+
+@pytest.mark.parametrize('hw,box,side', [((480,640), 200, 256), ((480,640), 32, 320), ((1000,1500), 60, 448),
+                                         ((3000,4000), 50, 512), ((200,240), 10, 256)])
+def test_the_input_is_as_large_as_the_objects_need(hw, box, side):
+    suggested = S.suggest_spec(SPEC, scan_of_boxes(30, hw, box))
+    assert suggested.dataset_config.image_hw==(side,side)
+    scale = side/max(hw)
+    assert box*scale>=S.MIN_OBJECT_SIDE-1e-6 or side==max(S.SIDES) or side>=max(hw)
+
+
+@pytest.mark.parametrize('num_images', [1, 5, 131, 205, 3000, 200_000])
+def test_the_length_is_about_a_thousand_steps_within_limits(num_images):
+    config = S.suggest_spec(SPEC, scan_of_boxes(num_images, (480,640), 99)).training_config
+    steps = config.num_epochs*num_images/config.train_batch_size
+    assert 1<=config.num_epochs<=S.MAX_EPOCHS and config.train_batch_size<=max(num_images, 1)
+    assert config.learning_rate/config.train_batch_size==pytest.approx(S.LEARNING_RATE/S.BATCH_SIZE)
+    if 100<=num_images<=3000: assert 1000<=steps<=1000*1.5
+    assert config.lr_warmup_epoch<config.num_epochs
+
+
+def test_the_data_and_the_anchors_of_the_spec_are_kept():
+    suggested = S.suggest_spec(SPEC, scan_of_boxes(10, (480,640), 99))
+    assert suggested.dataset_config.training_file_pattern=='t-*' and suggested.dataset_config.num_classes==5
+    assert suggested.model_config.aspect_ratios=='[(1, 2)]' and suggested.model_config.model_name=='efficientdet-lite0'
+    assert not suggested.is_set('training_config', 'moving_average_decay')
+
+
+def test_images_without_objects_and_crowded_images():
+    empty = scan_of_boxes(4, (480,640), 99)
+    none = SplitScan(None, 4, empty.image_ids, empty.checksums, empty.image_sizes, np.zeros(4, int), empty.record_index,
+                     np.zeros((0,4), np.float32), np.zeros(0, int), np.zeros(0, int), [])
+    assert S.suggest_spec(SPEC, none).dataset_config.image_hw==(256,256)
+    crowded = scan_of_boxes(3, (480,640), 99)
+    crowded.boxes_per_image[1] = 240
+    assert S.suggest_spec(SPEC, crowded).dataset_config.max_instances_per_image==240
+
+
+def test_the_command_writes_a_spec_that_can_be_trained(tmp_path, capsys):
+    spec = small_spec(write_records(tmp_path))
+    (tmp_path/'spec.txt').write_text(spec.to_text())
+    target = tmp_path/'new'/'suggested.txt'
+    cli.effdet_check(experiment_spec_file=str(tmp_path/'spec.txt'), suggest=str(target))
+    assert str(target) in capsys.readouterr().out
+    suggested = Spec.load(target, 'train')
+    scan = scan_records(Records.from_files(require_record_files(f'{tmp_path}/train-*')))
+    assert suggested.to_text()==S.suggest_spec(spec, scan).to_text()
