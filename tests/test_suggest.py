@@ -47,6 +47,7 @@ def test_the_data_and_the_anchors_of_the_spec_are_kept():
     assert suggested.dataset_config.training_file_pattern=='t-*' and suggested.dataset_config.num_classes==5
     assert suggested.model_config.aspect_ratios=='[(1, 2)]' and suggested.model_config.model_name=='efficientdet-lite0'
     assert not suggested.is_set('training_config', 'moving_average_decay')
+    assert suggested.augmentation_config.hue_jitter==0        # colours may be the class
 
 
 def test_images_without_objects_and_crowded_images():

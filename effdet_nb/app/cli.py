@@ -58,7 +58,7 @@ def effdet_dataset_convert(
         runner, runner_options.split())
 
 # %% ../../nbs/app/11_cli.ipynb #4ac2e961
-@command(example='-e spec.txt -o data.html', hints={'-k': _NO_KEY_HINT, '--key': _NO_KEY_HINT})
+@command(example='-e spec.txt -o data.html')
 def effdet_check(
     experiment_spec_file:_spec_option(True)=None,
     output_path:Option('HTML page to write, with plots and images (default: not written)', '-o', '--page',

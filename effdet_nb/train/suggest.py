@@ -63,7 +63,7 @@ def suggest_spec(
             lr_warmup_epoch=epochs/20, lr_warmup_init=rate/10, l2_weight_decay=.00004,
             checkpoint_period=max(1, epochs//4)),
         eval_config=dict(eval_batch_size=BATCH_SIZE, eval_epoch_cycle=max(1, epochs//4)),
-        augmentation_config=dict(rand_hflip=True, random_crop_min_scale=.7, random_crop_max_scale=1.5, mosaic=.5))
+        augmentation_config=dict(rand_hflip=True, random_crop_min_scale=.7, random_crop_max_scale=1.5, color_jitter=.4))
 
 def _given(spec, section):
     "Returns the fields of a section that a spec sets."
