@@ -33,13 +33,32 @@ def test_scale_one_is_the_letterbox_of_evaluation():
             assert tuple(A.scaled_size(hw, canvas, 1.).numpy()) == L.letterbox_scale(hw, canvas)[1], (hw, canvas)
 
 
-@pytest.mark.parametrize('hw', [(160,120), (90,160), (64,64)])
-def test_training_and_evaluation_have_nearly_the_same_pixels(hw):
+@pytest.mark.parametrize('hw', [(160,120), (90,160), (64,64), (256,256), (640,480), (1280,960), (200,400)])
+@pytest.mark.parametrize('pad_rgb', [A.PAD_RGB, (127,127,127)])
+def test_training_and_evaluation_have_the_same_pixels(hw, pad_rgb):
+    image = np.random.default_rng(1).integers(0, 256, (*hw,3), np.uint8)     # the finest texture there is
+    trained = A.crop_resize_pad(tf.constant(image), tf.zeros((0,4)), tf.zeros((0,), tf.int32), (128,128), 1.,
+                                (0.,0.), pad_rgb=pad_rgb)[0].numpy()
+    np.testing.assert_array_equal(trained, L.letterbox(image, (128,128), pad_rgb)[0])
+
+
+@pytest.mark.parametrize('hw', [(333,500), (77,301), (427,640)])
+def test_pixels_are_nearly_the_same_where_the_window_has_no_whole_pixels(hw):
     small = np.random.default_rng(1).integers(0, 256, (5,6,3), dtype=np.uint8)
     image = np.asarray(Image.fromarray(small).resize(hw[::-1], Image.Resampling.BICUBIC))
-    ours = A.crop_resize_pad(tf.constant(image), tf.zeros((0,4)), tf.zeros((0,), tf.int32), (128,128), 1.,
-                             (0.,0.))[0].numpy()
-    assert np.abs(ours.astype(int)-L.letterbox(image, (128,128))[0]).mean() < 2
+    trained = A.crop_resize_pad(tf.constant(image), tf.zeros((0,4)), tf.zeros((0,), tf.int32), (128,128), 1.,
+                                (0.,0.))[0].numpy()
+    assert np.abs(trained.astype(int)-L.letterbox(image, (128,128))[0]).mean() < 2
+
+
+@pytest.mark.parametrize('scale', [.1, .25, .5])
+def test_fine_stripes_become_grey(scale):
+    stripes = np.zeros((320,320,3), np.uint8)
+    stripes[:,::2] = 255
+    small,_,_ = A.crop_resize_pad(tf.constant(stripes), tf.zeros((0,4)), tf.zeros((0,), tf.int32), (320,320), scale,
+                                  (0.,0.))
+    inner = small.numpy()[1:int(320*scale)-1,1:int(320*scale)-1]
+    assert np.abs(inner.astype(int)-127).max() <= 16
 
 
 def test_boxes_stay_on_their_objects():

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
+from effdet_nb.detector.efficientdet import VARIANTS, Arch, arch_from_dict, arch_to_dict
 from effdet_nb.detector.images import (IMAGENET_MEAN_RGB, PAD_RGB, boxes_to_original, letterbox, letterbox_scale,
-                                       read_image, read_letterboxed, read_letterboxed_batches, threaded_map)
+                                       read_image, read_letterboxed, read_letterboxed_batches, threaded_map,
+                                       to_channels)
 
 side = st.integers(1, 5000)
 
@@ -57,6 +59,35 @@ def test_every_size_is_scaled_and_padded(h, w, H, W):
 def test_the_padding_has_the_mean_colour_of_imagenet():
     assert PAD_RGB == (124, 116, 104)
     np.testing.assert_allclose(PAD_RGB, IMAGENET_MEAN_RGB, atol=.5)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('channels', [1, 3])
+def test_the_padding_of_every_variant_is_zero_after_normalisation(name, channels):
+    arch = Arch(name, channels=channels)
+    letterboxed, _ = letterbox(np.zeros((9,16,3), np.uint8), (16,16), arch.pad_rgb)
+    pixel = to_channels(letterboxed[None], channels)[0,-1,-1].astype(float)
+    assert np.abs((pixel-arch.mean_rgb)/arch.std_rgb).max() < .5/min(arch.std_rgb) + 1e-6
+
+
+@pytest.mark.parametrize('mean', [(0.,0.,0.), (127.5,127.5,127.5), (255.,0.,33.), (131.2,)])
+def test_the_padding_follows_the_mean_of_imported_weights(mean):
+    arch = Arch('efficientdet-d1', mean_rgb=mean, std_rgb=mean, channels=len(mean))
+    np.testing.assert_allclose(arch.pad_rgb, np.broadcast_to(mean, 3), atol=.5)
+
+
+@pytest.mark.parametrize('name', ['efficientdet-d0', 'efficientdet-lite0', 'efficientdet-lite4'])
+@pytest.mark.parametrize('hw', [(300,200), (90,160), (33,400), (64,64)])
+def test_a_description_without_the_padding_gives_the_inputs_of_its_time(name, hw):
+    "The earlier letterbox, written out: Pillow's bilinear filter, and ImageNet's mean for every variant."
+    description = arch_to_dict(Arch(name, (128,96)))
+    del description['pad_rgb']
+    image = np.random.default_rng(0).integers(0, 256, (*hw,3), np.uint8)
+    scale, (height,width) = letterbox_scale(hw, (128,96))
+    expected = np.full((128,96,3), (124,116,104), np.uint8)
+    box = (0, 0, min(width/scale, hw[1]), min(height/scale, hw[0]))
+    expected[:height,:width] = Image.fromarray(image).resize((width,height), Image.Resampling.BILINEAR, box)
+    np.testing.assert_array_equal(letterbox(image, (128,96), arch_from_dict(description).pad_rgb)[0], expected)
 
 
 @pytest.mark.parametrize('size', [(33,33), (100,64), (64,200), (480,640), (700,700)])

@@ -18,9 +18,11 @@ from effdet_nb.app.infer import (InferenceSummary, find_images, infer, load_for_
 from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.detector.boxes import area, iou
-from effdet_nb.detector.detections import Detections, kitti_line
-from effdet_nb.detector.images import read_letterboxed
+from effdet_nb.detector.detections import Detections, kitti_line, predict_image
+from effdet_nb.detector.images import PAD_RGB, read_letterboxed
 from effdet_nb.detector.nms import NmsOptions
+from effdet_nb.evaluate.ground_truth import GroundTruth
+from effdet_nb.evaluate.predict import predict_samples
 
 ROOT = Path(__file__).resolve().parents[1]
 TWO_CLASSES = ClassTable.from_categories([dict(id=1, name='a'), dict(id=2, name='b')])
@@ -31,10 +33,11 @@ class FullImageDetector:
     image_hw, classes, meta = (64,64), ClassTable.from_categories([dict(id=7, name='traffic light')]), {}
     nms_options = NmsOptions()
 
-    def __init__(self): self.batches = []
+    def __init__(self): self.batches,self.corners = [], set()
 
     def __call__(self, images):
         assert images.dtype==np.uint8 and images.shape[1:]==(64,64,3)
+        self.corners |= {tuple(map(int, image[-1,-1])) for image in images}
         self.batches.append(len(images))
         return [Detections([[0,0,64,64]], [.9], [0]) for _ in images]
 
@@ -218,6 +221,36 @@ def model_files(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize('pad_rgb', [(127,127,127), (0,0,0), (1,2,3), None])
+@pytest.mark.parametrize('is_parallel', [False, True])
+def test_images_are_padded_with_the_colour_of_the_detector(tmp_path, pad_rgb, is_parallel):
+    Image.fromarray(np.full((20,90,3), 200, np.uint8)).save(tmp_path/'wide.png')
+    detector = FullImageDetector()
+    detector.is_parallel = is_parallel
+    if pad_rgb: detector.pad_rgb = pad_rgb
+    infer(detector, tmp_path/'wide.png', out_label_path=tmp_path/'labels')
+    predict_image(detector, tmp_path/'wide.png')
+    detector.forward,detector.decode = (lambda images: images), detector
+    list(predict_samples(detector, [(tmp_path/'wide.png', GroundTruth(0, [], [])),
+                                    (np.zeros((9,99,3), np.uint8), GroundTruth(1, [], []))]))
+    assert detector.corners=={pad_rgb or PAD_RGB}
+
+
+@pytest.mark.parametrize('pad_rgb', [(127,127,127), (7,0,255), None])
+def test_every_file_of_a_model_has_its_padding(model_files, tmp_path, pad_rgb):
+    import onnx
+    from effdet_nb.export.onnx_graph import build_metadata, set_metadata
+    from effdet_nb.export.runtimes import load_detector
+    from effdet_nb.weights.model_file import load_model_file, save_model_file
+    stored = load_model_file(model_files/'a.tlt')
+    if pad_rgb: stored.meta['arch']['pad_rgb'] = pad_rgb
+    else: del stored.meta['arch']['pad_rgb']                # a file from before this entry
+    save_model_file(tmp_path/'a.tlt', stored.weights, stored.meta)
+    proto = onnx.load(model_files/'none.onnx')
+    onnx.save(set_metadata(proto, build_metadata(stored.meta)), tmp_path/'a.onnx')
+    for name in ('a.tlt', 'a.onnx'): assert load_detector(tmp_path/name).pad_rgb==(pad_rgb or PAD_RGB)
+
+
 def assert_same(a, b):
     "Whether two detections agree box by box, up to rounding."
     assert len(a)==len(b)
@@ -231,8 +264,6 @@ THRESHOLD = .1
 
 
 def test_every_way_to_open_and_run_a_model_gives_the_same_boxes(model_files, tmp_path):
-    from effdet_nb.evaluate.ground_truth import GroundTruth
-    from effdet_nb.evaluate.predict import predict_samples
     from effdet_nb.export.runtimes import load_detector
     from effdet_nb.weights.model_file import load_keras_detector
     paths = find_images(model_files/'in')

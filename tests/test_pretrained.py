@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from effdet_nb.detector.efficientdet import Arch, build
+from effdet_nb.detector.efficientdet import Arch, arch_to_dict, build
 from effdet_nb.weights.model_file import weights_by_path
 from effdet_nb.weights.pretrained import SourceWeights, load_pretrained
 
@@ -78,3 +78,23 @@ def check_refused(model, weights, message):
     assert '\n' not in str(error.value)
     for path, a in weights_by_path(model).items():
         np.testing.assert_array_equal(a, before[path])
+
+
+OLD, GREY = (124, 116, 104), (127, 127, 127)
+
+@pytest.mark.parametrize('role', ['checkpoint', 'pruned'])
+@pytest.mark.parametrize('stored, expected', [(None, OLD), (GREY, GREY), ((1, 2, 3), (1, 2, 3))])
+def test_a_run_goes_on_with_the_padding_of_its_file(role, stored, expected):
+    from effdet_nb.train.experiment import InitialWeights, resolve_experiment
+    from effdet_nb.train.spec import Spec
+    from effdet_nb.weights.model_file import ModelFile
+    description = arch_to_dict(Arch('efficientdet-lite0', HW, 4))
+    if stored: description['pad_rgb'] = stored
+    else: del description['pad_rgb']
+    spec = Spec().replace(
+        model_config=dict(model_name='efficientdet-lite0'), dataset_config=dict(num_classes=4),
+        training_config=dict(num_examples_per_epoch=100, train_batch_size=2))
+    fresh, continued = (resolve_experiment(spec, InitialWeights(**files))
+                        for files in ({}, {role: ModelFile(dict(arch=description))}))
+    assert fresh.arch.pad_rgb == fresh.data.pad_rgb == GREY
+    assert continued.arch.pad_rgb == continued.data.pad_rgb == expected

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from PIL import Image
 from ..core.console import Status, format_duration, log_message, progress_bar
 from ..core.files import atomic_write, check_output_path, write_json, match_files
-from ..detector.images import read_letterboxed, read_letterboxed_batches, threaded_map
+from ..detector.images import padding_colour, read_letterboxed, read_letterboxed_batches, threaded_map
 from ..detector.detections import Detections
 from ..detector.nms import DEFAULT_NMS
 from ..data.classes import ClassTable
@@ -115,7 +115,8 @@ def predict_files(
 def _predict_in_batches(detector, paths, batch_size, workers, on_error):
     "Runs a detector on batches; yields path, letterboxed image, detections and seconds per stage."
     start = time.perf_counter()
-    for batch in read_letterboxed_batches(paths, detector.image_hw, batch_size, workers, on_error):
+    colour = padding_colour(detector)
+    for batch in read_letterboxed_batches(paths, detector.image_hw, batch_size, workers, on_error, colour):
         read = time.perf_counter()
         found = detector(np.stack([letterboxed.image for _,letterboxed in batch]))
         done = time.perf_counter()
@@ -128,7 +129,7 @@ def _predict_in_threads(detector, paths, workers, on_error):
     "Runs a detector on single images, each in a thread of its own; yields the same in order."
     def predict(path):
         start = time.perf_counter()
-        try: letterboxed = read_letterboxed(path, detector.image_hw)
+        try: letterboxed = read_letterboxed(path, detector.image_hw, pad_rgb=padding_colour(detector))
         except (OSError, ValueError) as e:      # the image cannot be read; an error of the detector stops the run
             if on_error is None: raise
             return path, e

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from ..core.console import progress_bar
 from ..core.files import write_json
+from ..detector.images import padding_colour
 from ..data.classes import ClassTable
 from ..evaluate.predict import letterbox_sample, load_coco_results, predict_samples
 from ..evaluate.evaluate import Metrics, coco_metrics, coco_results, evaluate, markdown_table, text_table
@@ -244,8 +245,8 @@ def open_detector(
 
 def _first_batch(detector, samples, batch_size):
     "Returns the first images, resized to the network input."
-    image_hw = tuple(detector.image_hw)
-    return np.stack([letterbox_sample(sample, image_hw)[0].image for sample in islice(samples, batch_size)])
+    size,colour = tuple(detector.image_hw), padding_colour(detector)
+    return np.stack([letterbox_sample(sample, size, colour)[0].image for sample in islice(samples, batch_size)])
 
 def _evaluate_detections_file(path, samples, classes, eval_samples, pycocotools):
     "Evaluates the detections in a file."

@@ -8,8 +8,9 @@ __all__ = ['MIN_VISIBLE', 'horizontal_flip', 'random_horizontal_flip', 'sample_s
            'join_tiles']
 
 # %% ../../nbs/data/12_augment.ipynb #e7e64b23
-import tensorflow as tf
-from ..detector.images import PAD_RGB
+import numpy as np, tensorflow as tf
+from PIL import Image
+from ..detector.images import PAD_RGB, resize_image
 
 # %% ../../nbs/data/12_augment.ipynb #cd5452d0
 def horizontal_flip(
@@ -92,11 +93,16 @@ def transform_boxes(
 def _areas(boxes): return tf.reduce_prod(boxes[:,2:]-boxes[:,:2], 1)
 
 # %% ../../nbs/data/12_augment.ipynb #9fd6ea92
-def _pad(image, window_hw):
-    "Pads an image at the bottom and on the right to a size, with the mean colour."
+def _resize(image, size_hw):
+    "Scales an image `[H, W, 3]` uint8, in a graph."
+    def resize(image, size_hw): return np.asarray(resize_image(Image.fromarray(image), tuple(map(int, size_hw))))
+    return tf.ensure_shape(tf.numpy_function(resize, [image, size_hw], tf.uint8, stateful=False), (None,None,3))
+
+def _pad(image, window_hw, pad_rgb):
+    "Pads an image at the bottom and on the right to a size."
     h,w = tf.unstack(tf.shape(image)[:2])
     height,width = tf.unstack(tf.cast(window_hw, tf.int32))
-    def padding(*hw): return tf.broadcast_to(tf.constant(PAD_RGB, tf.uint8), (*hw,3))
+    def padding(*hw): return tf.broadcast_to(tf.constant(pad_rgb, tf.uint8), (*hw,3))
     rows = tf.concat([image, padding(h, width-w)], 1)
     return tf.concat([rows, padding(height-h, width)], 0)
 
@@ -110,12 +116,12 @@ def crop_resize_pad(
     crop_position,  # [2] position of the window, 0..1 vertical and horizontal
     window_hw=None, # (height, width) of the part of the input to fill, pixels; None is all of it
     min_visible:float=0., # smallest share of a box that must stay visible, 0..1
+    pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
 ):                  # image uint8 [height, width, 3]; boxes and labels of what is still visible, input pixels
     "Crops, scales and pads an image and its boxes, for a given scale and position."
     crop_yx,crop_hw,resized_hw = crop_window(tf.shape(image)[:2], image_hw, scale, crop_position, window_hw)
     cropped = tf.slice(image, tf.concat([crop_yx, [0]], 0), tf.concat([crop_hw, [3]], 0))
-    resized = tf.raw_ops.ResizeBilinear(images=cropped[None], size=resized_hw, half_pixel_centers=True)[0]
-    padded = _pad(tf.cast(resized + .5, tf.uint8), image_hw if window_hw is None else window_hw)
+    padded = _pad(_resize(cropped, resized_hw), image_hw if window_hw is None else window_hw, pad_rgb)
     if window_hw is None: padded = tf.ensure_shape(padded, (*image_hw,3))
     return padded, *transform_boxes(boxes, labels, crop_yx, crop_hw, resized_hw, min_visible)
 
@@ -130,10 +136,11 @@ def random_scale_crop(
     seed=(0,0),         # two integers; the same two always give the same result
     window_hw=None,     # (height, width) of the part of the input to fill, pixels; None is all of it
     min_visible:float=0., # smallest share of a box that must stay visible, 0..1
+    pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
 ):                      # image uint8 [height, width, 3]; boxes and labels of what is still visible, input pixels
-    "Scales an image randomly and crops a random window, padded with the mean colour."
+    "Scales an image randomly, crops a random window, and pads it to the size of the input."
     scale,position = sample_scale_jitter(seed, scale_min, scale_max)
-    return crop_resize_pad(image, boxes, labels, image_hw, scale, position, window_hw, min_visible)
+    return crop_resize_pad(image, boxes, labels, image_hw, scale, position, window_hw, min_visible, pad_rgb)
 
 # %% ../../nbs/data/12_augment.ipynb #2d852c96
 def jitter_colors(
@@ -166,12 +173,14 @@ def augment(
     hue_jitter:float=0.,# largest change of the hue, 0..0.5 of the colour circle
     window_hw=None,     # (height, width) of the part of the input to fill, pixels; None is all of it
     min_visible:float=0., # smallest share of a box that must stay visible, 0..1
+    pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
 ):                      # image uint8 [height, width, 3]; boxes and labels of what is still visible, input pixels
     "Applies the training augmentations of one image: flip, colours, scale-jitter crop, padding."
     fold_in = tf.random.experimental.stateless_fold_in
     if hflip: image,boxes = random_horizontal_flip(image, boxes, fold_in(seed, 1))
     if color_jitter or hue_jitter: image = jitter_colors(image, fold_in(seed, 2), color_jitter, hue_jitter)
-    return random_scale_crop(image, boxes, labels, image_hw, scale_min, scale_max, seed, window_hw, min_visible)
+    return random_scale_crop(image, boxes, labels, image_hw, scale_min, scale_max, seed, window_hw, min_visible,
+                             pad_rgb)
 
 # %% ../../nbs/data/12_augment.ipynb #b9958e68
 def mosaic_tiles(

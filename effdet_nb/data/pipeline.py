@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from ..core.console import log_message
 from ..detector.boxes import label_color, show_boxes
+from ..detector.images import PAD_RGB
 from .classes import ClassTable
 from .tfrecord import decode_example, load_sidecar
 from .augment import MIN_VISIBLE, augment, join_tiles, mosaic_tiles, sample_scale_jitter
@@ -29,6 +30,7 @@ class DataConfig:
     validation_json_file:str = ''     # COCO annotations of the validation images; '' takes them from the records
     num_classes:int = 91              # channels of the class head: categories + 1
     image_hw:tuple = (512,512)        # (height, width) of the network input, pixels
+    pad_rgb:tuple = PAD_RGB           # colour of the padding, 0..255
     max_instances:int = 100           # most objects an image may have
     skip_crowd:bool = True            # leave out crowd boxes in training
     skip_corrupt:bool = False         # read the next record instead of a damaged one
@@ -238,7 +240,8 @@ def _augmented(number, key, loader, **tile):
     image,boxes,classes = tf.py_function(_recording_failures(loader), [number, scale], (tf.uint8, tf.float32, tf.int32))
     image,boxes,classes = map(tf.ensure_shape, (image, boxes, classes), ((None,None,3), (None,4), (None,)))
     colors = config.color_jitter,config.hue_jitter
-    return augment(image, boxes, classes, config.image_hw, key, config.hflip, *scales, *colors, **tile)
+    options = dict(pad_rgb=config.pad_rgb) | tile
+    return augment(image, boxes, classes, config.image_hw, key, config.hflip, *scales, *colors, **options)
 
 # %% ../../nbs/data/14_pipeline.ipynb #7cb66051
 def _mosaic_or_single(number, key, loader):

@@ -10,7 +10,8 @@ import numpy as np
 from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from .boxes import area, draw_boxes, yxyx_to_xywh
-from .images import LetterboxedImage, boxes_to_original, read_image, read_letterboxed
+from .images import (
+    LetterboxedImage, boxes_to_original, padding_colour, read_image, read_letterboxed)
 
 # %% ../../nbs/detector/09_detections.ipynb #6ca95346
 @dataclass
@@ -77,7 +78,7 @@ def predict_image(
     threshold:float=.5, # lowest score to keep, 0 to 1
 )->Detections:          # best first, pixels of the image as stored
     "Detects the objects in one image file."
-    letterboxed = read_letterboxed(image_path, detector.image_hw)
+    letterboxed = read_letterboxed(image_path, detector.image_hw, pad_rgb=padding_colour(detector))
     found = detector(letterboxed.image[None])[0]
     return found.to_original(letterboxed, image_path, detector.classes).select(threshold)
 

@@ -13,7 +13,7 @@ import keras, numpy as np, re
 from dataclasses import asdict, dataclass, field
 from keras import layers, ops
 from math import prod
-from .images import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, LUMA_WEIGHTS
+from .images import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, LUMA_WEIGHTS, PAD_RGB, neutral_rgb
 from .anchors import ASPECTS, all_anchors
 from .backbone import LayerFactory, backbone
 from .bifpn import bifpn
@@ -108,11 +108,13 @@ class Arch:
     max_level:int=None           # coarsest level of the pyramid; None: the variant's own
     channels:int=3               # of the images: 3 for colour, 1 for grey
     residual_last_block:bool=True # False: P5 is taken as TAO takes it, before the last block adds its input
+    pad_rgb:tuple=None           # colour of the padding of its images, 0..255; None: zero after normalisation
 
     def __post_init__(self):
         variant = get_variant(self.name)
         mean, std = pixel_mean_std(variant.lite, self.channels)
-        defaults = dict(anchor_scale=variant.anchor_scale, mean_rgb=mean, std_rgb=std, max_level=variant.max_level)
+        defaults = dict(anchor_scale=variant.anchor_scale, mean_rgb=mean, std_rgb=std, max_level=variant.max_level,
+                        pad_rgb=neutral_rgb(self.mean_rgb or mean))
         object.__setattr__(self, 'name', variant_name(self.name))
         for name,value in defaults.items():
             if getattr(self, name) is None: object.__setattr__(self, name, value)
@@ -143,7 +145,8 @@ def arch_from_dict(
 )->Arch:    # equal to the original
     "Rebuilds an `Arch` from the values of a model file."
     fields = {key: name for name,key in FILE_KEYS.items()}
-    return Arch(**{fields.get(key, key): to_tuples(value) for key,value in d.items()})
+    values = {fields.get(key, key): to_tuples(value) for key,value in d.items()}
+    return Arch(**{'pad_rgb': PAD_RGB} | values)
 
 # %% ../../nbs/detector/08_efficientdet.ipynb #ba0c0c8a
 def arch_anchors(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN_RGB', 'IMAGENET_STD_RGB', 'LUMA_WEIGHTS', 'PAD_RGB', 'to_rgb', 'to_channels', 'read_image',
-           'letterbox_scale', 'letterbox', 'boxes_to_original', 'LetterboxedImage', 'read_letterboxed', 'threaded_map',
-           'read_letterboxed_batches']
+           'letterbox_scale', 'neutral_rgb', 'padding_colour', 'resize_image', 'letterbox', 'boxes_to_original',
+           'LetterboxedImage', 'read_letterboxed', 'threaded_map', 'read_letterboxed_batches']
 
 # %% ../../nbs/detector/02_images.ipynb #72dc4e18
 import numpy as np, os
@@ -84,30 +84,54 @@ def letterbox_scale(
     return W/w, (max(h*W//w, 1), W)
 
 # %% ../../nbs/detector/02_images.ipynb #114a1d7c
-PAD_RGB = tuple(round(v) for v in IMAGENET_MEAN_RGB) # colour of the padding, 0..255
+def neutral_rgb(
+    mean_rgb:tuple, # what the network subtracts: three numbers, or one for a grey network, 0..255
+)->tuple:           # (red, green, blue), 0..255
+    "Returns the colour that becomes zero after normalisation, rounded to eight bits."
+    colour = tuple(min(max(round(float(v)), 0), 255) for v in mean_rgb)
+    return colour if len(colour)==3 else colour*3
+
+PAD_RGB = neutral_rgb(IMAGENET_MEAN_RGB) # colour of the padding, unless a detector has its own
+
+def padding_colour(
+    detector, # any detector
+)->tuple:     # (red, green, blue), 0..255
+    "Returns the padding colour of a detector: its `pad_rgb`, or the mean of ImageNet if it has none."
+    return tuple(getattr(detector, 'pad_rgb', PAD_RGB))
+
+# %% ../../nbs/detector/02_images.ipynb #f5db49ae
+def resize_image(
+    image:Image.Image, # in mode RGB
+    size_hw:tuple,     # (height, width) of the result, pixels
+    box:tuple=None,    # left, top, right, bottom of the part to scale, pixels; None: all of it
+)->Image.Image:
+    "Scales an image; when it shrinks, each new pixel averages all pixels that it covers."
+    height,width = size_hw
+    return image.resize((width,height), Image.Resampling.BILINEAR, box)
 
 # %% ../../nbs/detector/02_images.ipynb #4447462b
-def _resize_and_pad(image, image_hw, scale, scaled_hw, reduction=1):
+def _resize_and_pad(image, image_hw, scale, scaled_hw, pad_rgb, reduction=1):
     "Letterboxes a Pillow image, one pixel of which stands for `reduction` original pixels."
     height,width = scaled_hw
     right = min(width/scale/reduction, image.size[0])
     bottom = min(height/scale/reduction, image.size[1])
-    letterboxed = np.full((*image_hw,3), PAD_RGB, np.uint8)
-    letterboxed[:height,:width] = image.resize((width,height), Image.Resampling.BILINEAR, box=(0,0,right,bottom))
+    letterboxed = np.full((*image_hw,3), pad_rgb, np.uint8)
+    letterboxed[:height,:width] = resize_image(image, scaled_hw, (0,0,right,bottom))
     return letterboxed
 
 # %% ../../nbs/detector/02_images.ipynb #c4b573fe
 def letterbox(
     image:np.ndarray, # [H, W, 3] uint8 RGB
     image_hw:tuple,   # (height, width) of the network input, pixels
+    pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
 )->tuple:             # letterboxed image [height, width, 3] uint8, and the scale: input pixels per image pixel
-    "Scales an image to fit the input size, places it in the top left corner and fills the rest with the mean colour."
+    "Scales an image to fit the input size, places it in the top left corner and fills the rest with one colour."
     image = np.asarray(image)
     if image.dtype!=np.uint8 or image.ndim!=3 or image.shape[2]!=3:
         raise ValueError(f'letterbox: an image of shape {image.shape} and type {image.dtype}; '
                          '[height, width, 3] uint8 is needed. Read files with read_image')
     scale,scaled_hw = letterbox_scale(image.shape[:2], image_hw)
-    return _resize_and_pad(Image.fromarray(image), image_hw, scale, scaled_hw), scale
+    return _resize_and_pad(Image.fromarray(image), image_hw, scale, scaled_hw, pad_rgb), scale
 
 # %% ../../nbs/detector/02_images.ipynb #a6cc2550
 def boxes_to_original(
@@ -130,6 +154,7 @@ def read_letterboxed(
     source,         # path of an image, or the bytes of one
     image_hw:tuple, # (height, width) of the network input, pixels
     name:str=None,  # name of the image in error messages; the path if absent
+    pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
 )->LetterboxedImage:
     "Reads and letterboxes an image, and decodes a large JPEG no finer than needed."
     with _open_image(source, name) as image:
@@ -137,7 +162,7 @@ def read_letterboxed(
         scale,scaled_hw = letterbox_scale((height,width), image_hw)
         draft = image.draft('RGB', scaled_hw[::-1])          # None unless the format supports it
         reduction = width/draft[1][2] if draft else 1
-        letterboxed = _resize_and_pad(to_rgb(image), image_hw, scale, scaled_hw, reduction)
+        letterboxed = _resize_and_pad(to_rgb(image), image_hw, scale, scaled_hw, pad_rgb, reduction)
         return LetterboxedImage(letterboxed, scale, (height,width))
 
 # %% ../../nbs/detector/02_images.ipynb #802981d2
@@ -165,16 +190,17 @@ def read_letterboxed_batches(
     batch_size:int=8, # images per batch; the last one may hold fewer
     workers:int=None, # threads; as many as there are CPU cores if absent
     on_error=None,    # called with (source, error) for an unreadable image, which is then left out; raised if absent
+    pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
 ):                    # yields lists of (source, LetterboxedImage)
     "Reads and letterboxes many images in threads and yields them in batches, in order."
     if batch_size<1: raise ValueError(f'batch_size: {batch_size}; at least 1 is needed. Use 1 for single images')
-    images = _read_all(sources, image_hw, workers, on_error)
+    images = _read_all(sources, image_hw, workers, on_error, pad_rgb)
     while batch := list(islice(images, batch_size)): yield batch
 
-def _read_all(sources, image_hw, workers, on_error):
+def _read_all(sources, image_hw, workers, on_error, pad_rgb):
     "Yields each readable source with its letterboxed image, in order."
     def read(source):
-        try: return source, read_letterboxed(source, image_hw)
+        try: return source, read_letterboxed(source, image_hw, pad_rgb=pad_rgb)
         except (OSError, ValueError) as e:
             if on_error is None: raise
             return source, e

@@ -33,7 +33,7 @@ class KerasDetector:
         predict_fn=predict_on_batch,         # function of (model, images) that returns the raw outputs
     ):
         self.model, self.arch, self.classes, self.meta = model, arch, classes, meta or {}
-        self.image_hw, self.anchors = tuple(arch.image_hw), arch_anchors(arch)
+        self.image_hw, self.pad_rgb, self.anchors = tuple(arch.image_hw), tuple(arch.pad_rgb), arch_anchors(arch)
         self.nms_options, self.predict_fn = nms_options, predict_fn
         model.jit_compile = False
 

@@ -11,11 +11,13 @@ import json, numpy as np
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from math import isfinite
 from pathlib import Path
 from ..detector.boxes import xywh_to_yxyx
-from ..detector.images import LetterboxedImage, boxes_to_original, letterbox, read_letterboxed, threaded_map
+from ..detector.images import (
+    PAD_RGB, LetterboxedImage, boxes_to_original, letterbox, padding_colour, read_letterboxed, threaded_map)
 from ..detector.detections import Detections
 from ..data.classes import ClassTable
 from ..data.coco import id_key, whole_number
@@ -25,12 +27,14 @@ from .ground_truth import yxyx_to_xywh64
 def letterbox_sample(
     sample,         # (image, GroundTruth); an image is a path, bytes, or an array [H, W, 3] uint8
     image_hw:tuple, # (height, width) of the network input, pixels
+    pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
 )->tuple:           # (LetterboxedImage, GroundTruth)
     "Resizes the image of a sample to the input size of the network."
     source,truth = sample
-    if isinstance(source, np.ndarray): return LetterboxedImage(*letterbox(source, image_hw), source.shape[:2]), truth
+    if isinstance(source, np.ndarray):
+        return LetterboxedImage(*letterbox(source, image_hw, pad_rgb), source.shape[:2]), truth
     name = f'image {truth.image_id}' if isinstance(source, (bytes,bytearray,memoryview)) else None
-    return read_letterboxed(source, image_hw, name), truth
+    return read_letterboxed(source, image_hw, name, pad_rgb), truth
 
 # %% ../../nbs/evaluate/04_predict.ipynb #dee19fd6
 def _batches(iterator, size):
@@ -55,8 +59,8 @@ def predict_samples(
 )->Iterator:          # of (GroundTruth, Detections in pixels of the original image)
     "Runs a detector on samples."
     if batch_size < 1: raise ValueError(f'batch_size {batch_size}: at least 1 is needed')
-    image_hw = tuple(detector.image_hw)
-    letterboxed = threaded_map(lambda sample: letterbox_sample(sample, image_hw), samples, workers, 2*batch_size)
+    read = partial(letterbox_sample, image_hw=tuple(detector.image_hw), pad_rgb=padding_colour(detector))
+    letterboxed = threaded_map(read, samples, workers, 2*batch_size)
     for batch,detections in _predict_batches(detector, _batches(letterboxed, batch_size)):
         if len(detections) != len(batch):
             raise ValueError(f'detector: {len(detections)} results for {len(batch)} images; '

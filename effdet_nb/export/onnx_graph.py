@@ -15,6 +15,7 @@ import json, re
 from collections import Counter
 import numpy as np
 from .. import __version__
+from ..detector.images import PAD_RGB
 from ..detector.anchors import all_anchors
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #cd3eaa5f
@@ -310,7 +311,7 @@ def get_metadata(
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #64b7ca8e
 IMAGE_PREPARATION = dict(layout='NHWC', colour='RGB', range=[0,255], resize='letterbox, top left',
-                         padding=[124,116,104], normalisation='inside')
+                         padding=list(PAD_RGB), normalisation='inside')
 
 def build_metadata(
     meta:dict,           # metadata of the model file
@@ -319,7 +320,9 @@ def build_metadata(
 )->dict:                 # metadata for a graph without suppression
     "Builds the metadata of an exported network."
     from_model = {name: meta.get(name) for name in ('arch','classes','step','epoch')}
-    return dict(format=1, version=__version__, **from_model, input=IMAGE_PREPARATION, batch_size=batch_size,
+    padding = (meta.get('arch') or {}).get('pad_rgb', PAD_RGB)
+    preparation = IMAGE_PREPARATION | dict(padding=list(padding))
+    return dict(format=1, version=__version__, **from_model, input=preparation, batch_size=batch_size,
                 opset=opset, data_type='fp32', nms=dict(kind='none'))
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #4ab7b2f0

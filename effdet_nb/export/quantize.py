@@ -12,7 +12,7 @@ import hashlib, json, tempfile
 from pathlib import Path
 import numpy as np
 from ..core.files import atomic_write
-from ..detector.images import read_letterboxed_batches, to_channels
+from ..detector.images import PAD_RGB, read_letterboxed_batches, to_channels
 from .onnx_graph import copy_proto, get_metadata, graph_initializers, set_metadata
 
 # %% ../../nbs/export/04_quantize.ipynb #cbb8beba
@@ -131,13 +131,14 @@ def calibration_batches(
     batch_size:int=1,   # images per batch
     num_batches:int=10, # number of batches, at most
     channels:int=3,     # channels of the network input: 3 for colour, 1 for grey
+    pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
 ):                      # yields [N,H,W,channels] uint8
     "Reads calibration images in batches, in the order of their names."
     files = sorted(path for path in Path(image_dir).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise FileNotFoundError(f'cal_image_dir {image_dir}: no images ({", ".join(IMAGE_SUFFIXES)}) in it or its '
                                 'subfolders. Give a folder of images similar to those that the detector will process')
-    batches = read_letterboxed_batches(files[:batch_size*num_batches], tuple(image_hw), batch_size)
+    batches = read_letterboxed_batches(files[:batch_size*num_batches], tuple(image_hw), batch_size, pad_rgb=pad_rgb)
     return (_stack(batch, channels) for batch in batches)
 
 def _stack(batch, channels):
@@ -179,5 +180,6 @@ def _batches_for(meta, image_dir, num_batches, batch_size):
     "Reads the requested number of calibration images, in batches that fit the graph."
     graph_batch = meta['batch_size'] or 1
     num_images = (batch_size or graph_batch)*num_batches
-    channels = meta['arch'].get('channels', 3)
-    return calibration_batches(image_dir, meta['arch']['image_hw'], graph_batch, -(-num_images//graph_batch), channels)
+    channels, num_batches = meta['arch'].get('channels', 3), -(-num_images//graph_batch)
+    padding = tuple(meta['input']['padding'])
+    return calibration_batches(image_dir, meta['arch']['image_hw'], graph_batch, num_batches, channels, padding)

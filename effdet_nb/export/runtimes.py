@@ -187,6 +187,7 @@ class ExportedDetector:
                              'its classes and anchors are unknown. Export the .tlt again')
         check_metadata(meta, name)
         self.meta,self.image_hw = meta, tuple(meta['arch']['image_hw'])
+        self.pad_rgb = tuple(meta['input']['padding'])
         self.classes,self.anchors = ClassTable.from_dict(meta['classes']), anchors_from_metadata(meta)
         self.suppresses_itself = is_fixed
         self.nms_options = resolve_nms_options(meta['nms'], nms_changes, is_fixed)

@@ -82,6 +82,7 @@ def data_config_from_spec(
         validation_json_file=data.validation_json_file,
         num_classes=data.num_classes,
         image_hw=tuple(data.image_hw),
+        pad_rgb=arch_from_spec(spec).pad_rgb,
         max_instances=data.max_instances_per_image,
         skip_crowd=data.skip_crowd_during_training,
         skip_corrupt=data.skip_corrupt,
@@ -195,10 +196,10 @@ def resolve_experiment(
     num_replicas:int=1,                      # replicas that share the images
 )->Experiment:
     "Resolves a spec into plain values."
-    spec = with_epoch_size(spec, num_replicas)
+    spec, arch = with_epoch_size(spec, num_replicas), resolve_arch(spec, initial)
     return Experiment(
-        arch=resolve_arch(spec, initial),
-        data=data_config_from_spec(spec),
+        arch=arch,
+        data=replace(data_config_from_spec(spec), pad_rgb=arch.pad_rgb),
         training=training_plan_from_spec(spec),
         evaluation=spec.eval_config,
         spec_text=spec.to_text(),

@@ -231,8 +231,9 @@ def _has_colour_stem(arrays):
 def match_preprocessing(
     arch:Arch, # the detector to build
     weights,   # `SourceWeights`, or the `Arch` of a file
-)->Arch:       # the same with the pixel scale and P5 of the weights
-    "Returns the description of a detector with the preprocessing of some weights."
+)->Arch:       # the same, as the weights expect it
+    "Returns the description of a detector with the pixel scale, the padding and P5 of some weights."
     if weights.mean_rgb is not None and len(weights.mean_rgb) == arch.channels:
-        arch = replace(arch, mean_rgb=tuple(weights.mean_rgb), std_rgb=tuple(weights.std_rgb))
+        padding = weights.pad_rgb if isinstance(weights, Arch) else None     # None: zero after this normalisation
+        arch = replace(arch, mean_rgb=tuple(weights.mean_rgb), std_rgb=tuple(weights.std_rgb), pad_rgb=padding)
     return replace(arch, residual_last_block=weights.residual_last_block)
