@@ -1,5 +1,6 @@
 "Letterboxing of any size, unreadable files, and order and prefetching of the threaded readers."
 import io
+import json
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from effdet_nb.detector.efficientdet import VARIANTS, Arch, arch_from_dict, arch
 from effdet_nb.detector.images import (IMAGENET_MEAN_RGB, PAD_RGB, boxes_to_original, letterbox, letterbox_scale,
                                        read_image, read_letterboxed, read_letterboxed_batches, threaded_map,
                                        to_channels)
+from effdet_nb.weights.model_file import check_arch
 
 side = st.integers(1, 5000)
 
@@ -162,3 +164,12 @@ def test_no_tensorflow_is_imported():
     code = '''import sys, effdet_nb.detector.images
 assert "tensorflow" not in sys.modules and "keras" not in sys.modules'''
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+@pytest.mark.parametrize('padding', [
+    'grey', [127], [127, 127, 127, 127], [300, 0, 0], [-1, 0, 0], [1.5, 0, 0], [None]*3, {}])
+def test_a_padding_that_is_no_colour_is_refused(padding):
+    description = json.loads(json.dumps(arch_to_dict(Arch('efficientdet-tiny', (128,128), 3))))
+    assert check_arch(description, 'a.tlt')['pad_rgb'] == [124,116,104]
+    with pytest.raises(ValueError, match='arch.pad_rgb.*three numbers from 0 to 255'):
+        check_arch(description | dict(pad_rgb=padding), 'a.tlt')

@@ -1,5 +1,6 @@
 "Copying weights into a model: all that fits, nothing else, and nothing at all if something is wrong."
 
+import json
 import re
 
 import keras
@@ -88,8 +89,8 @@ def test_a_run_goes_on_with_the_padding_of_its_file(role, stored, expected):
     from effdet_nb.train.experiment import InitialWeights, resolve_experiment
     from effdet_nb.train.spec import Spec
     from effdet_nb.weights.model_file import ModelFile
-    description = arch_to_dict(Arch('efficientdet-lite0', HW, 4))
-    if stored: description['pad_rgb'] = stored
+    description = json.loads(json.dumps(arch_to_dict(Arch('efficientdet-lite0', HW, 4))))
+    if stored: description['pad_rgb'] = list(stored)
     else: del description['pad_rgb']
     spec = Spec().replace(
         model_config=dict(model_name='efficientdet-lite0'), dataset_config=dict(num_classes=4),

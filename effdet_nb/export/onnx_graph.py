@@ -7,8 +7,8 @@ __all__ = ['DUMMY_BATCH', 'METADATA_KEY', 'IMAGE_PREPARATION', 'GRAPH_PASSES', '
            'add_initializer', 'replace_nodes', 'copy_proto', 'infer_tensor_shapes', 'resize_nodes', 'resize_to_gather',
            'remove_noop_reshapes', 'folded_conv', 'fold_batch_norms', 'count_readers', 'fold_normalization',
            'folded_scale', 'follow_chain', 'matmul_nodes', 'head_conv_to_matmul', 'set_batch_dim', 'run_onnx',
-           'set_metadata', 'get_metadata', 'build_metadata', 'anchors_from_metadata', 'get_batch_dim',
-           'name_by_position', 'model_to_onnx', 'convert_to_onnx']
+           'set_metadata', 'get_metadata', 'build_metadata', 'padding_from_metadata', 'anchors_from_metadata',
+           'get_batch_dim', 'name_by_position', 'model_to_onnx', 'convert_to_onnx']
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #aa0236f1
 import json, re
@@ -324,6 +324,13 @@ def build_metadata(
     preparation = IMAGE_PREPARATION | dict(padding=list(padding))
     return dict(format=1, version=__version__, **from_model, input=preparation, batch_size=batch_size,
                 opset=opset, data_type='fp32', nms=dict(kind='none'))
+
+# %% ../../nbs/export/02_onnx_graph.ipynb #af5ee36d
+def padding_from_metadata(
+    meta:dict,  # metadata of an exported file
+)->tuple:       # (red, green, blue), 0..255
+    "Returns the colour of the padding that an exported network expects."
+    return tuple(meta.get('input', {}).get('padding', PAD_RGB))
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #4ab7b2f0
 def anchors_from_metadata(

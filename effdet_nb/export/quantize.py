@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from ..core.files import atomic_write
 from ..detector.images import PAD_RGB, read_letterboxed_batches, to_channels
-from .onnx_graph import copy_proto, get_metadata, graph_initializers, set_metadata
+from .onnx_graph import (
+    copy_proto, get_metadata, graph_initializers, padding_from_metadata, set_metadata)
 
 # %% ../../nbs/export/04_quantize.ipynb #cbb8beba
 def convert_to_fp16(
@@ -181,5 +182,5 @@ def _batches_for(meta, image_dir, num_batches, batch_size):
     graph_batch = meta['batch_size'] or 1
     num_images = (batch_size or graph_batch)*num_batches
     channels, num_batches = meta['arch'].get('channels', 3), -(-num_images//graph_batch)
-    padding = tuple(meta['input']['padding'])
+    padding = padding_from_metadata(meta)
     return calibration_batches(image_dir, meta['arch']['image_hw'], graph_batch, num_batches, channels, padding)

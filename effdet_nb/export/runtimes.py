@@ -21,7 +21,7 @@ from ..detector.nms import NmsOptions, postprocess_batch
 from ..weights.encryption import ENCRYPTED_MAGIC, resolve_key
 from ..weights.model_file import check_arch, check_classes, is_onnx, load_etlt, load_model_file
 from ..weights.container import ZIP_MAGIC, reject_unneeded_key, require_file
-from .onnx_graph import get_metadata, anchors_from_metadata
+from .onnx_graph import get_metadata, anchors_from_metadata, padding_from_metadata
 from .onnx_nms import NMS_OUTPUTS, strip_nms
 
 # %% ../../nbs/export/06_runtimes.ipynb #68dea07a
@@ -187,7 +187,7 @@ class ExportedDetector:
                              'its classes and anchors are unknown. Export the .tlt again')
         check_metadata(meta, name)
         self.meta,self.image_hw = meta, tuple(meta['arch']['image_hw'])
-        self.pad_rgb = tuple(meta['input']['padding'])
+        self.pad_rgb = padding_from_metadata(meta)
         self.classes,self.anchors = ClassTable.from_dict(meta['classes']), anchors_from_metadata(meta)
         self.suppresses_itself = is_fixed
         self.nms_options = resolve_nms_options(meta['nms'], nms_changes, is_fixed)

@@ -66,7 +66,7 @@ def _is_list(value, is_item, lengths):
     return isinstance(value, list) and len(value) in lengths and all(map(is_item, value))
 
 _is_filters, _is_factor = partial(_is_int, low=1, high=MAX_FILTERS), partial(_is_float, low=1e-6, high=1e6)
-_is_pixel_scale = partial(_is_float, low=-1e6, high=1e6)
+_is_pixel_scale, _is_colour = partial(_is_float, low=-1e6, high=1e6), partial(_is_int, low=0, high=255)
 
 def _is_size(value):
     is_pair = _is_list(value, partial(_is_int, low=1, high=MAX_PIXELS), (2,))
@@ -87,7 +87,8 @@ ARCH_RULES = {      # entry of `arch` in meta.json -> (what is allowed, function
     'widths': (f'a dict of layers with 1 to {MAX_FILTERS:,} filters', _is_widths),
     'max_level': ('a level from 3 to 8', lambda v: v is None or _is_int(v, 3, 8)),
     'channels': ('1 or 3', lambda v: type(v) is int and v in (1,3)),
-    'last_adds': ('true or false', lambda v: type(v) is bool)}
+    'last_adds': ('true or false', lambda v: type(v) is bool),
+    'pad_rgb': ('three numbers from 0 to 255', lambda v: v is None or _is_list(v, _is_colour, (3,)))}
 
 def check_arch(
     arch,       # value of `arch` in the metadata
