@@ -123,9 +123,20 @@ def test_eval_samples_apply_to_detection_files_and_are_reported(work, spec):
     with pytest.raises(ValueError, match=message): evaluate_files(spec, work/'good.json')
 
 
+@pytest.mark.parametrize('change', [
+    lambda row: row.update(image_id=str(row['image_id'])), lambda row: row.update(image_id=float(row['image_id'])),
+    lambda row: row.update(category_id=str(row['category_id']))])
+def test_ids_that_differ_only_in_type_are_equal(work, spec, tmp_path, change):
+    rows = read_json(work/'good.json')
+    expected = evaluate_files(spec, work/'good.json')
+    for row in rows: change(row)
+    write_json(tmp_path/'x.json', rows)
+    assert evaluate_files(spec, tmp_path/'x.json')[0].metrics['AP']==expected[0].metrics['AP']
+
+
 @pytest.mark.parametrize('wrong, message', [
     (dict(image_id=5), '1 of 18 detections are for images that were not evaluated; there are 9 .such as image 5'),
-    (dict(image_id='100'), "such as image '100'"),
+    (dict(image_id='0100'), "such as image '0100'"),
     (dict(category_id=7),
      '1 of 18 detections have a category the classes do not include; these are 2, 1 to 2 .such as cat'),
     (dict(score=float('nan')), '1 of 18 detections are not complete'),

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from effdet_nb.data.classes import ClassTable
-from effdet_nb.evaluate.ground_truth import samples_from_coco
+from effdet_nb.evaluate.ground_truth import samples_from_coco, samples_from_records
 from effdet_nb.evaluate.predict import channels_to_category_ids, predict_samples
 from effdet_nb.train.experiment import eval_dataset_from_spec
 from effdet_nb.detector.detections import Detections
@@ -48,6 +48,35 @@ def test_paths_bytes_and_arrays_give_the_same(image_folder):
 
     def boxes(samples): return [d.boxes.tolist() for _, d in predict_samples(FullImageDetector((64, 96)), samples, 2)]
     assert boxes(pairs) == boxes(as_bytes) == boxes(as_arrays)
+
+
+@pytest.mark.parametrize('change', [str.upper, lambda name: '/data/'+name, lambda name: 'images\\'+name])
+def test_files_under_other_names_are_found(image_folder, change):
+    data = json.loads((image_folder/'a.json').read_text())
+    for image in data['images']: image['file_name'] = change(image['file_name'])
+    (image_folder/'b.json').write_text(json.dumps(data))
+    paths = [path for path, _ in samples_from_coco(image_folder/'b.json', image_folder)]
+    assert paths==[path for path, _ in samples_from_coco(image_folder/'a.json', image_folder)]
+
+
+@pytest.mark.parametrize('source_id', [lambda i: str(i['id']), lambda i: i['file_name'],
+                                       lambda i: i['file_name'].rpartition('/')[2]])
+def test_images_of_records_are_found_by_id_and_by_file_name(image_folder, source_id):
+    data = json.loads((image_folder/'a.json').read_text())
+    for image in data['images']: image['file_name'] = 'deep/er/'+image['file_name']
+    (image_folder/'b.json').write_text(json.dumps(data))
+    records = [dict(image=b'', source_id=source_id(image)) for image in data['images']]
+    truths = [truth for _, truth in samples_from_records(records, image_folder/'b.json')]
+    assert [truth.image_id for truth in truths]==[image['id'] for image in data['images']]
+    assert all(len(truth)==1 for truth in truths)
+
+
+def test_an_ambiguous_file_name_is_not_used(image_folder):
+    data = json.loads((image_folder/'a.json').read_text())
+    for folder, image in zip('abcdefg', data['images']): image['file_name'] = f'{folder}/same.png'
+    (image_folder/'b.json').write_text(json.dumps(data))
+    with pytest.raises(ValueError, match='image same.png of the records is not among the 7 images'):
+        list(samples_from_records([dict(image=b'', source_id='same.png')], image_folder/'b.json'))
 
 
 def test_channels_beyond_the_table_have_no_category():

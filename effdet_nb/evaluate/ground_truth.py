@@ -17,7 +17,7 @@ from ..detector.images import read_image
 from ..data.coco import CocoDataset, images_by_source_id
 from ..data.faults import ConversionReport
 from ..data.tfrecord import decode_example
-from ..data.validate import load_ground_truth
+from ..data.validate import find_image_files, load_ground_truth
 from ..data.record_index import Records, annotation_order, require_record_files
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #92b66a35
@@ -82,6 +82,7 @@ def samples_from_coco(
 )->Iterator:    # of (path, GroundTruth), in the order of the file
     "Yields the samples of a COCO file and a folder of images."
     if not isinstance(coco, CocoDataset): coco,_ = load_ground_truth(coco)
+    coco,_ = find_image_files(coco, image_dir)
     for image in coco.images: yield Path(image_dir)/image['file_name'], ground_truth_from_coco(coco, image['id'])
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #65a4cfe8
