@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DISK_ERRORS', 'WRITE_MODES', 'MAX_FILE_SIZE', 'check_output_path', 'remove_stale_parts', 'readable_disk_errors',
-           'atomic_write', 'exclusive_lock', 'read_file', 'match_files', 'mask_secrets', 'to_jsonable', 'write_json']
+           'atomic_write', 'exclusive_lock', 'UnsuitableFile', 'read_file', 'match_files', 'mask_secrets',
+           'to_jsonable', 'write_json']
 
 # %% ../../nbs/core/01_files.ipynb #c8b9277a
 import errno, glob, json, math, os, re, stat, uuid
@@ -177,6 +178,8 @@ def _owner(path):
 # %% ../../nbs/core/01_files.ipynb #311d4f86
 MAX_FILE_SIZE = 2**30 # largest file to read into memory, bytes
 
+class UnsuitableFile(ValueError): "Raised for a path that is not an ordinary file of a sensible size."
+
 def read_file(
     path,                       # an ordinary file
     max_size:int=MAX_FILE_SIZE, # largest size, bytes
@@ -184,9 +187,9 @@ def read_file(
     "Reads a file; raises an error for folders, devices, pipes and files that are too large."
     state = os.stat(path)
     if not stat.S_ISREG(state.st_mode):
-        raise ValueError(f'{path}: not an ordinary file (a folder, device or pipe). Give a file')
+        raise UnsuitableFile(f'{path}: not an ordinary file (a folder, device or pipe). Give a file')
     if state.st_size>max_size:
-        raise ValueError(f'{path}: {state.st_size:,} bytes, at most {max_size:,} are read. Give a smaller file')
+        raise UnsuitableFile(f'{path}: {state.st_size:,} bytes, at most {max_size:,} are read. Give a smaller file')
     with open(path, 'rb', buffering=0) as f: return f.read()
 
 # %% ../../nbs/core/01_files.ipynb #76cbcdfb

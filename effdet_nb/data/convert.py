@@ -22,9 +22,11 @@ from ..core.files import atomic_write
 from .classes import ClassTable
 from .coco import CocoDataset, drop_masks, load_coco_lenient, pack_polygons, report_annotation_issues
 from .faults import ConversionReport, Fault, list_issues, worst_image_id
-from .record import RecordEncoder
+from .image_files import find_image_files, image_path, match_orientation, probe_image
+from .record import RecordEncoder, annotated_hw
 from .shards import ShardJob, flush_shards, output_lock, sha256_of, shard_name, stat_image, work_folder
-from .validate import draw_invalid_boxes, find_image_files
+from ..detector.images import read_image
+from .validate import draw_invalid_boxes
 from .workers import choose_num_workers, run_jobs, run_jobs_on_beam, worker_pool
 
 # %% ../../nbs/data/11_convert.ipynb #8f7cfd92
@@ -61,7 +63,7 @@ def jobs(
 @patch
 def fingerprint(self:Conversion)->dict:
     "Returns what must be equal for an interrupted conversion to be continued."
-    return dict(version=5, annotations=sha256_of(self.coco.path), shards=self.num_shards,
+    return dict(version=6, annotations=sha256_of(self.coco.path), shards=self.num_shards,
                 image_dir=str(Path(self.encoder.image_dir).resolve()),
                 include_masks=self.encoder.include_masks, clip=self.encoder.clip)
 
@@ -203,9 +205,10 @@ def draw_worst_image(
     info = next((info for info in conversion.coco.images if info['id']==image_id), None)
     if info is None: return None
     try:
-        with Image.open(Path(conversion.encoder.image_dir)/info['file_name']) as image:
-            size = info['width'] or image.width, info['height'] or image.height
-            pixels = np.asarray(image.convert('RGB').resize(size))
+        image = probe_image(image_path(conversion.encoder.image_dir, info['file_name']))
+        image = match_orientation(image, (info['height'],info['width']))
+        height,width = annotated_hw(info, image.original_hw) or image.original_hw
+        pixels = np.asarray(Image.fromarray(read_image(image.data)).resize((width,height)))
         drawn = Image.fromarray(draw_invalid_boxes(pixels, conversion.coco.annotations[image_id]))
     except (OSError, ValueError, MemoryError): return None
     drawn.thumbnail((1024,1024))
@@ -242,6 +245,7 @@ def check_sources(
     if not os.access(image_dir, os.X_OK):
         raise PermissionError(f'{image_dir}: this folder cannot be entered: permission denied. Change its permissions '
                               '(chmod), or convert as its owner')
+    image_path(image_dir, coco.images[0]['file_name'])            # a name outside the folder has its own message
     raise FileNotFoundError(f'{image_dir}: all {len(coco.images):,} images are missing, such as '
                             f'{coco.images[0]["file_name"]}. file_name in {coco.path.name} is relative to this folder')
 

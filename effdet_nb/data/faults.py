@@ -72,6 +72,14 @@ class Fault(StrEnum):
     FILE_MISSING = ('file missing', 'file_name is relative to the image folder. Copy the files there, '
                                     'or choose the right folder')
     NAME_DIFFERS = ('file found under another name', 'Write this name into the JSON', False)
+    OUTSIDE_FOLDER = ('outside the image folder',
+                      'file_name must not lead out of the image folder. Choose a folder above all images, such as /')
+    NOT_A_FILE = 'not an ordinary file of at most 1 GB', 'Replace the folder, device, pipe or huge file by an image'
+    TOO_LARGE = 'more than 178,956,970 pixels', 'Cut the image into tiles'
+    UNSUPPORTED_PIXELS = ('pixels without a defined brightness',
+                          'Save the image with 8 or 16 bits per channel, grey or RGB')
+    DARK_16_BITS = ('highest 4 of 16 bits unused, so nearly black',
+                    'Scale the pixels to 16 bits, or save the image with 8 bits')
     NOT_AN_IMAGE = 'not an image', 'Replace the file, or remove it from the JSON'
     NOT_PERMITTED = ('cannot be read: permission denied',
                      'Change the permissions of the file and its folder (chmod), or convert as their owner')

@@ -11,11 +11,13 @@ import hashlib, json, os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.console import log_message
 from ..core.files import exclusive_lock, remove_stale_parts
 from .faults import ConversionReport, Fault
+from .image_files import OutsideFolder, image_path
 from .record import RecordEncoder
 from .tfrecord import Shard, write_records
 
@@ -54,12 +56,12 @@ def stat_image(
     image_info:dict, # COCO entry of an image
 ):                   # `os.stat` of its file, or None if it is missing
     "Returns the file status of an image."
-    with suppress(OSError): return os.stat(os.path.join(image_dir, image_info['file_name']))
+    with suppress(OSError, OutsideFolder): return os.stat(image_path(image_dir, image_info['file_name']))
 
 # %% ../../nbs/data/09_shards.ipynb #eb5e7166
 def _images_unchanged(job, report, written):
     "Returns whether all images of a job are older than its shard, and missing ones were missing before."
-    missing = {*report.dropped_images.get(Fault.FILE_MISSING, ())}
+    missing = {*chain.from_iterable(report.dropped_images.values())}
     for image_info,_ in job.images:
         stat = stat_image(job.encoder.image_dir, image_info)
         if stat is None and (image_info['id'],image_info['file_name']) not in missing: return False
