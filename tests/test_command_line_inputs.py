@@ -9,7 +9,7 @@ from effdet_nb.app.infer import count_passed_over, output_paths, read_label_map
 from effdet_nb.core.files import match_files
 from effdet_nb.data.faults import Fault
 from effdet_nb.data.tfrecord import find_record_files
-from effdet_nb.data.validate import image_fault
+from effdet_nb.data.image_files import image_fault
 from effdet_nb.train.spec import Spec, SpecError
 
 

@@ -186,7 +186,7 @@ def test_the_warnings_log_has_the_form_of_tao(toy_dataset):
         first = d['annotations'][0]
         first['bbox'][0] = -4
         d['annotations'][1] |= dict(segmentation=[[5, 5, 100, 5, 100, 100]], bbox=[5, 5, 20, 95])
-        d['annotations'].append(first | dict(id=918, bbox=[120, 5, 9, 9]))
+        d['annotations'].append(first | dict(id=918, bbox=[121, 5, 9, 9]))
     edit(annotations, damage)
     summary = dataset_convert(images, annotations, out, include_masks=True, num_shards=2)
     log = json.loads((out/'train_warnings.json').read_text())
@@ -372,6 +372,7 @@ def add_exif_rotation(path):
 def as_mode(mode, **kw):
     def change(path):
         with Image.open(path) as im: other = im.convert(mode)
+        if mode == 'I;16': other = Image.fromarray(np.asarray(other) << 8)
         other.save(path, **kw)
     return change
 
@@ -380,8 +381,8 @@ def as_mode(mode, **kw):
 faults = {
     'box beyond the right edge': (box(bbox=[100, 5, 40, 9]), 'dropped_boxes', 'out of bounds', [(1, 1)]),
     'box beyond the lower edge': (box(bbox=[5, 100, 9, 40]), 'dropped_boxes', 'out of bounds', [(1, 1)]),
-    'negative x': (box(bbox=[-1, 5, 9, 9]), 'dropped_boxes', 'out of bounds', [(1, 1)]),
-    'negative y': (box(bbox=[5, -.5, 9, 9]), 'dropped_boxes', 'out of bounds', [(1, 1)]),
+    'negative x': (box(bbox=[-2, 5, 9, 9]), 'dropped_boxes', 'out of bounds', [(1, 1)]),
+    'negative y': (box(bbox=[5, -1.5, 9, 9]), 'dropped_boxes', 'out of bounds', [(1, 1)]),
     'zero width': (box(bbox=[5, 5, 0, 9]), 'dropped_boxes', 'no size', [(1, 1)]),
     'negative height': (box(bbox=[5, 5, 9, -2]), 'dropped_boxes', 'no size', [(1, 1)]),
     'NaN': (box(bbox=[nan, 5, 9, 9]), 'dropped_boxes', 'not finite', [(1, 1)]),
@@ -528,6 +529,18 @@ def test_the_report_shows_the_image_with_the_most_faults(toy_dataset):
                                          and a['bbox'][0] + a['bbox'][2] <= 128]))
     dataset_convert(images, annotations, out, num_shards=1)
     assert not (out/'train_report.png').exists()
+
+
+@pytest.mark.parametrize('bbox,kept', [([-.5, 5, 20, 20], [5, 0, 25, 19.5]), ([100, 120, 28.01, 9], [120, 100, 128, 128]),
+                                       ([10, -1, 20, 20], [0, 10, 19, 30]), ([-.9, 3, .5, 9], None)])
+def test_a_box_within_a_pixel_of_the_edge_is_cut_and_counted(toy_dataset, bbox, kept):
+    images, annotations, out = toy_dataset
+    edit(annotations, lambda d: d['annotations'][0].update(bbox=bbox))
+    summary = dataset_convert(images, annotations, out, num_shards=1)
+    assert ((1, 1) in summary.clipped_boxes) == bool(kept)
+    first = next(e for e in examples(summary.files) if e['source_id'] == '1')
+    if kept: np.testing.assert_allclose(first['boxes'][0], kept, atol=1e-4)
+    else: assert (1, 1) in summary.dropped_boxes['out of bounds']
 
 
 def test_clip_keeps_what_remains_of_a_box_and_strict_accepts_it(toy_dataset):

@@ -216,10 +216,10 @@ def _area(value):
     return number if number is not None and 0<=number<math.inf else None
 
 # %% ../../nbs/data/03_coco.ipynb #dde2da61
-def _is_text(value):
-    "Tests whether a value is text that can be stored; a lone surrogate cannot."
+def _is_text(value, errors='strict'):
+    "Tests whether a value is text that can be stored; `errors='surrogateescape'` allows any name of a file."
     if not isinstance(value, str) or '\0' in value: return False
-    try: value.encode()
+    try: value.encode('utf-8', errors)
     except UnicodeEncodeError: return False
     return True
 
@@ -256,7 +256,7 @@ def _are_numbers_from_0(values, limit):
 # %% ../../nbs/data/03_coco.ipynb #197f5c1e
 def _wrong_file_names(lists):
     "Finds images whose file name is not text."
-    indices = [i for i,image in _remaining(lists['images']) if not _is_text(image['file_name'])]
+    indices = [i for i,image in _remaining(lists['images']) if not _is_text(image['file_name'], 'surrogateescape')]
     if not indices: return
     name = lists['images'][indices[0]]['file_name']
     yield _issue('images', indices, Fault.FILE_NAME_NOT_TEXT, f': file_name is {reprlib.repr(name)}; need text')

@@ -7,7 +7,7 @@ __all__ = ['EXIF_ORIENTATION', 'OutsideFolder', 'image_path', 'EncodedImage', 'p
            'image_fault', 'find_image_files']
 
 # %% ../../nbs/data/04_image_files.ipynb #600c8d8a
-import io, os, unicodedata
+import io, os, re, unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
@@ -43,10 +43,23 @@ class EncodedImage:
     warnings:tuple    # of `Reason`, one for each unusual property
 
 # %% ../../nbs/data/04_image_files.ipynb #91f0d3e6
+_MARKER = re.compile(rb'\xff+([^\x00\xff])')           # of a segment; a zero follows a pixel value of 255
+_END, _WITHOUT_LENGTH = 0xd9, {0x01, *range(0xd0, 0xd8)} # the second byte of markers
+
+def _has_end_marker(jpeg):
+    "Tests whether the segments of a JPEG lead to its end marker."
+    position = 2
+    while match := _MARKER.search(jpeg, position):
+        marker,position = match[1][0],match.end()
+        if marker==_END: return True
+        if marker not in _WITHOUT_LENGTH: position += max(2, int.from_bytes(jpeg[position:position+2]))
+    return False
+
 def _check_decodes(image, data):
     "Raises an error if the file is damaged; leaves the image decoded, a JPEG at an eighth of its size."
     if image.format=='PNG':
         with Image.open(io.BytesIO(data)) as again: again.verify()
+    if data[:2]==b'\xff\xd8' and not _has_end_marker(data): raise OSError('the end of the image is missing')
     image.draft('L', (1,1))         # nothing happens if the format does not support it
     image.load()
 
@@ -74,7 +87,8 @@ def _list_warnings(image, kind):
     if kind not in ('JPEG','PNG'): yield Reason(Fault.CONVERTED_TO_PNG, kind)
     if _orientation(image, kind) in range(2, 9): yield Reason(Fault.EXIF_ROTATED)
     if image.mode!='RGB': yield Reason(Fault.NOT_RGB, image.mode)
-    if image.mode.startswith('I;16') and 0<np.max(to_rgb(image))<16: yield Reason(Fault.DARK_16_BITS)
+    if image.mode.startswith('I;16') and image.getextrema()[1]>0 and np.max(to_rgb(image))<16:
+        yield Reason(Fault.DARK_16_BITS)
 
 def probe_image(
     path,          # path of an image file

@@ -111,7 +111,7 @@ def decode_image(
     ratio:int=1,   # 1, 2, 4 or 8: how much smaller than stored; sizes are rounded up
 ):                 # tensor [H, W, 3] uint8 RGB, as stored (EXIF orientation is not applied)
     "Decodes an image for training, optionally at a fraction of its size."
-    if encoded[:2]==b'\xff\xd8': return tf.io.decode_jpeg(encoded, 3, ratio=ratio)
+    if encoded[:2]==b'\xff\xd8': return tf.io.decode_jpeg(encoded, 3, ratio=ratio, dct_method='INTEGER_ACCURATE')
     image = tf.io.decode_image(encoded, 3, expand_animations=False)
     if ratio==1: return image
     means = tf.nn.avg_pool2d(tf.cast(image, tf.float32)[None], ratio, ratio, 'SAME')[0]

@@ -85,8 +85,10 @@ def annotated_hw(
     image_info:dict, # image entry of the COCO file
     file_hw:tuple,   # (height, width) of the image file, pixels
 )->tuple:            # (height, width) to which the boxes refer; None if no image has this size
-    "Returns the size of an image in the annotation file, or that of the file if there is none."
-    height,width = (int(image_info[key] or side) for key,side in zip(('height','width'), file_hw))
+    "Returns the size of an image in the annotation file, or that of the file if it is not complete."
+    height,width = image_info['height'],image_info['width']
+    if not height or not width: return file_hw
+    height,width = int(height),int(width)
     return (height,width) if min(height, width)>0 and height*width<=MAX_PIXELS else None
 
 # %% ../../nbs/data/08_record.ipynb #0e78f1b8

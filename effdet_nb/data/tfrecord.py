@@ -154,11 +154,16 @@ def make_example(
     for key,values in features.items():
         if not isinstance(values, (list,tuple,np.ndarray)): values = [values]
         kind = FEATURE_TYPES.get(key) or _feature_type(key, values)
-        if kind=='bytes': values = [v.encode() if isinstance(v, str) else v for v in values]
+        if kind=='bytes': values = [_encode_text(v) if isinstance(v, str) else v for v in values]
         target = getattr(feature[key], FEATURE_LISTS[kind])
         target.SetInParent()
         target.value.extend(values)
     return example.SerializeToString(deterministic=True)
+
+def _encode_text(text):
+    "Encodes a text as UTF-8; a file name that is not UTF-8 becomes the bytes that it has on the disk."
+    try: return text.encode('utf-8', 'surrogateescape')
+    except UnicodeEncodeError: return text.encode('utf-8', 'replace')
 
 def _type_of(value):
     if isinstance(value, (bytes,str)): return 'bytes'
