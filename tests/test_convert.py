@@ -531,7 +531,8 @@ def test_the_report_shows_the_image_with_the_most_faults(toy_dataset):
     assert not (out/'train_report.png').exists()
 
 
-@pytest.mark.parametrize('bbox,kept', [([-.5, 5, 20, 20], [5, 0, 25, 19.5]), ([100, 120, 28.01, 9], [120, 100, 128, 128]),
+@pytest.mark.parametrize('bbox,kept', [([-.5, 5, 20, 20], [5, 0, 25, 19.5]),
+                                       ([100, 120, 28.01, 9], [120, 100, 128, 128]),
                                        ([10, -1, 20, 20], [0, 10, 19, 30]), ([-.9, 3, .5, 9], None)])
 def test_a_box_within_a_pixel_of_the_edge_is_cut_and_counted(toy_dataset, bbox, kept):
     images, annotations, out = toy_dataset
