@@ -16,7 +16,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..core.console import log_message
 from ..core.files import exclusive_lock, remove_stale_parts
-from .faults import ConversionReport, Fault
+from .faults import ConversionReport
 from .image_files import OutsideFolder, image_path
 from .record import RecordEncoder
 from .tfrecord import Shard, write_records
