@@ -287,7 +287,7 @@ def test_a_key_with_a_dash_is_never_repeated(capsys):
     ('inference -m x.onnx -i data/val', ['no output path', '-o FOLDER', '-l FOLDER']),
     ('inference -m x.tlt -i data/val -o data/val', ['would be replaced']),
     ('inference -m x.tlt -i data/val -o out -t 40', ['threshold', '0 to 1']),
-    ('dataset_convert -i data/train -a odd.json -o out', ['odd.json: 2 problems (listed above)']),
+    ('dataset_convert -i data/train -a odd.json -o out', ['odd.json', '"categories" is missing']),
     ('efficientdet_tf1 prune -m nope.tlt -o out', ['efficientdet_tf1 prune: error: nope.tlt']),
     ('prune -m nope.tlt -o out', ['nope.tlt', 'no such file']),
     ('prune -m nope.tlt -o out -pth 0.2 --target_params 0.5', ['--pruning_threshold', 'target']),

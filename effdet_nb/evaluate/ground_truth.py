@@ -17,7 +17,8 @@ from ..detector.images import read_image
 from ..data.coco import CocoDataset, images_by_source_id
 from ..data.faults import ConversionReport
 from ..data.tfrecord import decode_example
-from ..data.validate import find_image_files, load_ground_truth
+from ..data.image_files import find_image_files
+from ..data.validate import load_ground_truth
 from ..data.record_index import Records, annotation_order, require_record_files
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #92b66a35
