@@ -302,3 +302,33 @@ def test_only_ordinary_files_of_a_sensible_size_are_read(tmp_path):
 def test_text_that_utf8_cannot_store_is_written_with_escapes(tmp_path):
     with files.atomic_write(tmp_path/'names.txt', 'w') as f: f.write('caf\udce9, \ud800, größe')
     assert (tmp_path/'names.txt').read_text(encoding='utf-8') == r'caf\udce9, \ud800, größe'
+
+
+# --- terminals that cannot show everything, and closed streams ---
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp437'])
+def test_any_text_is_printed_on_any_terminal(encoding):
+    code = 'from effdet_nb.core.console import log_message, prepare_streams; prepare_streams(); ' \
+           'print("größe € 猫 \\udce9"); log_message("größe € 猫 \\udce9")'
+    run = subprocess.run([sys.executable, '-c', code], env=os.environ | dict(PYTHONIOENCODING=encoding),
+                         capture_output=True)
+    assert run.returncode == 0 and run.stdout.decode(encoding) == run.stderr.decode(encoding)
+    assert r'\udce9' in run.stdout.decode(encoding)
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='needs a POSIX shell')
+@pytest.mark.parametrize('closed', ['2>&-', '1>&- 2>&-', '0<&- 1>&- 2>&-', '1>&-'])
+def test_no_message_is_written_into_a_file_if_a_stream_is_closed(tmp_path, closed):
+    code = f'''
+import os, sys
+from effdet_nb.core.console import log_message, progress_bar, prepare_streams
+prepare_streams()
+with open({str(tmp_path/"data")!r}, 'wb') as f:
+    assert f.fileno() > 2
+    print('result'), log_message('note'), list(progress_bar(range(3)))
+    os.write(2, b'message of a library')
+    f.write(b'data')
+'''
+    (tmp_path/'run.py').write_text(code)
+    run = subprocess.run(f'{sys.executable} {tmp_path}/run.py {closed}', shell=True, capture_output=True)
+    assert run.returncode == 0 and (tmp_path/'data').read_bytes() == b'data'

@@ -434,3 +434,11 @@ def test_onnx_files_of_any_batch_give_the_same_labels(tmp_path, image_folder):
     b = infer(tmp_path/'b.onnx', image_folder, out_label_path=tmp_path/'b', score_threshold=.3)
     assert a.boxes_per_class==b.boxes_per_class and a.num_images==10
     for p in (tmp_path/'a').iterdir(): assert p.read_text()==(tmp_path/'b'/p.name).read_text()
+
+
+@pytest.mark.parametrize('name,copy', [('photo.jfif', 'photo.jfif'), ('photo.JPE', 'photo.JPE'), ('photo', 'photo.png'),
+                                       ('photo.heic', 'photo.heic.png')])
+def test_an_image_with_any_ending_gets_an_annotated_copy(tmp_path, name, copy):
+    from effdet_nb.app.infer import output_paths
+    (tmp_path/name).write_bytes(b'')
+    assert output_paths([tmp_path/name], tmp_path/name, tmp_path/'out') == [tmp_path/'out'/copy]

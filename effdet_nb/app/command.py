@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from fastcore.script import call_parse
 from .options import parse_options
+from ..core.console import prepare_streams
 from ..core.files import mask_secrets
 from ..core.signals import StopSignal, StopSignalHandler
 
@@ -203,6 +204,7 @@ def _log_warning(message, *args, **kwargs):
 # %% ../../nbs/app/10_command.ipynb #3ce89cb2
 def _run_command(f, options):
     "Runs a command and returns its exit code."
+    prepare_streams()
     signals = StopSignalHandler(_command_name(f), _owns_process())
     with ExitStack() as stack:
         try:

@@ -25,8 +25,8 @@ from ..detector.nms import DEFAULT_NMS
 from ..data.classes import ClassTable
 
 # %% ../../nbs/app/01_infer.ipynb #a6349525
-IMAGE_FORMATS = {'.jpg':'JPEG', '.jpeg':'JPEG', '.png':'PNG', '.bmp':'BMP', '.webp':'WEBP',
-                 '.tif':'TIFF', '.tiff':'TIFF', '.gif':'GIF'} # ending of a file name -> Pillow's name of the format
+IMAGE_FORMATS = {'.jpg':'JPEG', '.jpeg':'JPEG', '.jfif':'JPEG', '.jpe':'JPEG', '.png':'PNG',
+                 '.bmp':'BMP', '.webp':'WEBP', '.tif':'TIFF', '.tiff':'TIFF', '.gif':'GIF'} # ending of a file name -> Pillow's name of the format
 
 # %% ../../nbs/app/01_infer.ipynb #012e6244
 def find_images(
@@ -216,7 +216,10 @@ def save_annotated_image(
     path,                  # the image to write; its extension determines the format
 ):
     "Writes a copy of an image with boxes, names and scores drawn on it."
-    file_format = IMAGE_FORMATS[Path(path).suffix.lower()]
+    file_format = IMAGE_FORMATS.get(Path(path).suffix.lower())
+    if file_format is None:
+        raise ValueError(f'{path}: the format of an image is chosen by the end of its name. '
+                         f'Use one of {", ".join(IMAGE_FORMATS)}')
     annotated = Image.fromarray(detections.draw())
     with atomic_write(path) as f: annotated.save(f, file_format, quality=92)
 
@@ -238,7 +241,7 @@ def output_paths(
         raise ValueError(f'{output}: this is the name of a file, but the output of a folder or pattern needs a folder. '
                          f'Give one, such as {output.with_suffix("")}')
     names = [p.relative_to(_base_folder(source)) for p in paths]
-    if for_labels: names = _label_names(names)
+    names = _label_names(names) if for_labels else [_image_name(name) for name in names]
     outputs = [output] if is_file_name else [output/name for name in names]
     check_output_path(outputs[0])
     if not for_labels: _refuse_replacing(paths, outputs, output)
@@ -258,6 +261,10 @@ def _base_folder(source):
     parts = source.parts[:-1]
     wildcards = [i for i,part in enumerate(parts) if glob.has_magic(part)]
     return Path(*parts[:min(wildcards, default=len(parts))])
+
+def _image_name(name):
+    "Returns the name of an annotated copy: the same one, with .png if its ending is not that of an image format."
+    return name if name.suffix.lower() in IMAGE_FORMATS else name.with_name(f'{name.name}.png')
 
 def _label_names(names):
     "Names of label files; if two images differ only in their extension, it is kept."
