@@ -317,3 +317,10 @@ def test_a_read_only_folder_is_named_before_the_work(path, tmp_path, monkeypatch
     with pytest.raises(PermissionError, match=f'{tmp_path} is read-only'):
         check_export_options(tmp_path/f'{path}.onnx', 17, None)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('path', ['page.html', 'new/page.html', 'new/deep/page.html'])
+def test_a_page_that_cannot_be_written_is_named_before_the_check(path, tmp_path, monkeypatch):
+    from effdet_nb.app.dataset_page import check_dataset
+    monkeypatch.setattr(os, 'access', lambda *args: False)
+    with pytest.raises(PermissionError, match=f'{tmp_path} is read-only'): check_dataset(None, tmp_path/path)

@@ -9,6 +9,7 @@ __all__ = ['split_charts', 'sample_figures', 'split_section', 'write_dataset_pag
 from collections import Counter
 from pathlib import Path
 import numpy as np
+from ..core.files import check_output_path
 from ..detector.efficientdet import arch_anchors
 from ..data.check import DataCheck, check_records
 from ..data.scan import plot_aspect_ratios, plot_box_sizes, plot_class_counts, sample_images
@@ -99,6 +100,7 @@ def check_dataset(
     verify_checksums:bool=False, # compute the checksum of every shard
 )->DataCheck:
     "Checks the records of a spec against its model and anchors, and writes the dataset page."
+    if page_path is not None: check_output_path(page_path)
     problems = spec.problems()
     if problems: raise SpecError(spec.name, problems)
     check = check_records(

@@ -163,6 +163,7 @@ def prune(
     "Removes the filters with the smallest norms from a model file and writes the smaller model."
     if plot: check_not_input(plot, model_path, 'plot')
     if not dry_run: check_not_input(output_path, model_path, 'output')
+    if plot: check_output_path(plot)
     model_file = load_model_file(model_path, key, ('weights', 'ema'))
     rules = dict(normalizer=normalizer, criterion=equalization_criterion)
     def make_plan():
