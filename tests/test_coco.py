@@ -165,7 +165,7 @@ def test_ids_of_images_keep_their_type(tmp_path):
 
 def test_flags_and_areas_have_one_type(tmp_path):
     values = {'iscrowd': [0, 1, '0', '1', True, 1., None, -1, 'yes', []],
-              'area': [5, '5', 5.5, -1, float('nan'), float('inf'), 10**400, 'N/A', None, {}]}
+              'area': [5, '5', 5.5, -1, float('nan'), float('inf'), 1e308, 10**400, 'N/A', {}]}
     data = good()
     data['annotations'] = [dict(id=i, image_id=1, category_id=1, bbox=[i, 2, 30, 20], iscrowd=crowd, area=area)
                            for i, (crowd, area) in enumerate(zip(*values.values()))]
