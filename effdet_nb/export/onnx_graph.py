@@ -354,32 +354,34 @@ def name_by_position(
     proto, # onnx.ModelProto, changed in place
 ):         # the same proto
     "Renames operators, tensors and constants by their position, and sorts the constants by first use."
-    graph, counts = proto.graph, Counter()
+    graph = proto.graph
     graph.doc_string = ''                                       # contains a counter of TensorFlow
-    names = {tensor.name: tensor.name for tensor in (*graph.input, *graph.output)}
     constants = {tensor.name: tensor for tensor in graph.initializer}
-
-    def unique_name(text):
-        text = re.sub(r'__\d+', '', text)                       # a counter of tf2onnx
-        counts[text] += 1
-        return text if counts[text]==1 else f'{text}_{counts[text]}'
-
+    names = _rename_operators(graph, constants)
     for node in graph.node:
-        node.name = unique_name(_without_model_name(node.name) or node.op_type)
-        for i,name in enumerate(node.input):
-            if name in constants and name not in names: names[name] = unique_name(f'{node.name}/constant_{i}')
-        for name in node.output: names.setdefault(name, unique_name(_without_model_name(name)))
         for tensors in (node.input, node.output): tensors[:] = [names.get(name, name) for name in tensors]
-    used = [constants[name] for name in names if name in constants]
-    for tensor in used: tensor.name = names[tensor.name]
-    sorted_constants = [copy_proto(tensor) for tensor in used]
+    for name,tensor in constants.items(): tensor.name = names.get(name, name)
+    used = [copy_proto(constants[name]) for name in names if name in constants]
     del graph.initializer[:], graph.value_info[:]
-    graph.initializer.extend(sorted_constants)
+    graph.initializer.extend(used)
     return proto
 
-def _without_model_name(name):
-    "Removes the name of the model, with the number that Keras adds to it, from the name of an operator."
-    return re.sub(r'^efficientdet-[^/]*/', '', name)
+def _rename_operators(graph, constants):
+    "Renames the operators; returns {old name: new name} of all tensors, in the order of their first use."
+    names, counts = {tensor.name: tensor.name for tensor in (*graph.input, *graph.output)}, Counter()
+    for node in graph.node:
+        node.name = _unique_name(node.name or node.op_type, counts)
+        for i,name in enumerate(node.input):
+            is_new = name in constants and name not in names
+            if is_new: names[name] = _unique_name(f'{node.name}/constant_{i}', counts)
+        for name in node.output: names.setdefault(name, _unique_name(name, counts))
+    return names
+
+def _unique_name(name, counts):
+    "Removes the name of the model and the counters of Keras and tf2onnx from a name, and makes it unique again."
+    name = re.sub(r'__\d+', '', re.sub(r'^efficientdet-[^/]*/', '', name))
+    counts[name] += 1
+    return name if counts[name]==1 else f'{name}_{counts[name]}'
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #bad4ce6c
 GRAPH_PASSES = (resize_to_gather, remove_noop_reshapes, fold_batch_norms, fold_normalization, head_conv_to_matmul,

@@ -169,14 +169,19 @@ def finished_history(
 )->list:                    # a dict per epoch; None if the run is not over
     "Logs that a run is over and returns its history."
     if not initial.checkpoint: return None
-    path, meta, plan = initial.checkpoint_path, initial.checkpoint.meta, experiment.training
-    if len(meta['history']) < plan.last_epoch: return None
+    meta = initial.checkpoint.meta
+    if len(meta['history']) < experiment.training.last_epoch: return None
     check_same_network(initial, experiment.arch)
-    pace = training_pace(plan, num_replicas)
+    if is_chief(): log_message(_finished_line(initial, experiment, num_replicas))
+    return list(meta['history'])
+
+def _finished_line(initial, experiment, num_replicas):
+    "Names the last checkpoint of a run that is over, and what changed in its spec since."
+    path, meta = initial.checkpoint_path, initial.checkpoint.meta
+    pace = training_pace(experiment.training, num_replicas)
     changes = compare_spec_texts(meta['spec'], experiment.spec_text, meta.get('pace'), pace, path)
     line = f'finished already: {path} (step {meta["step"]})'
-    if is_chief(): log_message(f'{line}; {changes}' if changes else line)
-    return list(meta['history'])
+    return f'{line}; {changes}' if changes else line
 
 # %% ../../nbs/train/10_startup.ipynb #ce2a28e5
 def prepare_training(
