@@ -62,7 +62,7 @@ def print_parts(detector, samples, batches, batch_size):
     "Times the parts of an evaluation one after the other."
     outputs = [detector.forward(b) for b in batches]
     results = list(predict_samples(detector, samples, batch_size))
-    parts = {'decode and resize': lambda: [letterbox_sample(s, detector.image_hw) for s in samples],
+    parts = {'decode and resize': lambda: [letterbox_sample(s, detector.image_hw, detector.pad_rgb) for s in samples],
              'suppression': lambda: [detector.decode(o) for o in outputs],
              'metric': lambda: coco_metrics(results, detector.classes)}
     for name, part in parts.items(): print(f'  {name}: {time_call(part):.2f} s alone')

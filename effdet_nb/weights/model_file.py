@@ -63,7 +63,7 @@ MAX_PIXELS, MAX_FILTERS, MAX_ANCHORS = 2**26, 10**5, 1000      # of the input, o
 def _is_int(value, low, high): return type(value) is int and low <= value <= high
 def _is_float(value, low, high): return type(value) in (int,float) and low <= value <= high
 def _is_list(value, is_item, lengths):
-    return isinstance(value, list) and len(value) in lengths and all(map(is_item, value))
+    return isinstance(value, (list,tuple)) and len(value) in lengths and all(map(is_item, value))
 
 _is_filters, _is_factor = partial(_is_int, low=1, high=MAX_FILTERS), partial(_is_float, low=1e-6, high=1e6)
 _is_pixel_scale, _is_colour = partial(_is_float, low=-1e6, high=1e6), partial(_is_int, low=0, high=255)
