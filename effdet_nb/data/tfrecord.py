@@ -231,12 +231,14 @@ def _check_numbers(features, record_name):
         if not 0<side<=MAX_SIDE:
             raise ValueError(f'{record_name}: {key} is {side}; need 1 to {MAX_SIDE:,} pixels. Convert the image again')
     limits = {f'image/object/bbox/{edge}':MAX_EDGE for edge in EDGES} | {'image/object/area':np.finfo(np.float32).max}
-    for key,limit in limits.items():
-        values = np.array(features.get(key) or [], float)
-        wrong = ~(np.abs(values)<=limit)        # also of NaN
-        if wrong.any():
-            raise ValueError(f'{record_name}: {key} of object {wrong.argmax()} is {values[wrong.argmax()]:g}, '
-                             'which no object in an image has. Convert the image again')
+    for key,limit in limits.items(): _check_values(np.array(features.get(key) or [], float), limit, key, record_name)
+
+def _check_values(values, limit, key, record_name):
+    "Raises an error for the first value that is not finite or beyond a limit."
+    wrong = ~(np.abs(values)<=limit)        # also of NaN
+    if wrong.any():
+        raise ValueError(f'{record_name}: {key} of object {wrong.argmax()} is {values[wrong.argmax()]:g}, '
+                         'which no object in an image has. Convert the image again')
 
 def _first_text(features, key):
     "Returns the text of a feature, or '' if it is missing."

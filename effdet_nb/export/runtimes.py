@@ -150,19 +150,23 @@ def check_metadata(
 ):
     "Raises an error if metadata does not describe an exported detector."
     if not isinstance(meta, dict): raise _metadata_error(name, 'content')
-    arch, nms = check_arch(meta.get('arch'), name), meta.get('nms')
+    arch = check_arch(meta.get('arch'), name)
     check_classes(meta.get('classes'), name)
     for key in ('aspects', 'num_scales', 'anchor_scale'):
         if arch.get(key) is None: raise _metadata_error(name, f'arch.{key}')
-    known = {'kind': str, **{f.name: type(f.default) for f in fields(NmsOptions)}}
-    is_nms = isinstance(nms, dict) and isinstance(nms.get('kind'), str) and nms.keys() <= known.keys()
-    if not is_nms or not all(_has_type(value, known[key]) for key,value in nms.items()):
-        raise _metadata_error(name, 'nms')
+    if not _is_nms(meta.get('nms')): raise _metadata_error(name, 'nms')
     for key in ('batch_size', 'max_batch_size'):
-        if meta.get(key) is not None and not (type(meta[key]) is int and 0 < meta[key] <= MAX_BATCH_SIZE):
-            raise _metadata_error(name, key)
+        if not _is_batch_size(meta.get(key)): raise _metadata_error(name, key)
 
 MAX_BATCH_SIZE = 10_000      # images
+
+def _is_batch_size(value): return value is None or type(value) is int and 0 < value <= MAX_BATCH_SIZE
+
+def _is_nms(nms):
+    "Whether a value has a kind of suppression and options of `NmsOptions`, all of the right types."
+    types = {'kind': str, **{f.name: type(f.default) for f in fields(NmsOptions)}}
+    if not isinstance(nms, dict) or 'kind' not in nms or not nms.keys() <= types.keys(): return False
+    return all(_has_type(value, types[key]) for key,value in nms.items())
 
 def _has_type(value, kind):
     "Whether a value has a type; a whole number is also a float, and numbers are finite and not huge."

@@ -180,14 +180,18 @@ def read_manifest(
     if manifest['format'] != 1:
         raise ModelFileError(f'{path}: its metadata has format {manifest["format"]}, but this effdet_nb reads only 1. '
                              'Install a newer effdet_nb')
-    listed = {zip_path(g, name): kind for g in ARRAY_GROUPS for name,kind in manifest['arrays'][g].items()}
+    if not isinstance(manifest['meta'], dict): raise ValueError('"meta" in meta.json is not a dict')
+    _check_listed_arrays(manifest['arrays'], members, path)
+    return manifest
+
+def _check_listed_arrays(arrays, members, path):
+    "Raises an error unless exactly the listed arrays are members, each with enough bytes."
+    listed = {zip_path(g, name): kind for g in ARRAY_GROUPS for name,kind in arrays[g].items()}
     if members.keys() != {'meta.json', *listed}:
         examples = ', '.join(sorted(members.keys() ^ {'meta.json', *listed})[:3])
         raise DamagedFileError(f'{path}: members are missing or unexpected ({examples}). '
                                'Copy the file again from its source')
     for name,kind in listed.items(): _check_listed_array(name, kind, members[name].file_size)
-    if not isinstance(manifest['meta'], dict): raise ValueError('"meta" in meta.json is not a dict')
-    return manifest
 
 def _check_members(members, path, size):
     "Rejects a zip of another program, repeated names, and members of more bytes than the file has."

@@ -200,16 +200,24 @@ def check_h5(
     name:str,      # name for error messages
 ):
     "Raises an error if an HDF5 file refers to other files, or has arrays that are not stored numbers."
-    links = []
-    h5.visititems_links(lambda path, link: None if isinstance(link, h5py.HardLink) else links.append(path))
     datasets = h5_datasets(h5)
-    outside = links + [path for path,d in datasets.items() if d.external or d.is_virtual]
+    outside = _h5_links(h5) + [path for path,d in datasets.items() if d.external or d.is_virtual]
     if outside:
         raise WeightsError(f'{name}: {outside[0][:80]} is not stored in this file, but refers to another place. '
                            'Do not trust this file')
     not_numbers = [path for path,d in datasets.items() if d.dtype.kind not in 'biuf']
     if not_numbers:
         raise WeightsError(f'{name}: {not_numbers[0][:80]} does not contain numbers. Do not trust this file')
+    _check_h5_size(datasets, file_size, name)
+
+def _h5_links(h5):
+    "Returns the paths in an HDF5 file that lead to another path or file."
+    links = []
+    h5.visititems_links(lambda path, link: None if isinstance(link, h5py.HardLink) else links.append(path))
+    return links
+
+def _check_h5_size(datasets, file_size, name):
+    "Raises an error if the arrays of a file are much larger than the file."
     total = sum(d.size*d.dtype.itemsize for d in datasets.values())
     if total > max(2**24, 8*file_size):
         raise WeightsError(f'{name}: its {file_size:,} bytes would expand to {total:,}, too many for weights. '
