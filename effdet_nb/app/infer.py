@@ -26,7 +26,8 @@ from ..data.classes import ClassTable
 
 # %% ../../nbs/app/01_infer.ipynb #a6349525
 IMAGE_FORMATS = {'.jpg':'JPEG', '.jpeg':'JPEG', '.jfif':'JPEG', '.jpe':'JPEG', '.png':'PNG',
-                 '.bmp':'BMP', '.webp':'WEBP', '.tif':'TIFF', '.tiff':'TIFF', '.gif':'GIF'} # ending of a file name -> Pillow's name of the format
+                 '.bmp':'BMP', '.webp':'WEBP', '.tif':'TIFF', '.tiff':'TIFF',
+                 '.gif':'GIF'} # ending of a file name -> Pillow's name of the format
 
 # %% ../../nbs/app/01_infer.ipynb #012e6244
 def find_images(
