@@ -416,7 +416,7 @@ def test_our_own_file_and_a_pruned_one(model, tmp_path):
     assert read_weights(tmp_path / 'm.tlt', 'k').arch == ARCH
     narrow = Arch(image_hw=HW, num_classes=90, widths={'stem_conv': 24})
     save_detector(tmp_path / 'p.tlt', build(narrow), narrow, default_class_table(90))
-    untouched(model, lambda: load_pretrained(model, read_weights(tmp_path / 'p.tlt', 'k'), ARCH), 'pruned_model_path')
+    untouched(model, lambda: load_pretrained(model, read_weights(tmp_path / 'p.tlt'), ARCH), 'pruned_model_path')
 
 
 # --- the command, and a run
