@@ -1,4 +1,6 @@
 "Guards of the suggested settings: they follow the data, keep what the spec says about it, and are a valid spec."
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from small_training import small_spec, write_records
@@ -13,10 +15,11 @@ from effdet_nb.train.spec import Spec
 def scan_of_boxes(num_images, hw, box_side):
     "A scan of images with one square box each."
     boxes = np.tile(np.float32([10,10,10+box_side,10+box_side]), (num_images,1))
-    image_sizes = np.tile(np.float64(hw), (num_images,1))
-    return SplitScan(None, num_images, list(range(num_images)), ['']*num_images, image_sizes,
-                     np.ones(num_images, int), np.arange(num_images), boxes, np.ones(num_images, int),
-                     np.arange(num_images), [])
+    return SplitScan(
+        records=None, num_records=num_images, image_ids=list(range(num_images)), checksums=['']*num_images,
+        image_sizes=np.tile(np.float64(hw), (num_images,1)), boxes_per_image=np.ones(num_images, int),
+        record_index=np.arange(num_images), boxes=boxes, labels=np.ones(num_images, int),
+        is_crowd=np.zeros(num_images, bool), image_index=np.arange(num_images), damaged_records=[])
 
 
 SPEC = Spec.parse('''dataset_config { training_file_pattern: "t-*" num_classes: 5 }
@@ -51,9 +54,8 @@ def test_the_data_and_the_anchors_of_the_spec_are_kept():
 
 
 def test_images_without_objects_and_crowded_images():
-    empty = scan_of_boxes(4, (480,640), 99)
-    none = SplitScan(None, 4, empty.image_ids, empty.checksums, empty.image_sizes, np.zeros(4, int), empty.record_index,
-                     np.zeros((0,4), np.float32), np.zeros(0, int), np.zeros(0, int), [])
+    none = replace(scan_of_boxes(4, (480,640), 99), boxes_per_image=np.zeros(4, int), labels=np.zeros(0, int),
+                   boxes=np.zeros((0,4), np.float32), is_crowd=np.zeros(0, bool), image_index=np.zeros(0, int))
     assert S.suggest_spec(SPEC, none).dataset_config.image_hw==(256,256)
     crowded = scan_of_boxes(3, (480,640), 99)
     crowded.boxes_per_image[1] = 240

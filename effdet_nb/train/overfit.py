@@ -238,12 +238,7 @@ def overfit(
 )->OverfitResult:       # prints as a short report
     "Trains on a few images without augmentation until their objects are found."
     if num_images<1: raise ValueError(f'overfit: {num_images} images; at least 1 is needed')
-    loader = make_sample_loader(data_config_from_spec(spec))
-    chosen = choose_images(scan_records(loader.records, limit=2000), num_images)
-    numbers = [i for i in chosen if len(loader.read_example(i)['boxes'])]      # crowds may be left out
-    if not numbers:
-        raise ValueError(f'{spec.dataset_config.training_file_pattern}: no image has an object to train on. '
-                         'Convert the annotations again')
+    numbers = _image_numbers(spec, num_images)
     run = _OverfitRun(spec, numbers, key)
     with readable_errors(run.plan, run.arch.image_hw): is_out_of_time = run.run(max_steps, seconds)
     sizes = _scaled_box_sizes(run.examples, run.arch.image_hw)
@@ -251,6 +246,15 @@ def overfit(
     metrics = run.metrics if np.isfinite(run.losses[-1]) else None
     return OverfitResult(run.spec.training_config.learning_rate, len(numbers), run.losses, metrics, sizes, is_matched,
                          is_out_of_time)
+
+def _image_numbers(spec, num_images):
+    "Returns the numbers of images with objects to train on; raises if there is none."
+    loader = make_sample_loader(data_config_from_spec(spec))
+    chosen = choose_images(scan_records(loader.records, limit=2000), num_images)
+    numbers = [i for i in chosen if len(loader.read_example(i)['boxes'])]      # crowds may be left out
+    if numbers: return numbers
+    raise ValueError(f'{spec.dataset_config.training_file_pattern}: no image has an object to train on. '
+                     'Convert the annotations again')
 
 def _scaled_box_sizes(examples, image_hw):
     "Returns height and width of all boxes [N, 2] after their images are scaled to fit the input."

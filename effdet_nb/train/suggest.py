@@ -47,23 +47,28 @@ def suggest_spec(
     scan:SplitScan, # its training records
 )->Spec:            # the same data, with settings for a short training on one machine
     "Suggests settings for the data of a spec: a thousand steps of lite0 from ImageNet weights."
+    period = max(1, suggest_num_epochs(scan.num_records)//4)
+    return Spec().replace(
+        dataset_config=_given(spec, 'dataset_config') | _input_fields(scan),
+        model_config=_given(spec, 'model_config') | dict(model_name='efficientdet-lite0'),
+        training_config=_training_fields(scan.num_records) | dict(checkpoint_period=period),
+        eval_config=dict(eval_batch_size=BATCH_SIZE, eval_epoch_cycle=period),
+        augmentation_config=dict(rand_hflip=True, random_crop_min_scale=.7, random_crop_max_scale=1.5, color_jitter=.4))
+
+def _input_fields(scan):
+    "Returns the fields about the input size and the number of objects."
     longest = scan.image_sizes.max(1, initial=1)
     object_sides = np.sqrt(scan.box_sizes.prod(1))/longest[scan.image_index]
     side = suggest_image_side(object_sides, float(np.median(longest)) if len(longest) else math.inf)
-    batch_size = min(BATCH_SIZE, max(scan.num_records, 1))
-    epochs = suggest_num_epochs(scan.num_records)
-    rate = LEARNING_RATE*batch_size/BATCH_SIZE
     max_boxes = int(scan.boxes_per_image.max(initial=0))
-    return Spec().replace(
-        dataset_config=_given(spec, 'dataset_config') | dict(
-            image_size=f'{side},{side}', max_instances_per_image=max(100, max_boxes)),
-        model_config=_given(spec, 'model_config') | dict(model_name='efficientdet-lite0'),
-        training_config=dict(
-            train_batch_size=batch_size, num_epochs=epochs, checkpoint='imagenet', learning_rate=rate,
-            lr_warmup_epoch=epochs/20, lr_warmup_init=rate/10, l2_weight_decay=.00004,
-            checkpoint_period=max(1, epochs//4)),
-        eval_config=dict(eval_batch_size=BATCH_SIZE, eval_epoch_cycle=max(1, epochs//4)),
-        augmentation_config=dict(rand_hflip=True, random_crop_min_scale=.7, random_crop_max_scale=1.5, color_jitter=.4))
+    return dict(image_size=f'{side},{side}', max_instances_per_image=max(100, max_boxes))
+
+def _training_fields(num_images):
+    "Returns the fields about batch, learning rate and length."
+    batch_size,epochs = min(BATCH_SIZE, max(num_images, 1)),suggest_num_epochs(num_images)
+    rate = LEARNING_RATE*batch_size/BATCH_SIZE
+    return dict(train_batch_size=batch_size, num_epochs=epochs, checkpoint='imagenet', learning_rate=rate,
+                lr_warmup_epoch=epochs/20, lr_warmup_init=rate/10, l2_weight_decay=.00004)
 
 def _given(spec, section):
     "Returns the fields of a section that a spec sets."
