@@ -39,19 +39,24 @@ def _touches_image(xy, original_hw): return (xy.max(0)>=0).all() and (xy.min(0)<
 # %% ../../nbs/data/06_masks.ipynb #b7301cd4
 MAX_DIGITS = 7 # of five bits each, for one run; enough for any image
 
+def _numbers_of(codes):
+    "Returns the indices of the first and the last digit of each number; raises an error if there are none."
+    is_last = codes & 32 == 0
+    if not len(codes) or codes.min()<0 or codes.max()>63 or not is_last[-1]:
+        raise ValueError('the counts of the mask are not a text of run lengths')
+    ends = np.flatnonzero(is_last)
+    starts = np.append(0, ends[:-1]+1)
+    if (ends-starts).max()>=MAX_DIGITS: raise ValueError('a run of the mask is longer than any image')
+    return starts, ends
+
 def run_lengths(
     rle:dict,  # compressed run lengths in the format of pycocotools
 )->np.ndarray: # [R] int64, pixels: runs of zeros, ones, zeros ... column by column
     "Decodes compressed run lengths; raises an error if they do not fill the image exactly."
     text,(h,w) = rle['counts'],rle['size']
     codes = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.int64) - 48
-    is_last = codes & 32 == 0
-    if not len(codes) or codes.min()<0 or codes.max()>63 or not is_last[-1]:
-        raise ValueError('the counts of the mask are not a text of run lengths')
-    ends = np.flatnonzero(is_last)
-    starts = np.append(0, ends[:-1]+1)
+    starts,ends = _numbers_of(codes)
     num_digits = ends-starts+1
-    if num_digits.max()>MAX_DIGITS: raise ValueError('a run of the mask is longer than any image')
     power = 5*(np.arange(len(codes)) - np.repeat(starts, num_digits))
     runs = np.add.reduceat((codes & 31) << power, starts)
     runs -= np.where(codes[ends] & 16, 1 << 5*num_digits, 0)      # the highest bit is the sign
