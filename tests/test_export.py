@@ -344,8 +344,8 @@ def check_predictions_are_float(proto):
 
 @pytest.mark.parametrize('options, words', [
     (dict(output_path='a.txt'), 'must be .onnx'), (dict(output_path='a.pb'), 'a/saved_model.pb'),
-    (dict(output_path='a.tflite', data_type='int8', cal_image_dir='.'), 'fp32 without suppression only'),
-    (dict(output_path='a.tflite', nms='onnx'), 'fp32 without suppression only'),
+    (dict(output_path='a/saved_model.pb', data_type='int8', cal_image_dir='.'), 'without suppression only'),
+    (dict(output_path='a.tflite', nms='onnx'), 'without suppression only'),
     (dict(data_type='int4'), 'fp32, fp16, int8'), (dict(opset=12), '13 to 18'), (dict(opset=19), '13 to 18'),
     (dict(max_batch_size=0), 'at least 1'), (dict(nms='soft'), 'Allowed: onnx'),
     (dict(data_type='int8'), 'cal_image_dir'), (dict(nms='none', score_threshold=3.), 'from 0 to 1')])
@@ -429,8 +429,8 @@ def test_openvino_computes_what_onnxruntime_computes(exported, tmp_path):
 def test_tensorflows_formats_give_the_same_outputs(exported, tmp_path):
     from effdet_nb.export.formats import run_saved_model, run_tflite
     expected, pixels = exported['model'](exported['images']), exported['images'].astype(np.float32)
-    def export_as(path): return export(exported['path'], tmp_path/path, 'Geheim')
-    lite = export_as('deep/a.tflite')
+    def export_as(path, **options): return export(exported['path'], tmp_path/path, 'Geheim', **options)
+    lite = export_as('deep/a.tflite', nms='none')
     saved = export_as('served/saved_model.pb')
     again = export_as('served/saved_model.pb')        # replaces the one before
     assert saved.path == again.path == tmp_path/'served'

@@ -24,7 +24,7 @@ def _load_once(model_path, score_threshold, max_detections, class_agnostic, /):
 
 def predict_and_save(
     job:tuple,                # paths of an image, of its annotated copy and of its labels; the last two may be None
-    model_path:str,           # .tlt, .onnx, .etlt or .engine
+    model_path:str,           # .tlt, .onnx, .etlt, .tflite or .engine
     names:dict,               # category id -> name, in place of the names in the model
     score_threshold:float=.5, # lowest score to keep, 0 to 1
     max_detections:int=None,  # largest number of detections; None: that of the model
@@ -75,7 +75,7 @@ def _from_row(row, class_table):
 
 # %% ../../nbs/app/02_bulk.ipynb #e2e8cde4
 def infer_bulk(
-    model_path,               # .tlt, .onnx, .etlt or .engine; the key is read from EFFDET_KEY
+    model_path,               # .tlt, .onnx, .etlt, .tflite or .engine; the key is read from EFFDET_KEY
     in_image_path,            # an image, a folder with images, or a pattern
     results_dir,              # folder for images_annotated/, labels/, detections.json, found.jsonl and status.json
     label_map=None,           # text file, line i is the name of category i; None: the names in the model

@@ -406,7 +406,7 @@ def detection_limit(
     return getattr(detector, 'nms_options', DEFAULT_NMS).max_detections
 
 def infer(
-    detector,                 # a detector, or the path of a model: .tlt, .onnx, .etlt, .engine
+    detector,                 # a detector, or the path of a model: .tlt, .onnx, .etlt, .tflite, .engine
     in_image_path,            # an image, a folder with images, or a pattern
     out_image_path=None,      # folder for annotated images, or a file name if there is one image
     out_label_path=None,      # folder for KITTI label files, or a file name if there is one image

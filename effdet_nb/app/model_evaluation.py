@@ -199,7 +199,7 @@ def _renamed_class_warning(own_classes, classes, model_path):
 
 # %% ../../nbs/app/05_model_evaluation.ipynb #a35efeae
 def evaluate_model_file(
-    model_path,                # .tlt, .onnx, .etlt, .engine, or .json with detections
+    model_path,                # .tlt, .onnx, .etlt, .tflite, .engine, or .json with detections
     samples,                   # (image, GroundTruth) pairs; can be iterated more than once
     key:str='',                # key of the model file
     nms:str=None,              # 'soft' or 'hard'; as the file specifies if absent, hard if it leaves the choice
@@ -230,7 +230,7 @@ def evaluate_model_file(
     return ModelEvaluation(name or path.name, metrics, analysis, nms_description, path.stat().st_size, speed)
 
 def open_detector(
-    path,         # .tlt, .onnx, .etlt or .engine
+    path,         # .tlt, .onnx, .etlt, .tflite or .engine
     key:str='',   # key of the model file
     nms:str=None, # 'soft' or 'hard'; as the file specifies if absent
     max_detections:int=None, # largest number of detections per image; as the file specifies if absent

@@ -6,7 +6,7 @@
 __all__ = ['NUM_VERIFICATION_IMAGES', 'TOLERANCES', 'Agreement', 'MATCH_TOLERANCE', 'MIN_AGREEMENT', 'EXPORT_SUFFIXES',
            'max_difference', 'verification_images', 'compare_with_keras', 'check_difference', 'random_raw_outputs',
            'extract_nms', 'nms_detections', 'expected_detections', 'count_matching_detections', 'compare_nms',
-           'Verification', 'verify_export', 'ExportResult', 'write_export', 'check_export_options',
+           'Verification', 'verify_export', 'check_agreement', 'ExportResult', 'write_export', 'check_export_options',
            'saved_nms_settings', 'export_tensorflow', 'default_nms', 'export']
 
 # %% ../../nbs/export/05_export.ipynb #f3f849d0
@@ -97,11 +97,11 @@ def check_difference(
 
 # %% ../../nbs/export/05_export.ipynb #6c4e2f9b
 def random_raw_outputs(
-    proto,      # onnx.ModelProto, exported with any kind of suppression
+    meta:dict,  # metadata of an exported file
     seed:int=0, # seed of the random number generator
-)->dict:        # cls_logits [N,A,C] and box_deltas [N,A,4]; N is the fixed batch size of the graph, or 1
+)->dict:        # cls_logits [N,A,C] and box_deltas [N,A,4]; N is the fixed batch size of the file, or 1
     "Samples random raw outputs with distinct scores; two frequent classes give many overlapping boxes."
-    rng, meta = np.random.default_rng(seed), get_metadata(proto)
+    rng = np.random.default_rng(seed)
     shape = (meta['batch_size'] or 1, len(anchors_from_metadata(meta)))
     logits = rng.normal(-6, 2, (*shape, meta['arch']['num_classes']))
     logits[...,:2] += 3
@@ -184,7 +184,8 @@ def compare_nms(
     proto,         # onnx.ModelProto that suppresses
 )->Agreement:
     "Compares the suppression in a graph with our post-processing, on random raw outputs."
-    meta, raw_outputs = get_metadata(proto), random_raw_outputs(proto)
+    meta = get_metadata(proto)
+    raw_outputs = random_raw_outputs(meta)
     detections, expected = nms_detections(proto, raw_outputs), expected_detections(meta, raw_outputs)
     return count_matching_detections(detections, expected, max(meta['arch']['image_hw']))
 
@@ -211,13 +212,18 @@ def verify_export(
     onnx.checker.check_model(proto if kind=='onnx' else raw)
     difference = check_difference(compare_with_keras(raw, model, images), TOLERANCES[meta['data_type']], name)
     if kind=='none': return Verification(difference)
-    agreement = compare_nms(proto)
-    if agreement.matched<MIN_AGREEMENT*agreement.total:
-        raise ValueError(
-            f'{name}: not written, because its suppression finds only {agreement.matched} of {agreement.total} '
-            'detections that our post-processing finds. This is a bug in effdet_nb; please report it. '
-            'Until it is fixed, export with nms "none"')
-    return Verification(difference, agreement)
+    return Verification(difference, check_agreement(compare_nms(proto), name))
+
+def check_agreement(
+    agreement:Agreement, # from `count_matching_detections`
+    name,                # path of the file to write, for the message
+)->Agreement:            # `agreement`
+    "Raises an error if the suppression of a file finds other detections than our post-processing."
+    if agreement.matched>=MIN_AGREEMENT*agreement.total: return agreement
+    raise ValueError(
+        f'{name}: not written, because its suppression finds only {agreement.matched} of {agreement.total} '
+        'detections that our post-processing finds. This is a bug in effdet_nb; please report it. '
+        'Until it is fixed, export with nms "none"')
 
 # %% ../../nbs/export/05_export.ipynb #9997c1a8
 @dataclass(repr=False)
@@ -335,16 +341,16 @@ def _write_and_run(model_file, path, batch_size, is_saved_model):
 # %% ../../nbs/export/05_export.ipynb #f4d9101d
 def default_nms(
     path,  # file to write
-)->str:    # 'onnx', 'efficient_nms_trt' or 'none'
+)->str:    # a key of `NMS_BUILDERS`, or 'tflite'
     "Returns the kind of suppression that suits the format of a file."
-    return {'.etlt': 'efficient_nms_trt', '.onnx': 'onnx'}.get(Path(path).suffix.lower(), 'none')
+    return {'.etlt': 'efficient_nms_trt', '.onnx': 'onnx', '.tflite': 'tflite'}.get(Path(path).suffix.lower(), 'none')
 
 # %% ../../nbs/export/05_export.ipynb #d847b092
 def export(
     model_path,                # .tlt to export, pruned or not
     output_path,               # .onnx (plain), .etlt (as TAO writes it), .tflite, or FOLDER/saved_model.pb
     key:str='',                # key of the model file, also encrypts an .etlt; EFFDET_KEY if empty
-    nms:str=None,              # 'onnx', 'efficient_nms_trt' or 'none'; None: the `default_nms` of the format
+    nms:str=None,              # a key of `NMS_BUILDERS`, or 'tflite'; None: the `default_nms` of the format
     opset:int=17,              # version of the ONNX operators, 13 to 18
     max_batch_size:int=None,   # a fixed batch size; None: any
     data_type:str='fp32',      # fp32, fp16 or int8
@@ -362,10 +368,13 @@ def export(
     path, key = Path(output_path), resolve_key(key)
     nms = nms or default_nms(path)
     thresholds = dict(score_threshold=score_threshold, max_detections=max_detections, iou_threshold=iou_threshold)
-    thresholds = check_nms_options(nms, thresholds)
-    if path.suffix.lower() in ('.pb','.tflite'): _check_tensorflow_options(path, data_type, nms)
+    thresholds = check_nms_options('onnx' if nms=='tflite' else nms, thresholds)
+    _check_combination(path, data_type, nms, max_batch_size)
     model_file = load_model_file(model_path, key, ('weights','ema'))
     settings = saved_nms_settings(model_file, nms) | thresholds
+    if nms=='tflite':
+        from effdet_nb.export.mobile import export_mobile
+        return export_mobile(model_file, path, data_type, cal_image_dir, batches*(batch_size or 1), **settings)
     if path.suffix.lower() in ('.pb','.tflite'): return export_tensorflow(model_file, path, max_batch_size, **settings)
     raw, model = model_to_onnx(model_file, max_batch_size, opset)
     raw = quantize(raw, data_type, cal_image_dir, cal_cache_file, batches, batch_size)
@@ -373,8 +382,15 @@ def export(
     verification = verify_export(proto, model, verification_images(model_file.arch.image_hw), path)
     return write_export(proto, path, key, verification)
 
-def _check_tensorflow_options(path, data_type, nms):
-    "Raises an error for a precision or a suppression that TensorFlow's formats do not support."
-    if data_type!='fp32' or nms!='none':
-        raise ValueError(f'output_path {path}: TensorFlow\'s formats are written as fp32 without suppression only. '
-                         'Leave data_type and nms out, or write .onnx')
+def _check_combination(path, data_type, nms, batch_size):
+    "Raises an error for a precision, suppression or batch size that a format does not support."
+    suffix = path.suffix.lower()
+    if nms=='tflite' and suffix!='.tflite':
+        raise ValueError(f'nms: "tflite" is the ending of a .tflite file, and output_path is {path}. '
+                         'Leave nms out, or write a .tflite file')
+    if nms=='tflite' and (batch_size or 1)>1:
+        raise ValueError(f'max_batch_size {batch_size}: the suppression of a .tflite file works on one image at a time. '
+                         'Leave max_batch_size out, or set nms to "none"')
+    if suffix not in ('.pb','.tflite') or nms=='tflite' or (data_type=='fp32' and nms=='none'): return
+    raise ValueError(f'output_path {path}: a SavedModel, and a .tflite file with nms "none", are written as fp32 without '
+                     'suppression only. Leave data_type and nms out, or write .onnx')

@@ -384,27 +384,31 @@ def _load_engine(trt, path, logger):
 # %% ../../nbs/export/06_runtimes.ipynb #ddb25f8c
 def model_file_type(
     path,     # a model file
-)->str:       # 'tlt', 'onnx', 'etlt' or 'engine'
+)->str:       # 'tlt', 'onnx', 'etlt', 'tflite' or 'engine'
     "Determines the type of a model file from its first bytes, or from its suffix if these are not sufficient."
     with open(require_file(path), 'rb') as f: head = f.read(16)
     if head.startswith((ENCRYPTED_MAGIC, ZIP_MAGIC)): return 'tlt'
     if is_onnx(head): return 'onnx'
+    if head[4:8]==b'TFL3': return 'tflite'
     if head[:4]==bytes(4) and (is_onnx(head[4:]) or head[4:12]==ENCRYPTED_MAGIC): return 'etlt'
     suffix = Path(path).suffix.lower().lstrip('.')
     if suffix in ('tlt','etlt','engine'): return suffix  # opening it raises a more specific error
     raise ValueError(f'{path}: not a model file of effdet_nb. '
-                     'Allowed: .tlt (trained), .onnx and .etlt (exported), .engine (TensorRT)')
+                     'Allowed: .tlt (trained), .onnx, .etlt and .tflite (exported), .engine (TensorRT)')
 
 # %% ../../nbs/export/06_runtimes.ipynb #d9979242
 def load_detector(
-    path,             # .tlt, .onnx, .etlt or .engine
+    path,             # .tlt, .onnx, .etlt, .tflite or .engine
     key:str='',       # key of an encrypted file; EFFDET_KEY if empty
-    threads:int=None, # number of threads of ONNX Runtime; None: one per core
+    threads:int=None, # number of threads of ONNX Runtime or LiteRT; None: one per core
     **nms_changes,    # fields of `NmsOptions` to change
 ):                    # a detector: images uint8 [N, H, W, 3] -> one `Detections` per image
     "Opens any model file as a detector."
     file_type = model_file_type(path)
     if file_type=='engine': return TrtDetector(path, **nms_changes)
+    if file_type=='tflite':
+        from effdet_nb.export.mobile import LiteRtDetector
+        return LiteRtDetector(path, threads, **nms_changes)
     if file_type!='tlt': return OnnxDetector(path, key, threads, **nms_changes)
     from effdet_nb.export.export import saved_nms_settings
     model_file = load_model_file(path, resolve_key(key), ('weights','ema'))

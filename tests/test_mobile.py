@@ -1,0 +1,143 @@
+"LiteRT files for phones: opened by MediaPipe's own detector and by LiteRT, in three precisions."
+import json
+import subprocess
+import sys
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from effdet_nb.data.classes import ClassTable
+from effdet_nb.detector.efficientdet import Arch
+from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_image
+from effdet_nb.export.export import export
+from effdet_nb.export.formats import random_detector
+from effdet_nb.export.mobile import LiteRtDetector, create_interpreter, float_operators, read_tflite
+from effdet_nb.export.runtimes import load_detector
+from effdet_nb.weights.model_file import save_detector
+
+MEDIAPIPE = '''
+import json, sys
+import mediapipe
+from mediapipe.tasks.python import BaseOptions, vision
+model, *images = sys.argv[1:]
+options = vision.ObjectDetectorOptions(BaseOptions(model_asset_path=model), score_threshold=.01, max_results=20)
+rows = []
+with vision.ObjectDetector.create_from_options(options) as detector:
+    for path in images:
+        found = detector.detect(mediapipe.Image.create_from_file(path)).detections
+        rows.append([(d.bounding_box.origin_y, d.bounding_box.origin_x, d.bounding_box.height, d.bounding_box.width,
+                      d.categories[0].score, d.categories[0].category_name) for d in found])
+print('RESULT' + json.dumps(rows))
+'''
+
+
+def mediapipe_detections(model, images):
+    "What MediaPipe's ObjectDetector finds: per image, rows of y, x, height, width, score and label."
+    command = [sys.executable, '-c', MEDIAPIPE, str(model), *map(str, images)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return json.loads(ran.stdout.split('RESULT')[1])
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "A small random detector for three shapes, its exported files, and two images of the network's size."
+    folder = tmp_path_factory.mktemp('mobile')
+    keras.utils.set_random_seed(1)
+    arch = Arch('efficientdet-tiny', image_hw=(128, 128), num_classes=4)
+    classes = ClassTable.from_categories([{'id': i, 'name': n} for i, n in enumerate(SHAPE_NAMES, 1)], num_classes=4)
+    save_detector(folder/'m.tlt', random_detector(arch), arch, classes)
+    (folder/'images').mkdir()
+    for seed in range(12):
+        Image.fromarray(make_toy_image(seed=seed, image_hw=(128, 128)).image).save(folder/'images'/f'{seed:02}.png')
+    export(folder/'m.tlt', folder/'fp32.tflite')
+    export(folder/'m.tlt', folder/'fp16.tflite', data_type='fp16')
+    export(folder/'m.tlt', folder/'int8.tflite', data_type='int8', cal_image_dir=folder/'images', batches=12)
+    return folder
+
+
+def images_of(folder): return sorted((folder/'images').glob('*.png'))[:3]
+
+
+def as_pixels(paths): return np.stack([np.asarray(Image.open(path)) for path in paths])
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'int8'])
+def test_mediapipe_finds_what_we_find(folder, precision):
+    "The images have the size of the network, so nothing is resized; MediaPipe rounds position and size down."
+    pytest.importorskip('mediapipe', reason='needs mediapipe: pip install mediapipe')
+    model, paths = folder/f'{precision}.tflite', images_of(folder)
+    ours = load_detector(model)(as_pixels(paths))
+    for found, own in zip(mediapipe_detections(model, paths), ours):
+        assert len(found) == 20
+        boxes = np.clip(own.boxes, 0, 128)
+        for y, x, height, width, score, label in found:
+            differences = abs(boxes-np.clip([y, x, y+height, x+width], 0, 128)).max(1)
+            same = (differences < 2.01) & (abs(own.scores-score) < 2e-3)
+            assert label in [SHAPE_NAMES[c] for c in own.classes[same]]
+
+
+def test_four_outputs_in_their_order_from_a_uint8_image(folder):
+    interpreter = create_interpreter(folder/'fp32.tflite')
+    entry = interpreter.get_input_details()[0]
+    assert entry['dtype'] == np.uint8 and entry['shape'].tolist() == [1, 128, 128, 3]
+    outputs = interpreter.get_output_details()
+    assert [o['shape'].tolist() for o in outputs] == [[1, 100, 4], [1, 100], [1, 100], [1]]
+    assert {o['dtype'] for o in outputs} == {np.float32}
+
+
+def test_labels_have_no_idle_channel(folder):
+    with zipfile.ZipFile(folder/'fp32.tflite') as archive:
+        assert archive.read('labels.txt').decode().split('\n') == list(SHAPE_NAMES)
+        assert json.loads(archive.read('effdet_nb.json'))['nms']['kind'] == 'tflite'
+
+
+def test_only_the_ending_of_an_int8_file_computes_in_floating_point(folder):
+    tables = read_tflite((folder/'int8.tflite').read_bytes())
+    ending = ['DEQUANTIZE', 'DEQUANTIZE', 'LOGISTIC', 'TFLite_Detection_PostProcess']
+    assert float_operators(tables) == ending
+    assert all(n > 0 for tensor in tables.subgraphs[0].tensors for n in tensor.shape)       # fixed shapes
+    assert len(float_operators(read_tflite((folder/'fp32.tflite').read_bytes()))) > 100
+
+
+@pytest.mark.parametrize(('precision', 'tolerance'), [('fp32', 1e-3), ('fp16', .01)])
+def test_a_file_finds_what_the_model_finds(folder, precision, tolerance):
+    images = as_pixels(images_of(folder))
+    for own, file in zip(load_detector(folder/'m.tlt')(images), load_detector(folder/f'{precision}.tflite')(images)):
+        own_scores, file_scores = (np.sort(d.scores[d.classes < 3])[::-1][:20] for d in (own, file))
+        assert abs(own_scores-file_scores).max() < tolerance
+
+
+def test_thresholds_are_kept(folder):
+    export(folder/'m.tlt', folder/'few.tflite', max_detections=7, score_threshold=.02)
+    found = load_detector(folder/'few.tflite')(as_pixels(images_of(folder)))
+    assert {len(d) for d in found} == {7} and min(d.scores.min() for d in found) > .02
+
+
+def test_a_file_without_suppression_is_opened_too(folder):
+    export(folder/'m.tlt', folder/'raw.tflite', nms='none')
+    images = as_pixels(images_of(folder))
+    own, raw = load_detector(folder/'m.tlt')(images), load_detector(folder/'raw.tflite', max_detections=5)(images)
+    assert [len(d) for d in raw] == [5]*len(images)
+    np.testing.assert_allclose(raw[0].scores, own[0].scores[:5], atol=1e-4)
+
+
+@pytest.mark.parametrize(('output', 'options', 'message'), [
+    ('a.onnx', dict(nms='tflite'), 'is the ending of a .tflite file'),
+    ('a.tflite', dict(nms='onnx'), 'without suppression only'),
+    ('a.tflite', dict(nms='none', data_type='fp16'), 'without suppression only'),
+    ('a.tflite', dict(max_batch_size=4), 'one image at a time'),
+    ('a.tflite', dict(data_type='int8'), 'Give cal_image_dir'),
+])
+def test_what_a_file_cannot_be_is_said(folder, output, options, message):
+    with pytest.raises(ValueError, match=message): export(folder/'m.tlt', folder/output, **options)
+    assert not (folder/output).exists()
+
+
+@pytest.mark.parametrize('damage', [lambda data: data[:2000], lambda data: data[:8], lambda data: data[:-100]])
+def test_a_damaged_or_foreign_file_is_one_sentence(folder, tmp_path, damage):
+    (tmp_path/'x.tflite').write_bytes(damage((folder/'fp32.tflite').read_bytes()))
+    with pytest.raises(ValueError, match='x.tflite: '): LiteRtDetector(tmp_path/'x.tflite')
