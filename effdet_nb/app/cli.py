@@ -161,7 +161,7 @@ def _status_if_folder(results_dir, task, key):
 @command(example='-e spec.txt -m runs/first/model.best.tlt -r runs/first/evaluation')
 def effdet_evaluate(
     experiment_spec_file:_spec_option(True)=None,
-    model_path:Option('Model (.tlt, .onnx, .etlt, .tflite or .engine) or detections (.json); several files are compared',
+    model_path:Option('Model (.tlt, .onnx, .etlt, .tflite, .engine) or detections (.json); several are compared',
                       '-m', '--model', '--compare', required=True, nargs='+', metavar='FILE')=None,
     key:_key_option()=None,
     results_dir:_results_option('Folder to write metrics.json, detections.json, report.html and status.json to '
@@ -229,7 +229,8 @@ def effdet_prune(
 # %% ../../nbs/app/11_cli.ipynb #d742bb80
 @command(example="-m runs/first/model.best.tlt -i images/val -r runs/first/detections -t 0.4")
 def effdet_inference(
-    model_path:Option('Model (.tlt, .onnx, .etlt, .tflite or .engine)', '-m', '--model', required=True, metavar='FILE')=None,
+    model_path:Option('Model (.tlt, .onnx, .etlt, .tflite, .engine)', '-m', '--model', required=True,
+                      metavar='FILE')=None,
     in_image_path:Option("Image, folder of images, or pattern in quotes such as 'day1/*.png'", '-i',
                          '--image_dir', required=True, metavar='PATH')=None,
     out_image_path:Option('Folder to write annotated images to; for a single image also a file name', '-o',
@@ -310,7 +311,8 @@ def effdet_export(
     key:_key_option()=None,
     output_path:Option('File to write: .onnx, .etlt, .tflite or FOLDER/saved_model.pb (default: beside the model, '
                        '.etlt with a key, else .onnx)', '-o', metavar='FILE')=None,
-    nms:Option("NMS in the exported graph: standard operators (onnx), TensorRT's plugin (efficient_nms_trt), LiteRT's (tflite) or none "
+    nms:Option("NMS in the exported graph: standard operators (onnx), TensorRT's plugin (efficient_nms_trt), "
+               "LiteRT's operator (tflite) or none "
                "(default: the plugin for .etlt, operators for .onnx, LiteRT's for .tflite)",
                choices=['onnx','efficient_nms_trt','tflite','none'])=None,
     opset:Option('Version of the ONNX operators, 13 to 18', type=int, metavar='N')=17,

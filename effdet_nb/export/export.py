@@ -389,8 +389,8 @@ def _check_combination(path, data_type, nms, batch_size):
         raise ValueError(f'nms: "tflite" is the ending of a .tflite file, and output_path is {path}. '
                          'Leave nms out, or write a .tflite file')
     if nms=='tflite' and (batch_size or 1)>1:
-        raise ValueError(f'max_batch_size {batch_size}: the suppression of a .tflite file works on one image at a time. '
-                         'Leave max_batch_size out, or set nms to "none"')
+        raise ValueError(f'max_batch_size {batch_size}: the suppression of a .tflite file works on one image at a '
+                         'time. Leave max_batch_size out, or set nms to "none"')
     if suffix not in ('.pb','.tflite') or nms=='tflite' or (data_type=='fp32' and nms=='none'): return
-    raise ValueError(f'output_path {path}: a SavedModel, and a .tflite file with nms "none", are written as fp32 without '
-                     'suppression only. Leave data_type and nms out, or write .onnx')
+    raise ValueError(f'output_path {path}: a SavedModel, and a .tflite file with nms "none", are written as fp32 '
+                     'without suppression only. Leave data_type and nms out, or write .onnx')

@@ -7,7 +7,7 @@ __all__ = ['MOBILE_OUTPUTS', 'METADATA_TABLES', 'SCALAR_SLOTS', 'VECTOR_DTYPES',
            'tflite_bytes', 'convert_detector', 'relative_anchors', 'TfliteGraph', 'add_postprocess', 'write_table',
            'mobile_metadata', 'mobile_labels', 'pack_files', 'complete_network', 'create_interpreter',
            'run_interpreter', 'read_tflite_metadata', 'four_outputs', 'LiteRtDetector', 'float_operators',
-           'only_ending', 'verify_network', 'verify_ending', 'export_mobile']
+           'only_ending', 'verify_network', 'run_network', 'verify_ending', 'export_mobile']
 
 # %% ../../nbs/export/09_mobile.ipynb #e273fb7c
 import io, json, warnings, zipfile
@@ -61,13 +61,18 @@ def convert_detector(
     converter = tf.lite.TFLiteConverter.from_keras_model(keras.Model(image, outputs))
     if data_type!='fp32': converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if data_type=='fp16': converter.target_spec.supported_types = [tf.float16]
-    if data_type=='int8':
-        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
-        converter.representative_dataset = lambda: ([np.float32(images)] for images in representative_images)
-        converter.inference_input_type = tf.uint8
+    if data_type=='int8': _set_int8(converter, representative_images)
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():    # Keras prints a path
         warnings.simplefilter('ignore')
         return converter.convert()
+
+def _set_int8(converter, images):
+    "Makes a converter quantise to int8, with the ranges that it finds in images."
+    import tensorflow as tf
+    def inputs(): return ([np.float32(image)] for image in images)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter.representative_dataset = inputs
+    converter.inference_input_type = tf.uint8
 
 # %% ../../nbs/export/09_mobile.ipynb #a06d90aa
 def relative_anchors(
@@ -351,8 +356,8 @@ class LiteRtDetector(ExportedDetector):
 
     def run(self, pixels):
         if not self.suppresses_itself: return self.interpreter.get_signature_runner()(input=pixels)
-        rows = [four_outputs(run_interpreter(self.interpreter, image[None]), self.image_hw) for image in pixels]
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        rows = [run_interpreter(self.interpreter, image[None]) for image in pixels]
+        return four_outputs(map(np.concatenate, zip(*rows)), self.image_hw)
 
 # %% ../../nbs/export/09_mobile.ipynb #08b6927a
 def float_operators(
@@ -360,15 +365,17 @@ def float_operators(
 )->list:     # names of operators
     "Lists the operators of a LiteRT file that compute with floating-point numbers, in their order."
     from tensorflow.lite.python import schema_py_generated as schema
-    names = {code: name for name,code in vars(schema.BuiltinOperator).items() if not name.startswith('_')}
-    floats, found = (schema.TensorType.FLOAT32, schema.TensorType.FLOAT16), []
-    graph = tables.subgraphs[0]
-    for operator in graph.operators:
-        tensors = [graph.tensors[i] for i in (*operator.inputs, *operator.outputs) if i>=0]
-        code = tables.operatorCodes[operator.opcodeIndex]
-        name = code.customCode or names[max(code.builtinCode, code.deprecatedBuiltinCode)]
-        if any(tensor.type in floats for tensor in tensors): found.append(name if isinstance(name, str) else name.decode())
-    return found
+    graph, float_types = tables.subgraphs[0], (schema.TensorType.FLOAT32, schema.TensorType.FLOAT16)
+    def is_float(number): return number>=0 and graph.tensors[number].type in float_types
+    found = [operator for operator in graph.operators if any(map(is_float, (*operator.inputs, *operator.outputs)))]
+    return [_operator_name(tables.operatorCodes[operator.opcodeIndex]) for operator in found]
+
+def _operator_name(code):
+    "Returns the name of an operator."
+    from tensorflow.lite.python import schema_py_generated as schema
+    if code.customCode: return code.customCode if isinstance(code.customCode, str) else code.customCode.decode()
+    number = max(code.builtinCode, code.deprecatedBuiltinCode)
+    return next(name for name,value in vars(schema.BuiltinOperator).items() if value==number)
 
 # %% ../../nbs/export/09_mobile.ipynb #271b13fc
 def only_ending(
@@ -391,12 +398,21 @@ def verify_network(
     "Compares a converted network with Keras on toy images."
     images = verification_images(model.input.shape[1:3])
     pixels = to_channels(images, meta['arch'].get('channels', 3))
+    outputs = run_network(network, pixels)
+    expected = {name: value.numpy() for name,value in raw_forward(model, np.asarray(pixels, np.float32)).items()}
+    expected['cls_logits'] = expected['cls_logits'][...,:outputs['cls_logits'].shape[-1]]
+    return max_difference(outputs, expected, meta)
+
+def run_network(
+    network:bytes,      # from `convert_detector`
+    images:np.ndarray,  # [N,H,W,C] uint8
+)->dict:                # {'cls_logits': [N,A,C], 'box_deltas': [N,A,4]}
+    "Runs a converted network on images."
     run = create_interpreter(network).get_signature_runner()
-    rows = [run(image=image[None]) for image in pixels]
-    box_deltas, cls_logits = (np.concatenate([row[name] for row in rows]) for name in sorted(rows[0]))
-    expected = {k: np.asarray(v) for k,v in raw_forward(model, np.asarray(pixels, np.float32)).items()}
-    expected['cls_logits'] = expected['cls_logits'][...,:cls_logits.shape[-1]]
-    return max_difference(dict(cls_logits=cls_logits, box_deltas=box_deltas), expected, meta)
+    rows = [run(image=image[None]) for image in images]
+    outputs = {name: [row[name] for row in rows] for name in rows[0]}
+    box_deltas, cls_logits = (np.concatenate(outputs[name]) for name in sorted(outputs))
+    return dict(cls_logits=cls_logits, box_deltas=box_deltas)
 
 def verify_ending(
     network:bytes,      # from `convert_detector`
@@ -422,13 +438,11 @@ def export_mobile(
     **nms_settings,       # fields of `NmsOptions`
 )->ExportResult:
     "Exports a model to a LiteRT file for MediaPipe, the Task Library and scripts."
-    options, classes = NmsOptions(**nms_settings), model_file.classes
+    options, arch = NmsOptions(**nms_settings), model_file.arch
     meta = build_metadata(model_file.meta, 1) | dict(data_type=data_type, nms=dict(kind='tflite') | nms_settings)
-    model = model_file.build_model(input_dtype='float32')
-    images = None
-    if data_type=='int8':
-        images = calibration_batches(cal_image_dir, model_file.arch.image_hw, 1, num_images, model_file.arch.channels)
-    network = convert_detector(model, len(mobile_labels(classes)), data_type, images)
+    model, images = model_file.build_model(input_dtype='float32'), None
+    if data_type=='int8': images = calibration_batches(cal_image_dir, arch.image_hw, 1, num_images, arch.channels)
+    network = convert_detector(model, len(mobile_labels(model_file.classes)), data_type, images)
     difference = check_difference(verify_network(network, model, meta), TOLERANCES[data_type], path)
     agreement = check_agreement(verify_ending(network, meta, options), path)
     data = complete_network(network, meta, options)
