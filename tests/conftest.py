@@ -1,5 +1,6 @@
 "Fixtures and rules that every test file may use."
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import effdet_nb   # noqa: F401  before TensorFlow, whose switches it sets
 
 settings.register_profile('busy machine', deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('busy machine')
+signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell ignores it in background jobs, and so would ours
 
 SHARED_DIR = Path(__file__).resolve().parents[2] / 'shared'
 # The files that take longest come first, or one worker would run the last of them while the other has nothing to do.
