@@ -77,7 +77,7 @@ def test_an_old_checkpoint_continues(tmp_path, monkeypatch):
         dataset_convert(f'shapes/{split}', f'shapes/{split}.json', 'records', split, num_shards=1, workers=1)
     Path('run').mkdir()
     shutil.copy(FIXTURES / 'checkpoint.tlt', 'run/model.step-4.tlt')
-    shutil.copy(FIXTURES / 'plain.tlt', 'pruned.tlt')  # the spec names it; the weights come from the checkpoint
+    shutil.copy(FIXTURES / 'sealed.tlt', 'pruned.tlt')  # the spec names it; the weights come from the checkpoint
     spec = Spec.load(FIXTURES / 'spec.txt').replace(training_config=dict(stop_at_epoch=0))
     last_epoch = train(spec, 'run', KEY)[-1]
     assert last_epoch['epoch'] == 3 and abs(last_epoch['loss'] - 1.79197) < 1e-3

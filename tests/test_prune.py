@@ -25,6 +25,7 @@ from effdet_nb.train.experiment import resolve_arch, resolve_experiment
 from effdet_nb.train.startup import initialize_weights, read_initial_weights
 from effdet_nb.train.spec import Spec
 from effdet_nb.train.trainer import Trainer, dtype_policy_scope
+from effdet_nb.weights.encryption import DamagedFileError
 from effdet_nb.weights.model_file import (
     load_keras_model, load_model_file, save_model_file, set_weights_by_path, weights_by_path)
 
@@ -536,11 +537,19 @@ def test_retraining_starts_with_the_averaged_weights_a_fresh_optimizer_and_a_hin
 
 def test_a_checkpoint_beside_the_pruned_file_must_fit_it(pruned, spec, trained, tmp_path):
     small = load_model_file(pruned.path, 'key')
-    weights = {path: value+1 for path, value in small.weights.items() if path.startswith('stem')}
-    save_model_file(tmp_path/'more.tlt', weights, {'arch': arch_to_dict(ARCH), 'classes': small.meta['classes']}, 'key')
+    meta = {'arch': arch_to_dict(ARCH), 'classes': small.meta['classes']}
+    def save_part(name, *layers):
+        weights = {path: value+1 for path, value in small.weights.items() if path.startswith(layers)}
+        save_model_file(tmp_path/name, weights, meta, 'key')
+        return weights
     def initialize(path):
         trainer, _, message = start_trainer(spec.replace(training_config=dict(checkpoint=str(path))))
         return message, weights_by_path(trainer.model)
+    save_part('stem.tlt', 'stem')
+    with pytest.raises(DamagedFileError, match='stem.tlt: its description says that class-predict has 27 filters, but'):
+        initialize(tmp_path/'stem.tlt')
+    weights = save_part('more.tlt', 'stem', 'class-predict', 'box-predict')
+    assert {path.split('/')[0] for path in weights} == {'stem_conv', 'stem_bn', 'class-predict', 'box-predict'}
     message, loaded = initialize(tmp_path/'more.tlt')
     assert 'loaded' in message and 'more.tlt' in message and 'hint' not in message
     for path, value in loaded.items(): assert np.array_equal(value, weights.get(path, small.averaged_weights[path]))

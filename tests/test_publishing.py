@@ -27,14 +27,15 @@ def toy_dataset(tmp_path_factory):
     return folder/'train', folder/'train.json'
 
 
-@pytest.fixture(scope='module')
-def changed_labels(toy_dataset, tmp_path_factory):
-    "The same annotations with other category ids, so that shards have equal sizes and other contents."
-    data = json.loads(toy_dataset[1].read_text())
+def convert_earlier_labels(toy_dataset, folder, num_shards):
+    "Converts the file while it has other category ids, so that shards have equal sizes and other contents."
+    images, annotations = toy_dataset
+    original = annotations.read_bytes()
+    data = json.loads(original)
     for annotation in data['annotations']: annotation['category_id'] = annotation['category_id'] % 3 + 1
-    path = tmp_path_factory.mktemp('changed')/'train.json'
-    path.write_text(json.dumps(data))
-    return path
+    annotations.write_text(json.dumps(data))
+    try: dataset_convert(images, annotations, folder, num_shards=num_shards)
+    finally: annotations.write_bytes(original)
 
 
 def contents(folder):
@@ -76,13 +77,14 @@ def killed_at_step(step, convert):
 @unix_only
 @pytest.mark.parametrize('earlier,now', [
     (3, 2), (2, 2), pytest.param(None, 2, marks=slow), pytest.param(2, 3, marks=slow)])
-def test_shards_are_visible_together_or_not_at_all_at_every_step(toy_dataset, changed_labels, tmp_path, earlier, now):
+def test_shards_are_visible_together_or_not_at_all_at_every_step(toy_dataset, tmp_path, earlier, now):
     images, annotations = toy_dataset
     out, before, straight = tmp_path/'out', tmp_path/'before', tmp_path/'straight'
     before.mkdir()
-    if earlier: dataset_convert(images, changed_labels, before, num_shards=earlier)
+    if earlier: convert_earlier_labels(toy_dataset, before, earlier)
     dataset_convert(images, annotations, straight, num_shards=now)
     old, new = (visible_shards(folder) for folder in (before, straight))
+    assert old != new
     states = set()
     for step in range(200):
         shutil.rmtree(out, ignore_errors=True)
@@ -99,9 +101,9 @@ def test_shards_are_visible_together_or_not_at_all_at_every_step(toy_dataset, ch
 
 @unix_only
 @pytest.mark.parametrize('step', [8, 12, 15])
-def test_another_conversion_replaces_one_that_was_killed(toy_dataset, changed_labels, tmp_path, step):
+def test_another_conversion_replaces_one_that_was_killed(toy_dataset, tmp_path, step):
     images, annotations = toy_dataset
-    dataset_convert(images, changed_labels, tmp_path/'out', num_shards=3)
+    convert_earlier_labels(toy_dataset, tmp_path/'out', 3)
     killed_at_step(step, lambda: dataset_convert(images, annotations, tmp_path/'out', num_shards=4))
     dataset_convert(images, annotations, tmp_path/'out', num_shards=2)
     dataset_convert(images, annotations, tmp_path/'straight', num_shards=2)
