@@ -99,11 +99,12 @@ def backbone_blocks(
 FEW_LOCATIONS = 16     # maps with fewer locations have too few values in a batch for its statistics
 
 def bn_momentum(
-    height:int, # locations of the map
+    height:int, # locations of the map; None if it depends on the image
     width:int,  # likewise
 )->float:
     "Returns the part of the running batch statistics that a training step keeps."
-    return .99 if height*width < FEW_LOCATIONS else .9
+    has_few = None not in (height, width) and height*width < FEW_LOCATIONS
+    return .99 if has_few else .9
 
 # %% ../../nbs/detector/05_backbone.ipynb #9affe4a6
 CONV_INIT = keras.initializers.VarianceScaling(2., 'fan_out', 'untruncated_normal', seed=None)
