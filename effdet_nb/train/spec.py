@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CURLY_QUOTES', 'TOKEN_ADVICE', 'QUOTES', 'CLOSED_TEXT', 'SECTION_ALIASES', 'FIELD_ALIASES', 'OTHER_NAMES',
-           'NO_FIELD_ADVICE', 'TYPE_DESCRIPTIONS', 'MAX_VALUE_LENGTH', 'BACKSLASH_ESCAPE', 'MAX_PROBLEMS',
-           'TASK_SECTIONS', 'MAX_SPEC_SIZE', 'find_field', 'is_path', 'SpecError', 'Spec']
+           'NO_FIELD_ADVICE', 'TYPE_DESCRIPTIONS', 'MAX_VALUE_LENGTH', 'SINGLE_BACKSLASH', 'BACKSLASH_ESCAPE',
+           'MAX_PROBLEMS', 'OCTAL_ESCAPES', 'TASK_SECTIONS', 'MAX_SPEC_SIZE', 'find_field', 'is_path', 'SpecError',
+           'Spec']
 
 # %% ../../nbs/train/02_spec.ipynb #05bda871
 import glob, os, re, warnings
@@ -204,18 +205,22 @@ def _read_value(section, name, text):
     if has_escape and is_path(section, name): raise _backslash_error(section, name, text)
     try: text_format.Merge(f'{name}: {text}', message)
     except (text_format.ParseError, ValueError):
-        error = _backslash_error if has_escape else _type_error
+        is_escape_at_fault = SINGLE_BACKSLASH.search(text) and section_fields(section)[name].type is str
+        error = _backslash_error if is_escape_at_fault else _type_error
         raise error(section, name, text) from None
     value = getattr(message, name)
     if has_escape and not value.isprintable(): raise _backslash_error(section, name, text)
     return _canonical(section, name, value)
 
-BACKSLASH_ESCAPE = re.compile(r'(?<!\\)(?:\\\\)*\\(?![\\"\'])')     # a backslash that is not doubled
+SINGLE_BACKSLASH = re.compile(r'(?<!\\)(?:\\\\)*\\(?![\\"\'])')     # a backslash that is not doubled
+
+# Protobuf itself writes control characters, and perhaps the bytes of ü, as three octal digits
+BACKSLASH_ESCAPE = re.compile(SINGLE_BACKSLASH.pattern + r'(?!0[0-3][0-7]|177|[23][0-7]{2})')
 
 def _backslash_error(section, name, text):
     "Returns the error for a Windows path or a regular expression with single backslashes."
     remedy = f'{text} contains a backslash, which begins an escape in a string: \\t is a tab. '
-    if is_path(section, name): remedy += f'Write the path with slashes: {BACKSLASH_ESCAPE.sub("/", text)}'
+    if is_path(section, name): remedy += f'Write the path with slashes: {SINGLE_BACKSLASH.sub("/", text)}'
     else: remedy += 'Write two backslashes for one'
     return ValueError(f'{section}.{name}: {remedy}')
 
@@ -311,7 +316,11 @@ def to_text(self:Spec,
         for name in section_fields(section):
             if not include_defaults and (section,name) not in self.fields_set: continue
             setattr(getattr(message, section), name, getattr(getattr(self, section), name))
-    return text_format.MessageToString(message, as_utf8=True)
+    text = text_format.MessageToString(message, as_utf8=True)
+    return re.sub(r'\\.', lambda m: OCTAL_ESCAPES.get(m[0], m[0]), text)
+
+# `_read_value` takes the escape of a letter in a path for a Windows path
+OCTAL_ESCAPES = {r'\t': r'\011', r'\n': r'\012', r'\r': r'\015'}
 
 # %% ../../nbs/train/02_spec.ipynb #1fb62f36
 TASK_SECTIONS = dict(
