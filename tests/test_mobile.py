@@ -14,8 +14,8 @@ from effdet_nb.detector.efficientdet import Arch
 from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_image
 from effdet_nb.export.export import export
 from effdet_nb.export.formats import random_detector
-from effdet_nb.export.mobile import LiteRtDetector, create_interpreter, float_operators, read_tflite
-from effdet_nb.export.runtimes import load_detector
+from effdet_nb.export.mobile import create_interpreter, float_operators, read_tflite
+from effdet_nb.export.runtimes import LiteRtDetector, load_detector
 from effdet_nb.weights.model_file import save_detector
 
 MEDIAPIPE = '''
