@@ -66,11 +66,12 @@ def as_pixels(paths): return np.stack([np.asarray(Image.open(path)) for path in 
 
 
 def same_detections(found, own, score_difference):
-    "Which of MediaPipe's detections are ours too: same label, box (MediaPipe rounds position and size down), score."
-    boxes, labels = np.clip(own.boxes, 0, 128), np.array([SHAPE_NAMES[c] for c in own.classes])
+    "Which of MediaPipe's detections are ours too: same label, score and box. It rounds down, and clips corner and size."
+    corners, sizes = np.maximum(own.boxes[:, :2], 0), np.minimum(own.boxes[:, 2:]-own.boxes[:, :2], 128)
+    places, labels = np.concatenate([corners, sizes], 1), np.array([SHAPE_NAMES[c] for c in own.classes])
     for y, x, height, width, score, label in found:
-        differences = abs(boxes-np.clip([y, x, y+height, x+width], 0, 128)).max(1)
-        yield ((differences < 2.01) & (abs(own.scores-score) < score_difference) & (labels == label)).any()
+        differences = abs(places-[y, x, height, width]).max(1)
+        yield ((differences < 1.01) & (abs(own.scores-score) < score_difference) & (labels == label)).any()
 
 
 @pytest.mark.parametrize(('precision', 'score_difference', 'share'), [('fp32', 2e-3, 1.), ('int8', .05, .8)])

@@ -77,7 +77,7 @@ def worker_pool(
         yield None
         return
     context = multiprocessing.get_context('spawn')
-    event = context.Event()
+    with _blocked_signals(): event = context.Event()    # it starts a process that watches over semaphores
     pool = ProcessPoolExecutor(num_workers, context, _start_worker, (event,))
     try:
         with _blocked_signals(), hidden_main():
