@@ -66,7 +66,7 @@ def as_pixels(paths): return np.stack([np.asarray(Image.open(path)) for path in 
 
 
 def same_detections(found, own, score_difference):
-    "Which of MediaPipe's detections are ours too: same label, score and box. It rounds down, and clips corner and size."
+    "Which detections of MediaPipe are ours too. It rounds a box down, and clips its corner and its size."
     corners, sizes = np.maximum(own.boxes[:, :2], 0), np.minimum(own.boxes[:, 2:]-own.boxes[:, :2], 128)
     places, labels = np.concatenate([corners, sizes], 1), np.array([SHAPE_NAMES[c] for c in own.classes])
     for y, x, height, width, score, label in found:
