@@ -13,6 +13,7 @@ import effdet_nb   # noqa: F401  before TensorFlow, whose switches it sets
 settings.register_profile('busy machine', deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('busy machine')
 signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell ignores it in background jobs, and so would ours
+if hasattr(signal, 'SIGHUP'): signal.signal(signal.SIGHUP, signal.SIG_DFL)      # nohup ignores it
 
 SHARED_DIR = Path(__file__).resolve().parents[2] / 'shared'
 # The files that take longest come first, or one worker would run the last of them while the other has nothing to do.

@@ -10,6 +10,7 @@ from PIL import Image
 
 from effdet_nb.data.check import check_annotation_file
 from effdet_nb.data.coco import CocoError
+from effdet_nb.data.image_files import OutsideFolder
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.data.faults import Fault, describe_issues
 from effdet_nb.data.record_index import Records
@@ -77,7 +78,7 @@ def result_of(function, *args, **kwargs):
     "The result of a function, or the error that a user would see."
     try: return function(*args, **kwargs)
     except (CocoError, ValueError, FileNotFoundError) as e:
-        assert type(e) in (CocoError, ValueError, FileNotFoundError) and str(e)
+        assert type(e) in (CocoError, OutsideFolder, ValueError, FileNotFoundError) and str(e)
         return e
 
 

@@ -55,11 +55,14 @@ def _has_end_marker(jpeg):
         if marker not in _WITHOUT_LENGTH: position += max(2, int.from_bytes(jpeg[position:position+2]))
     return False
 
+_PNG_END = bytes(4)+b'IEND\xaeB`\x82'     # the last chunk, which TensorFlow demands and Pillow does not read
+
 def _check_decodes(image, data):
     "Raises an error if the file is damaged; leaves the image decoded, a JPEG at an eighth of its size."
     if image.format=='PNG':
         with Image.open(io.BytesIO(data)) as again: again.verify()
-    if data[:2]==b'\xff\xd8' and not _has_end_marker(data): raise OSError('the end of the image is missing')
+    has_end = _PNG_END in data if image.format=='PNG' else data[:2]!=b'\xff\xd8' or _has_end_marker(data)
+    if not has_end: raise OSError('the end of the image is missing')
     image.draft('L', (1,1))         # nothing happens if the format does not support it
     image.load()
 
