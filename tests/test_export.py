@@ -447,13 +447,13 @@ def test_tensorflows_formats_give_the_same_outputs(exported, tmp_path):
     with pytest.raises(ValueError, match='contains other files'): export_as('full/saved_model.pb')
 
 
-SPEC = """model_config {{ model_name: "efficientdet-d0" }}
+SPEC = """model_config {{ model_name: "efficientdet-lite0" }}
 dataset_config {{
   training_file_pattern: "{0}/val-*" validation_file_pattern: "{0}/val-*" validation_json_file: "{1}/val.json"
   num_classes: 4 image_size: "128,128" }}
 training_config {{
   train_batch_size: 8 num_examples_per_epoch: 87 num_epochs: 8
-  learning_rate: 0.05 lr_warmup_epoch: 1 lr_warmup_init: 0.01
+  checkpoint: "imagenet" learning_rate: 0.05 lr_warmup_epoch: 1 lr_warmup_init: 0.01
   moving_average_decay: 0.9 clip_gradients_norm: 5.0 checkpoint_period: 100 tf_random_seed: 42 }}
 eval_config {{ eval_batch_size: 8 eval_epoch_cycle: 100 }}"""
 
