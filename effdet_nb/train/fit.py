@@ -268,11 +268,15 @@ def train(
         with readable_errors(plan, arch.image_hw, partial(fits_in_memory, trainer)):
             evaluator = Evaluator(trainer, history, data, experiment.evaluation, classes)
             checkpoints = CheckpointCallback(trainer, history, model_dir, classes, key, experiment.spec_text)
-            nan_guard = NanGuard(trainer, data, model_dir)
-            guards = [nan_guard, NoPositivesGuard(arch.image_hw, data.min_scale), ProgressCallback(trainer)]
+            guards = _guards(trainer, data, model_dir)
             reports = report_callbacks(trainer, history, evaluator, model_dir, status)
             loop = TrainingLoop(trainer, history, [*guards, *reports, checkpoints, *callbacks], evaluator, signals)
-            return run_until_interrupted(loop, training_batches(trainer, data), nan_guard, checkpoints)
+            return run_until_interrupted(loop, training_batches(trainer, data), guards[0], checkpoints)
+
+def _guards(trainer, data, model_dir):
+    "Returns the callbacks that watch every step; the first one checks for NaN."
+    no_positives = NoPositivesGuard(data.image_hw, data.min_scale)
+    return [NanGuard(trainer, data, model_dir), no_positives, ProgressCallback(trainer)]
 
 def _training_lock(model_dir):
     "Returns a context that keeps a second training out of a folder; only the chief of several machines locks it."

@@ -59,7 +59,7 @@ def fixed_batch(
     for number in numbers:
         image,boxes,classes = loader.read(number, 1.)
         objects = tf.constant(boxes),tf.constant(classes)
-        image,boxes,classes = crop_resize_pad(image, *objects, arch.image_hw, 1., (0.,0.))
+        image,boxes,classes = crop_resize_pad(image, *objects, arch.image_hw, 1., (0.,0.), pad_rgb=arch.pad_rgb)
         rows.append((image, *assign_on_grid(grid, boxes.numpy(), classes.numpy())))
     arrays = map(np.stack, zip(*rows))
     return dict(zip(('images','cls_targets','box_targets','num_positives'), map(tf.constant, arrays)))
