@@ -15,7 +15,7 @@ from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_image
 from effdet_nb.export.export import export
 from effdet_nb.export.formats import random_detector
 from effdet_nb.export.mobile import create_interpreter, float_operators, read_tflite
-from effdet_nb.export.runtimes import LiteRtDetector, load_detector
+from effdet_nb.export.runtimes import LiteRtDetector, TrtDetector, load_detector
 from effdet_nb.weights.model_file import save_detector
 
 MEDIAPIPE = '''
@@ -146,3 +146,21 @@ def test_what_a_file_cannot_be_is_said(folder, output, options, message):
 def test_a_damaged_or_foreign_file_is_one_sentence(folder, tmp_path, damage):
     (tmp_path/'x.tflite').write_bytes(damage((folder/'fp32.tflite').read_bytes()))
     with pytest.raises(ValueError, match='x.tflite: '): LiteRtDetector(tmp_path/'x.tflite')
+
+
+@pytest.mark.parametrize(('meta', 'message'), [
+    (b'{', 'not JSON'), (b'[' * 100_000, 'not JSON'), (b'[]', 'metadata'), (b'{}', 'metadata'), (b'null', 'metadata'),
+    (b'{"nms": {}}', 'description'), (b' ' * (2**24+1), 'at most')])
+def test_metadata_that_is_not_ours_is_one_sentence(folder, tmp_path, meta, message):
+    path = tmp_path/'x.tflite'
+    path.write_bytes((folder/'fp32.tflite').read_bytes().split(b'PK\x03\x04')[0])
+    with zipfile.ZipFile(path, 'a', zipfile.ZIP_DEFLATED) as archive: archive.writestr('effdet_nb.json', meta)
+    with pytest.raises(ValueError, match='x.tflite: ') as error: LiteRtDetector(path)
+    assert message in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize('meta', ['{', '[]', '{}', '{"nms": 3}'])
+def test_the_metadata_of_an_engine_is_checked_before_it_is_used(tmp_path, meta):
+    (tmp_path/'x.engine').write_bytes(b'engine')
+    (tmp_path/'x.engine.json').write_text(meta)
+    with pytest.raises(ValueError, match='metadata|description'): TrtDetector(tmp_path/'x.engine')

@@ -130,3 +130,12 @@ def test_time_and_rate_are_blamed_for_good_data(spec):
     assert slow.outcome==O.Outcome.STUCK and 'is low' in repr(slow)
     hot = spec.replace(training_config=dict(learning_rate=1e4, clip_gradients_norm=0.))
     assert O.overfit(hot, 4, max_steps=60).outcome in (O.Outcome.DIVERGED, O.Outcome.STUCK)
+
+
+def test_the_batch_is_padded_as_in_evaluation(folder):
+    "Of a lite variant, whose padding is not ImageNet's mean colour; the input is wider than the images."
+    spec = small_spec(folder, train_batch_size=8).replace(
+        model_config=dict(model_name='efficientdet-lite0'), dataset_config=dict(image_size='128,256'))
+    arch, loader = arch_from_spec(spec), make_sample_loader(data_config_from_spec(spec))
+    images = O.fixed_batch(loader, O.choose_images(scan_of(spec), 2), arch)['images'].numpy()
+    assert {tuple(image[-1,-1]) for image in images} == {arch.pad_rgb} == {(127, 127, 127)}

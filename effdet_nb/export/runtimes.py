@@ -185,7 +185,7 @@ class ExportedDetector:
         meta:dict,           # metadata of the file
         nms_changes:dict,    # fields of `NmsOptions` to change
         name:str,            # path of the file, for error messages
-        is_fixed:bool=False, # whether the graph contains the suppression
+        is_fixed:bool=None,  # whether the graph contains the suppression; None: as the metadata says
     ):
         if not meta:
             raise ValueError(f'{name}: has no metadata, so it was not exported by effdet_nb; '
@@ -194,8 +194,8 @@ class ExportedDetector:
         self.meta,self.image_hw = meta, tuple(meta['arch']['image_hw'])
         self.pad_rgb = padding_from_metadata(meta)
         self.classes,self.anchors = ClassTable.from_dict(meta['classes']), anchors_from_metadata(meta)
-        self.suppresses_itself = is_fixed
-        self.nms_options = resolve_nms_options(meta['nms'], nms_changes, is_fixed)
+        self.suppresses_itself = meta['nms']['kind']!='none' if is_fixed is None else is_fixed
+        self.nms_options = resolve_nms_options(meta['nms'], nms_changes, self.suppresses_itself)
 
     def set_nms_options(self,
         **changes, # fields of `NmsOptions`; a graph with its own suppression allows score_threshold and max_detections
@@ -336,9 +336,7 @@ class TrtDetector(ExportedDetector):
         memory=None,   # a `CudaMemory`; created if None
         **nms_changes, # fields of `NmsOptions` to change, as in `set_nms_options`
     ):
-        meta = read_engine_metadata(path)
-        is_fixed = meta['nms']['kind']!='none'
-        super().__init__(meta, nms_changes, str(path), is_fixed)
+        super().__init__(read_engine_metadata(path), nms_changes, str(path))
         trt,self.memory = import_tensorrt(), memory or CudaMemory()
         self.logger = trt.Logger(trt.Logger.ERROR)
         self.engine = _load_engine(trt, path, self.logger)
@@ -390,8 +388,7 @@ class LiteRtDetector(ExportedDetector):
         threads:int=None, # number of threads; None: the interpreter's default
         **nms_changes,    # fields of `NmsOptions` to change, as in `set_nms_options`
     ):
-        meta = read_tflite_metadata(path)
-        super().__init__(meta, nms_changes, str(path), is_fixed=meta['nms']['kind']!='none')
+        super().__init__(parse_metadata(read_tflite_metadata(path), path), nms_changes, str(path))
         self.interpreter = create_interpreter(path, threads)
 
     def run(self, pixels):
