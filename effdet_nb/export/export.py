@@ -407,7 +407,7 @@ def export_mobile(
     num_images:int=100,   # int8: number of calibration images, at most
     **nms_settings,       # fields of `NmsOptions`
 )->ExportResult:
-    "Exports a model to a LiteRT file for MediaPipe, the Task Library and scripts."
+    "Exports a model to a LiteRT file with suppression, class names and metadata for MediaPipe."
     options, arch = NmsOptions(**nms_settings), model_file.arch
     meta = build_metadata(model_file.meta, 1) | dict(data_type=data_type, nms=dict(kind='tflite') | nms_settings)
     model, images = model_file.build_model(input_dtype='float32'), None
