@@ -27,7 +27,7 @@ LIGHT = ('core', 'detector.boxes', 'detector.images', 'detector.toy_data', 'dete
          'detector.nms', 'data.classes', 'data.coco', 'data.faults', 'data.masks', 'data.validate', 'data.tfrecord',
          'data.record', 'data.record_index', 'data.shards', 'data.workers', 'data.convert', 'data.anchor_fit',
          'evaluate', 'weights.encryption', 'weights.container', 'weights.model_file', 'train.fields', 'train.spec',
-         'export', 'app.infer', 'app.bulk', 'app.html', 'app.model_evaluation',
+         'train.set_fields', 'export', 'app.infer', 'app.bulk', 'app.html', 'app.model_evaluation',
          'app.evaluation_page', 'app.quickstart_settings', 'app.options', 'app.command', 'app.cli')
 # Keras, never TensorFlow, so that another Keras backend can run them:
 PURE = ('detector', 'train.optim')

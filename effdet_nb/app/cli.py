@@ -18,6 +18,10 @@ from .options import CommandParser, Option, parse_options
 def _spec_option(required):
     return Option('Spec file of the experiment', '-e', '--experiment_spec', required=required, metavar='FILE')
 
+def _set_option():
+    return Option('Fields of the spec to set, overriding the file, such as num_epochs=5', nargs='+',
+                  metavar='SECTION.FIELD=VALUE')
+
 def _key_option():
     return Option('Key that encrypts the model files (default: $EFFDET_KEY, else no encryption)', '-k', metavar='KEY')
 
@@ -32,7 +36,7 @@ _NO_KEY_HINT = 'records are not encrypted. Leave it out'
 
 @command(example='-i images/train -a train.json -o records -t train', hints={
     '-e': _NO_SPEC_HINT, '--experiment_spec_file': _NO_SPEC_HINT, '-d': _NO_SPEC_HINT,
-    '--dataset_export_spec': _NO_SPEC_HINT, '-k': _NO_KEY_HINT, '--key': _NO_KEY_HINT})
+    '--dataset_export_spec': _NO_SPEC_HINT, '--set': _NO_SPEC_HINT, '-k': _NO_KEY_HINT, '--key': _NO_KEY_HINT})
 def effdet_dataset_convert(
     image_dir:Option('Folder of the images', '-i', required=True, metavar='FOLDER')=None,
     annotations_file:Option('COCO annotations (.json)', '-a', required=True, metavar='FILE')=None,
@@ -71,6 +75,7 @@ def effdet_check(
     minutes:Option('For --overfit: longest training time', type=float, metavar='X')=2.,
     suggest:Option('Spec file to write, with settings for a short training on this data (default: not written)',
                    metavar='FILE')=None,
+    set:_set_option()=None,
     key:_key_option()=None,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
@@ -79,8 +84,8 @@ def effdet_check(
     if overfit is not None and (overfit<1 or not minutes>0):
         raise ValueError(f'--overfit {overfit}, --minutes {minutes:g}: at least 1 image and more than 0 minutes are '
                          'needed, such as --overfit 8 --minutes 2')
-    from effdet_nb.train.spec import Spec
-    spec = Spec.load(experiment_spec_file, None if overfit is None else 'train')
+    from effdet_nb.train.set_fields import load_spec
+    spec = load_spec(experiment_spec_file, None if overfit is None else 'train', set)
     from effdet_nb.app.dataset_page import check_dataset
     check = check_dataset(spec, output_path, pictures, sums)
     num_errors = len(check.errors)
@@ -119,6 +124,7 @@ def effdet_train(
     experiment_spec_file:_spec_option(True)=None,
     model_dir:Option('Folder for checkpoints; an unfinished run in it is continued', '-d', '-r', '--results_dir',
                      required=True, metavar='FOLDER')=None,
+    set:_set_option()=None,
     key:_key_option()=None,
     gpus:Option('Number of GPUs', type=int, metavar='N')=1,
     gpu_index:Option('GPUs to use, counted from 0 (default: the first ones)', type=int, nargs='+', metavar='N')=None,
@@ -127,9 +133,9 @@ def effdet_train(
     verbose:_verbose_option()=False,
 ):
     "Train a detector, or retrain a pruned one."
-    from effdet_nb.train.spec import Spec
+    from effdet_nb.train.set_fields import load_spec
     _check_gpu_count(gpus, gpu_index)
-    spec = Spec.load(experiment_spec_file, 'train')
+    spec = load_spec(experiment_spec_file, 'train', set)
     if use_amp: spec = spec.replace(training_config=dict(amp=True))
     from effdet_nb.train.callbacks import format_epoch
     from effdet_nb.train.fit import train
@@ -163,6 +169,7 @@ def effdet_evaluate(
     experiment_spec_file:_spec_option(True)=None,
     model_path:Option('Model (.tlt, .onnx, .etlt, .tflite, .engine) or detections (.json); several are compared',
                       '-m', '--model', '--compare', required=True, nargs='+', metavar='FILE')=None,
+    set:_set_option()=None,
     key:_key_option()=None,
     results_dir:_results_option('Folder to write metrics.json, detections.json, report.html and status.json to '
                                 '(default: not written)')=None,
@@ -179,14 +186,15 @@ def effdet_evaluate(
     verbose:_verbose_option()=False,
 ):
     "Evaluate a model on the validation images, analyse its errors, or compare several models."
-    from effdet_nb.train.spec import Spec
-    spec = Spec.load(experiment_spec_file, 'evaluate')
+    from effdet_nb.train.set_fields import load_spec
+    spec = load_spec(experiment_spec_file, 'evaluate', set)
     from effdet_nb.app.evaluation_page import evaluate_files
     return evaluate_files(
         spec, model_path, key, results_dir, nms, iou_threshold, score_threshold, pycocotools, show_progress=True)
 
 # %% ../../nbs/app/11_cli.ipynb #fdc22d1a
-@command(example='-m runs/first/model.best.tlt -o runs/pruned -pth 0.5', hints=_folder_hints('-r', '--results_dir'))
+@command(example='-m runs/first/model.best.tlt -o runs/pruned -pth 0.5', hints={
+    '--set': 'pruning reads no spec. Its settings are options', **_folder_hints('-r', '--results_dir')})
 def effdet_prune(
     model:Option('Model to prune (.tlt)', '-m', '--model_path', required=True, metavar='FILE')=None,
     output_dir:Option('Folder to write model.tlt and status.json to', '-o', required=True, metavar='FOLDER')=None,
@@ -237,6 +245,7 @@ def effdet_inference(
                           metavar='PATH')=None,
     key:_key_option()=None,
     experiment_spec_file:_spec_option(False)=None,
+    set:_set_option()=None,
     out_label_path:Option('Folder to write KITTI labels to; for a single image also a file name', '-l',
                           metavar='PATH')=None,
     label_map:Option('Text file with one class name per line (default: names in the model)', '-c', '--class_map',
@@ -263,7 +272,7 @@ def effdet_inference(
         raise ValueError('no output path. Give -o FOLDER for annotated images, -l FOLDER for KITTI labels, or '
                          '-r FOLDER for both and detections.json')
     from effdet_nb.app.infer import infer
-    spec = _inference_spec(experiment_spec_file)
+    spec = _inference_spec(experiment_spec_file, set)
     config = spec.eval_config
     if threshold is None: threshold = config.min_score_thresh
     is_limit_set = spec.is_set('eval_config', 'max_detections_per_image')
@@ -282,10 +291,11 @@ def effdet_inference(
     raise ValueError(f'{num_unreadable:,} of {summary.num_images+num_unreadable:,} images could not be read. '
                      'They are listed above; all others were processed')
 
-def _inference_spec(spec_file):
-    "The spec in a file, or one with the defaults of inference."
+def _inference_spec(spec_file, assignments):
+    "The spec in a file, or one with the defaults of inference, with the fields of --set."
+    from effdet_nb.train.set_fields import load_spec
     from effdet_nb.train.spec import Spec
-    return Spec.load(spec_file, 'inference') if spec_file else Spec().replace(eval_config=dict(eval_batch_size=8))
+    return load_spec(spec_file, 'inference', assignments, Spec().replace(eval_config=dict(eval_batch_size=8)))
 
 def _infer_with_beam(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic, max_detections,
                      recursive, key, runner):
@@ -308,6 +318,7 @@ _CALIBRATION_HINT = 'int8 calibration reads images: give their folder with --cal
 def effdet_export(
     model_path:Option('Model to export (.tlt)', '-m', '--model', required=True, metavar='FILE')=None,
     experiment_spec_file:_spec_option(False)=None,
+    set:_set_option()=None,
     key:_key_option()=None,
     output_path:Option('File to write: .onnx, .etlt, .tflite or FOLDER/saved_model.pb (default: beside the model, '
                        '.etlt with a key, else .onnx)', '-o', metavar='FILE')=None,
@@ -333,9 +344,9 @@ def effdet_export(
 ):
     "Export a model to ONNX, TFLite or SavedModel, and compare the exported file with the original."
     fix_hash_seed()
-    from effdet_nb.train.spec import Spec
+    from effdet_nb.train.set_fields import load_spec
     output_path = output_path or os.path.splitext(model_path)[0] + ('.etlt' if key else '.onnx')
-    spec = Spec.load(experiment_spec_file, 'export') if experiment_spec_file else None
+    spec = load_spec(experiment_spec_file, 'export', set) if experiment_spec_file or set else None
     if data_type!='fp32': _check_validation_files(spec)
     from effdet_nb.export.export import default_nms, export
     from effdet_nb.train.experiment import export_nms_settings
@@ -394,7 +405,8 @@ def _print_missing_engine(meta, output_path):
 # %% ../../nbs/app/11_cli.ipynb #2eb95ae1
 @command(example='-m runs/first/model.onnx --engine_file runs/first/model.engine --data_type fp16', hints={
     '-o': 'the engine is named with --engine_file FILE', '--output_path': 'the engine is named with --engine_file FILE',
-    '--static_batch_size': _BATCH_HINT, '--cal_data_file': _CALIBRATION_HINT, '--cal_json_file': _CALIBRATION_HINT})
+    '--static_batch_size': _BATCH_HINT, '--cal_data_file': _CALIBRATION_HINT, '--cal_json_file': _CALIBRATION_HINT,
+    '--set': 'the exported file contains its settings. Leave it out'})
 def effdet_gen_trt_engine(
     model_path:Option('Exported model (.onnx or .etlt)', '-m', '--model', required=True, metavar='FILE')=None,
     engine_file:Option('Engine to write (default: beside the model)', metavar='FILE')=None,
@@ -425,7 +437,7 @@ def effdet_gen_trt_engine(
             max_workspace_size, cal_image_dir, cal_cache_file, batches, verbose, batch_size=batch_size)
 
 # %% ../../nbs/app/11_cli.ipynb #f2a31bce
-@command(example='-o runs/quickstart')
+@command(example='-o runs/quickstart', hints={'--set': 'the settings of the quickstart are options'})
 def effdet_quickstart(
     folder:Option('Folder for all files; a run with the same settings in it is continued', '-o', '--output_dir',
                   metavar='FOLDER')='effdet_quickstart',
@@ -461,6 +473,7 @@ def effdet_import(
     output_path:Option('Model file to write (.tlt)', '-o', required=True, metavar='FILE')=None,
     key:_key_option()=None,
     experiment_spec_file:_spec_option(False)=None,
+    set:_set_option()=None,
     model_name:Option('Variant, such as efficientdet-d7 (default: detected from the weights)', metavar='NAME')=None,
     num_classes:Option('Channels of the class head (default: detected from the weights)', type=int, metavar='N')=None,
     image_size:Option('Network input, "height,width" (default: that of the published model)', metavar='H,W')=None,
@@ -471,6 +484,9 @@ def effdet_import(
     if experiment_spec_file and (model_name or num_classes or image_size):
         raise ValueError('--experiment_spec_file: already describes the model. Remove --model_name, --num_classes and '
                          '--image_size, or the spec')
+    if set and not experiment_spec_file:
+        raise ValueError('--set: sets fields of a spec, and there is none. Add it with -e, or describe the model with '
+                         '--model_name, --num_classes and --image_size')
     from effdet_nb.weights.import_weights import import_weights
     if not experiment_spec_file:
         from effdet_nb.train.fields import parse_image_size
@@ -478,8 +494,8 @@ def effdet_import(
         return import_weights(
             model_path, output_path, key, model_name=model_name, num_classes=num_classes, image_hw=image_hw)
     from effdet_nb.train.experiment import arch_from_spec
-    from effdet_nb.train.spec import Spec
-    spec = Spec.load(experiment_spec_file)
+    from effdet_nb.train.set_fields import load_spec
+    spec = load_spec(experiment_spec_file, assignments=set)
     skip = spec.training_config.skip_checkpoint_variables
     return import_weights(model_path, output_path, key, arch_from_spec(spec), skip=skip)
 

@@ -159,7 +159,8 @@ def explain_unknown(
     is_similar_option = bool(nearest and get_close_matches(f'--{name}', nearest, 1, .85))
     if setting and not is_similar_option:
         section,field = setting
-        return f'{option}: this is not an option, but a field of the spec: {section} {{ {field}: ... }}'
+        return (f'{option}: this is not an option, but a field of the spec: {section} {{ {field}: ... }}, '
+                f'or on the command line --set {section}.{field}=...')
     return f'{option}: no such option. ' + (f'Did you mean {nearest[0]}?' if nearest else 'Leave it out')
 
 # %% ../../nbs/app/09_options.ipynb #023d5682
@@ -224,6 +225,7 @@ def parse_options(
 
 def _explain_surplus(word, words):
     "Explains a word that is not the value of any option, often one of several files of an unquoted pattern."
+    if re.match(r'[a-z_.]+=', word): return f'{word}: a field of the spec is set with --set {word}'
     options = [w for w in words[:words.index(word)] if _is_option(w)]
     if not options: return f'{word}: each value needs the name of its option before it'
     return (f'{options[-1]}: takes no further value, and {word} follows. '

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CURLY_QUOTES', 'TOKEN_ADVICE', 'QUOTES', 'CLOSED_TEXT', 'SECTION_ALIASES', 'FIELD_ALIASES', 'OTHER_NAMES',
            'NO_FIELD_ADVICE', 'TYPE_DESCRIPTIONS', 'MAX_VALUE_LENGTH', 'SINGLE_BACKSLASH', 'BACKSLASH_ESCAPE',
-           'MAX_PROBLEMS', 'OCTAL_ESCAPES', 'TASK_SECTIONS', 'MAX_SPEC_SIZE', 'find_field', 'is_path', 'SpecError',
-           'Spec']
+           'MAX_PROBLEMS', 'OCTAL_ESCAPES', 'TASK_SECTIONS', 'MAX_SPEC_SIZE', 'find_field', 'read_value', 'is_path',
+           'type_error', 'SpecError', 'Spec', 'with_values', 'warn_twice']
 
 # %% ../../nbs/train/02_spec.ipynb #05bda871
 import glob, os, re, warnings
@@ -195,7 +195,11 @@ TYPE_DESCRIPTIONS = {int: 'a whole number from 0 to 4294967295', float: 'a numbe
 
 MAX_VALUE_LENGTH = 2**13      # characters, twice the longest path; protobuf needs quadratic time for backslashes
 
-def _read_value(section, name, text):
+def read_value(
+    section:str, # such as 'training_config'
+    name:str,    # one of its fields
+    text:str,    # one value, as written in the file
+):               # bool, int, float or str
     "Returns the value of a field from its text in the file."
     if len(text) > MAX_VALUE_LENGTH:
         raise ValueError(f'{section}.{name}: a value of {len(text):,} characters; '
@@ -206,7 +210,7 @@ def _read_value(section, name, text):
     try: text_format.Merge(f'{name}: {text}', message)
     except (text_format.ParseError, ValueError):
         is_escape_at_fault = SINGLE_BACKSLASH.search(text) and section_fields(section)[name].type is str
-        error = _backslash_error if is_escape_at_fault else _type_error
+        error = _backslash_error if is_escape_at_fault else type_error
         raise error(section, name, text) from None
     value = getattr(message, name)
     if has_escape and not value.isprintable(): raise _backslash_error(section, name, text)
@@ -232,7 +236,11 @@ def is_path(
     field = section_fields(section)[name]
     return field.type is str and field.metadata['unit'] in ('file', 'files', 'folder')
 
-def _type_error(section, name, text):
+def type_error(
+    section:str, # such as 'training_config'
+    name:str,    # one of its fields
+    text,        # the value
+)->ValueError:
     "Returns the error for a value of the wrong type."
     text = _shorten(re.sub(r'^- ', '-', str(text)))
     return ValueError(f'{section}.{name}: {text} is not {TYPE_DESCRIPTIONS[section_fields(section)[name].type]}')
@@ -248,10 +256,10 @@ def _convert_value(section, name, value):
     "Returns the value of a field from a Python object."
     kind = section_fields(section)[name].type
     if kind is str and isinstance(value, (list,tuple,os.PathLike)): value = str(value)
-    if isinstance(value, bool) != (kind is bool): raise _type_error(section, name, value)
+    if isinstance(value, bool) != (kind is bool): raise type_error(section, name, value)
     message = getattr(experiment_message_class()(), section)
     try: setattr(message, name, value)
-    except (TypeError, ValueError): raise _type_error(section, name, value) from None
+    except (TypeError, ValueError): raise type_error(section, name, value) from None
     return _canonical(section, name, getattr(message, name))
 
 # %% ../../nbs/train/02_spec.ipynb #3cecf0ff
@@ -296,8 +304,12 @@ def is_set(self:Spec,
     return find_field(section, name) in self.fields_set
 
 # %% ../../nbs/train/02_spec.ipynb #e07952ee
-def _with_values(spec, values, positions):
-    "Returns a copy of a spec with some fields, {(section, field): value}, set."
+def with_values(
+    spec:Spec,      # the original
+    values:dict,    # (section, field) -> value of the right type
+    positions:dict, # (section, field) -> where the value was given, for messages
+)->Spec:
+    "Returns a copy of a spec with some fields set."
     changes = {section: {} for section in SPEC_SECTIONS}
     for (section,name),value in values.items(): changes[section][name] = value
     sections = {section: with_changes(getattr(spec, section), **new) for section,new in changes.items()}
@@ -319,7 +331,7 @@ def to_text(self:Spec,
     text = text_format.MessageToString(message, as_utf8=True)
     return re.sub(r'\\.', lambda m: OCTAL_ESCAPES.get(m[0], m[0]), text)
 
-# `_read_value` takes the escape of a letter in a path for a Windows path
+# `read_value` takes the escape of a letter in a path for a Windows path
 OCTAL_ESCAPES = {r'\t': r'\011', r'\n': r'\012', r'\r': r'\015'}
 
 # %% ../../nbs/train/02_spec.ipynb #1fb62f36
@@ -417,7 +429,13 @@ def check(self:Spec,
     return self
 
 # %% ../../nbs/train/02_spec.ipynb #c91c6c0d
-def _warn_twice(where, first, first_position, second, position):
+def warn_twice(
+    where:tuple,        # (section, field)
+    first,              # the earlier value
+    first_position:str, # where it was given
+    second,             # the later value
+    position:str,       # where that was given
+):
     "Warns that a field has two values."
     warnings.warn(f'{".".join(where)} is given twice: {format_value(first)} ({first_position}) and '
                   f'{format_value(second)} ({position}). The later value is used; remove the other', stacklevel=6)
@@ -440,10 +458,10 @@ class _EntryReader:
         "Reads the value of a field; the later of two values is used."
         if entry.field is None: return
         earlier_position, self.positions[where] = self.positions.get(where), self.position(entry)
-        value = _read_value(*where, entry.text)
+        value = read_value(*where, entry.text)
         earlier = self.values.get(where, value)
         if earlier_position and repr(earlier) != repr(value):
-            _warn_twice(where, earlier, earlier_position, value, self.positions[where])
+            warn_twice(where, earlier, earlier_position, value, self.positions[where])
         self.values[where] = value
 
     def position(self, entry): return f'{self.name}:{entry.line}:{entry.column}'
@@ -476,7 +494,7 @@ def parse(cls:Spec,
     for entry in entries: reader.read(entry)
     problems = reader.problems
     if fault: problems.append('{} ({}:{}:{})'.format(fault[0], name, *fault[1:]))
-    spec = _with_values(cls(name=name), reader.values, reader.positions)
+    spec = with_values(cls(name=name), reader.values, reader.positions)
     if task or problems: problems += spec.problems(None if fault else task)
     if problems: raise SpecError(name, sorted(problems, key=_line_and_column))
     return spec
@@ -513,7 +531,7 @@ def replace(self:Spec,
                             f'{section}=dict(name=value)') from None
         problems += _convert_section(section, new, values)
     if problems: raise SpecError(self.name, problems)
-    return _with_values(self, values, dict.fromkeys(values, f'{self.name}, changed by replace'))
+    return with_values(self, values, dict.fromkeys(values, f'{self.name}, changed by replace'))
 
 def _convert_section(section, new, values):
     "Adds the new values of a section to {(section, field): value}; returns the problems."
