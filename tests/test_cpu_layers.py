@@ -9,15 +9,16 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings, strategies as st
 
-from effdet_nb.accel import cpu_layers
+from effdet_nb.accel import cpu_convolutions, cpu_layers
 from effdet_nb.accel.cpu_layers import FastLayers, FusedBatchNorm, FusedNormLayers, training_forward
 from effdet_nb.detector.backbone import Block, LayerFactory, inverted_residual
 from effdet_nb.detector.efficientdet import Arch, build
 
 BLOCK = Block('a_', kernel=3, stride=1, expand_ratio=6, input_filters=8, output_filters=8)
 TINY = Arch('efficientdet-tiny', (128, 128), 3)
-FAST_FUNCTIONS = ('pointwise_conv2d', 'depthwise_conv2d', 'memory_efficient_swish', 'memory_efficient_excite',
-                  'fused_conv_norm_swish')
+FAST_FUNCTIONS = {'pointwise_conv2d': cpu_convolutions, 'depthwise_conv2d': cpu_convolutions,
+                  'memory_efficient_swish': cpu_layers, 'memory_efficient_excite': cpu_layers,
+                  'fused_conv_norm_swish': cpu_layers}       # name -> module in which it is looked up
 # On a machine with a GPU the fast step is not used. CI has none, so these are never skipped there.
 cpu_only = pytest.mark.skipif(not cpu_layers.tf_on_cpu(), reason='the fast step is not used beside a GPU')
 
@@ -63,7 +64,7 @@ def assert_all_close(ours, theirs, tolerance=1e-4):
 
 
 def forbid_fast_functions(monkeypatch):
-    for name in FAST_FUNCTIONS: monkeypatch.setattr(cpu_layers, name, None)
+    for name,module in FAST_FUNCTIONS.items(): monkeypatch.setattr(module, name, None)
 
 
 @cpu_only
@@ -140,7 +141,8 @@ def test_a_gpu_trains_with_keras_layers(monkeypatch):
 @cpu_only
 @pytest.mark.parametrize('change', ['frozen', 'synchronized'])
 def test_a_norm_that_does_not_learn_from_its_batch_alone_is_keras_own(monkeypatch, change):
-    for name in FAST_FUNCTIONS[2:]: monkeypatch.setattr(cpu_layers, name, None)
+    for name,module in FAST_FUNCTIONS.items():
+        if module is cpu_layers: monkeypatch.setattr(module, name, None)
     model, x = make_block(), tf.random.normal((2, 9, 7, 8), seed=1)
     randomize(model)
     for layer in model.layers:
@@ -214,7 +216,8 @@ def test_the_output_of_swish_is_not_kept_for_excitation():
 
 def test_nothing_is_set_as_an_attribute_on_a_tensor():
     "Attributes are assigned on `self` only."
-    for node in ast.walk(ast.parse(Path(cpu_layers.__file__).read_text())):
+    code = ''.join(Path(module.__file__).read_text() for module in (cpu_convolutions, cpu_layers))
+    for node in ast.walk(ast.parse(code)):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, 'target', None)]
         for target in targets:
             assert not isinstance(target, ast.Attribute) or target.value.id == 'self', ast.unparse(node)
@@ -227,14 +230,14 @@ def test_nothing_is_set_as_an_attribute_on_a_tensor():
 def test_a_depthwise_convolution_of_any_size_has_tensorflows_gradients(h, w, kernel, stride, channels):
     inputs = [tf.random.normal((2, h, w, channels), seed=h), tf.random.normal((kernel, kernel, channels, 1), seed=w)]
     def plain(x, k): return tf.nn.depthwise_conv2d(x, k, (1, stride, stride, 1), 'SAME')
-    def fast(x, k): return cpu_layers.depthwise_conv2d(x, k, stride)
+    def fast(x, k): return cpu_convolutions.depthwise_conv2d(x, k, stride)
     pairs = zip(value_and_gradients(fast, inputs), value_and_gradients(plain, inputs), strict=True)
     for a, b in pairs: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_the_gradient_of_a_depthwise_kernel_of_one_by_hand():
     x, k = tf.random.normal((2, 4, 8, 1), seed=1), tf.fill((1, 1, 1, 1), 2.)
-    *_, gradient = value_and_gradients(lambda x, k: cpu_layers.depthwise_conv2d(x, k, 2), [x, k])
+    *_, gradient = value_and_gradients(lambda x, k: cpu_convolutions.depthwise_conv2d(x, k, 2), [x, k])
     expected = tf.fill((1, 1, 1, 1), 2*2*tf.reduce_sum(x[:, ::2, ::2]**2))
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
@@ -242,13 +245,13 @@ def test_the_gradient_of_a_depthwise_kernel_of_one_by_hand():
 L = keras.layers
 
 @pytest.mark.parametrize('apply, layer', [
-    (cpu_layers.fast_conv, L.Conv2D(6, 3, padding='same')),
-    (cpu_layers.fast_conv, L.Conv2D(6, 1, strides=2)),
-    (cpu_layers.fast_conv, L.Conv2D(6, 1, groups=2)),
-    (cpu_layers.fast_depthwise_conv, L.DepthwiseConv2D(3)),
-    (cpu_layers.fast_depthwise_conv, L.DepthwiseConv2D(3, padding='same', dilation_rate=2)),
-    (cpu_layers.fast_separable_conv, L.SeparableConv2D(6, 3)),
-    (cpu_layers.fast_separable_conv, L.SeparableConv2D(6, 3, padding='same', dilation_rate=2))])
+    (cpu_convolutions.fast_conv, L.Conv2D(6, 3, padding='same')),
+    (cpu_convolutions.fast_conv, L.Conv2D(6, 1, strides=2)),
+    (cpu_convolutions.fast_conv, L.Conv2D(6, 1, groups=2)),
+    (cpu_convolutions.fast_depthwise_conv, L.DepthwiseConv2D(3)),
+    (cpu_convolutions.fast_depthwise_conv, L.DepthwiseConv2D(3, padding='same', dilation_rate=2)),
+    (cpu_convolutions.fast_separable_conv, L.SeparableConv2D(6, 3)),
+    (cpu_convolutions.fast_separable_conv, L.SeparableConv2D(6, 3, padding='same', dilation_rate=2))])
 def test_a_convolution_without_a_fast_gradient_is_keras_own(monkeypatch, apply, layer):
     forbid_fast_functions(monkeypatch)
     x = tf.random.normal((2, 8, 8, 4), seed=1)
@@ -257,8 +260,8 @@ def test_a_convolution_without_a_fast_gradient_is_keras_own(monkeypatch, apply, 
 
 def test_a_feature_map_of_unknown_size_has_no_static_padding():
     conv = L.DepthwiseConv2D(3, padding='same')
-    assert not cpu_layers.has_static_same_padding(conv, keras.Input((None, 8, 4)))
-    assert cpu_layers.has_static_same_padding(conv, keras.Input((8, 8, 4)))
+    assert not cpu_convolutions.has_static_same_padding(conv, keras.Input((None, 8, 4)))
+    assert cpu_convolutions.has_static_same_padding(conv, keras.Input((8, 8, 4)))
 
 
 def test_inference_is_a_graph_of_keras_operations_that_exporters_know():

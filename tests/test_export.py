@@ -16,14 +16,14 @@ from effdet_nb.detector.images import to_channels
 from effdet_nb.detector.nms import NmsOptions
 from effdet_nb.detector.predictor import KerasDetector
 from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_image
-from effdet_nb.export import export as chapter
-from effdet_nb.export.export import (
-    TOLERANCES, compare_with_keras, count_matching_detections, expected_detections, export, saved_nms_settings,
-    verify_export)
+from effdet_nb.export import export as chapter, verify
+from effdet_nb.export.export import export, saved_nms_settings
 from effdet_nb.export.onnx_graph import anchors_from_metadata, copy_proto, get_metadata, model_to_onnx
 from effdet_nb.export.onnx_nms import add_onnx_nms, add_trt_nms
 from effdet_nb.export.quantize import calibrate
 from effdet_nb.export.runtimes import OnnxDetector, load_detector
+from effdet_nb.export.verify import (
+    TOLERANCES, compare_with_keras, count_matching_detections, expected_detections, verify_export)
 from effdet_nb.train.spec import Spec
 from effdet_nb.weights.model_file import ModelFile, load_etlt, load_model_file, save_detector
 from onnx_toy import noise_images, run_onnxruntime, toy_onnx_model
@@ -255,7 +255,7 @@ def test_the_plugin_is_compared_with_as_many_candidates_as_it_considers():
     for kind, top_k in (('efficient_nms_trt', 4096), ('onnx', NmsOptions.top_k)):
         asked = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(chapter, 'postprocess_batch', lambda *args: asked.append(args[-1].top_k))
+            patch.setattr(verify, 'postprocess_batch', lambda *args: asked.append(args[-1].top_k))
             expected_detections(meta | dict(nms=meta['nms'] | dict(kind=kind)), outputs)
         assert asked == [top_k]
 

@@ -135,7 +135,8 @@ def find_setting(
 )->tuple:           # (section, field) of the spec; None if there is none
     "Finds the field of the spec that a name of another tool means."
     from effdet_nb.train.fields import SPEC_SECTIONS, section_fields
-    from effdet_nb.train.spec import OTHER_NAMES, TASK_SECTIONS
+    from effdet_nb.train.spec import TASK_SECTIONS
+    from effdet_nb.train.spec_text import OTHER_NAMES
     searched = TASK_SECTIONS.get(task, tuple(SPEC_SECTIONS))
     sections = {field: section for section in reversed(searched) for field in section_fields(section)}
     name = OTHER_NAMES.get(name, name)

@@ -9,8 +9,9 @@ __all__ = ['WORD', 'find_named_field', 'parse_assignment', 'set_fields', 'load_s
 import json, re
 from difflib import get_close_matches
 from .fields import SPEC_SECTIONS, section_fields
-from .spec import CLOSED_TEXT, FIELD_ALIASES, NO_FIELD_ADVICE, OTHER_NAMES, QUOTES, Spec, SpecError
-from .spec import find_field, read_value, type_error, warn_twice, with_values
+from .spec_text import CLOSED_TEXT, FIELD_ALIASES, NO_FIELD_ADVICE, OTHER_NAMES, QUOTES
+from .spec_text import find_field, read_value, type_error
+from .spec import Spec, SpecError, warn_twice, with_values
 
 # %% ../../nbs/train/14_set_fields.ipynb #052d82db
 def find_named_field(
