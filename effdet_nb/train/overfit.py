@@ -86,7 +86,7 @@ class Outcome(Enum):
     LEARNED = 'learned'          # the objects are found
     DIVERGED = 'diverged'        # the loss became NaN or infinite
     STUCK = 'stuck'              # the loss hardly fell
-    OUT_OF_TIME = 'out of time'  # the loss was falling when time ran out
+    OUT_OF_TIME = 'out of time'  # time ran out before the objects were found
     NO_ANCHOR = 'no anchor'      # many boxes match no anchor
     NOT_LEARNED = 'not learned'  # the loss fell, but the objects are not found
 
