@@ -24,9 +24,9 @@ OPTIONAL = {'matplotlib', 'pycocotools', 'tf2onnx', 'onnx', 'tensorboard', 'tens
 # once, by the processes of a conversion, and by programs that run or evaluate an exported file.
 HEAVY = {'tensorflow', 'keras', 'onnxruntime'}
 LIGHT = ('core', 'detector.boxes', 'detector.images', 'detector.toy_data', 'detector.anchors', 'detector.detections',
-         'detector.nms', 'data.classes', 'data.coco', 'data.faults', 'data.masks', 'data.validate', 'data.tfrecord',
-         'data.record', 'data.record_index', 'data.shards', 'data.workers', 'data.convert', 'data.anchor_fit',
-         'evaluate', 'weights.encryption', 'weights.container', 'weights.model_file', 'train.fields',
+         'detector.nms', 'detector.tiles', 'data.classes', 'data.coco', 'data.faults', 'data.masks', 'data.validate',
+         'data.tfrecord', 'data.record', 'data.record_index', 'data.shards', 'data.workers', 'data.convert',
+         'data.anchor_fit', 'evaluate', 'weights.encryption', 'weights.container', 'weights.model_file', 'train.fields',
          'train.spec_text', 'train.spec', 'train.set_fields', 'export', 'app.infer', 'app.bulk', 'app.html',
          'app.model_evaluation',
          'app.evaluation_page', 'app.quickstart_settings', 'app.options', 'app.command', 'app.cli')

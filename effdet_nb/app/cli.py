@@ -246,8 +246,13 @@ def effdet_inference(
     key:_key_option()=None,
     experiment_spec_file:_spec_option(False)=None,
     set:_set_option()=None,
-    out_label_path:Option('Folder to write KITTI labels to; for a single image also a file name', '-l',
-                          metavar='PATH')=None,
+    out_label_path:Option('Folder to write KITTI labels to (for a single image also a file name), or one .csv or .json '
+                          'file for all images', '-l', metavar='PATH')=None,
+    label_format:Option('Format of the labels: kitti, a table (csv), images and annotations (json), or results for '
+                        'pycocotools (coco) (default: by the end of -l, else kitti)', '--format',
+                        choices=['kitti','csv','json','coco'])=None,
+    annotations_file:Option('For --format coco: annotation file (.json) with the ids of the images and categories',
+                            '-a', metavar='FILE')=None,
     label_map:Option('Text file with one class name per line (default: names in the model)', '-c', '--class_map',
                      metavar='FILE')=None,
     results_dir:_results_option('Folder to write images_annotated/, labels/, detections.json and status.json to')=None,
@@ -257,6 +262,10 @@ def effdet_inference(
     class_agnostic:Option("Suppress duplicates across classes, as TAO's inference does; not possible if the exported "
                           'file contains NMS', flag=True)=False,
     recursive:Option('Also search subfolders', flag=True)=False,
+    tile:Option('Cut larger images into overlapping tiles of this size, to find small objects: one side in pixels, or '
+                '"height,width"', metavar='SIZE')=None,
+    tile_overlap:Option('Smallest share of a tile that the next one repeats, 0 to 0.9', type=float, metavar='X')=.2,
+    tile_only:Option('Detect in the tiles only, not also in the whole image', flag=True)=False,
     batch_size:Option('Images per batch (default: eval_batch_size of the spec, 8 without a spec)', type=int,
                       metavar='N')=None,
     runner:Option('Apache Beam runner to distribute the work with, such as DirectRunner; needs --results_dir',
@@ -265,31 +274,47 @@ def effdet_inference(
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
-    "Detect objects in images, and write annotated images and KITTI labels."
+    "Detect objects in images, and write annotated images and labels."
     if per_class and class_agnostic:
         raise ValueError('--per_class, --class_agnostic: these contradict each other. Give one of the two')
     if not (out_image_path or out_label_path or results_dir):
-        raise ValueError('no output path. Give -o FOLDER for annotated images, -l FOLDER for KITTI labels, or '
-                         '-r FOLDER for both and detections.json')
+        raise ValueError('no output path. Give -o FOLDER for annotated images, -l FOLDER for KITTI labels, -l FILE.csv '
+                         'for a table, or -r FOLDER for images, labels and detections.json')
     from effdet_nb.app.infer import infer
     spec = _inference_spec(experiment_spec_file, set)
     config = spec.eval_config
     if threshold is None: threshold = config.min_score_thresh
     is_limit_set = spec.is_set('eval_config', 'max_detections_per_image')
     max_detections = config.max_detections_per_image if is_limit_set else None
+    tiling = _tiling(tile, tile_overlap, tile_only)
     if runner:
+        _check_beam_options(tiling, label_format, annotations_file, out_label_path)
         summary = _infer_with_beam(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic,
                                    max_detections, recursive, key, runner)
     else:
         summary = infer(
             model_path, in_image_path, out_image_path, out_label_path, label_map, threshold, class_agnostic,
             max_detections, config.eval_batch_size if batch_size is None else batch_size, recursive=recursive, key=key,
-            results_dir=results_dir)
+            results_dir=results_dir, label_format=label_format, annotations_file=annotations_file, tiling=tiling)
     num_unreadable = len(summary.unreadable)
     if num_unreadable==0: return summary
     print(summary)
     raise ValueError(f'{num_unreadable:,} of {summary.num_images+num_unreadable:,} images could not be read. '
                      'They are listed above; all others were processed')
+
+def _tiling(tile, overlap, tile_only):
+    "The `Tiling` that the options describe, or None."
+    from effdet_nb.detector.tiles import Tiling, parse_tile_size
+    if tile is not None: return Tiling(parse_tile_size(tile), overlap, whole_image=not tile_only)
+    if not tile_only and overlap==.2: return None
+    raise ValueError('--tile_overlap, --tile_only: no effect without --tile. Add --tile 640')
+
+def _check_beam_options(tiling, label_format, annotations_file, out_label_path):
+    "Raises if an option is not possible with Apache Beam."
+    is_one_file = str(out_label_path).lower().endswith(('.csv','.json'))
+    if not (tiling or label_format not in (None,'kitti') or annotations_file or is_one_file): return
+    raise ValueError('--runner: tiles and files of detections are not possible with Apache Beam, which writes KITTI '
+                     'labels. Leave --runner out, or leave out --tile, --format, --annotations_file and -l FILE')
 
 def _inference_spec(spec_file, assignments):
     "The spec in a file, or one with the defaults of inference, with the fields of --set."

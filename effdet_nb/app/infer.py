@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'LABEL_EXTENSIONS', 'find_images', 'count_passed_over', 'FilePrediction', 'predict_files',
-           'read_label_map', 'rename_classes', 'save_kitti_labels', 'predictions_to_coco', 'save_annotated_image',
+           'predict_tiled_files', 'read_label_map', 'rename_classes', 'save_kitti_labels', 'save_annotated_image',
            'output_paths', 'InferenceSummary', 'OutputWriter', 'load_for_inference', 'detection_limit', 'infer',
            'check_score_threshold', 'make_output_writer']
 
@@ -19,10 +19,13 @@ from fastcore.basics import patch
 from PIL import Image
 from ..core.console import Status, format_duration, log_message, progress_bar
 from ..core.files import atomic_write, check_output_path, write_json, match_files
-from ..detector.images import padding_colour, read_letterboxed, read_letterboxed_batches, threaded_map
+from ..detector.images import (
+    LetterboxedImage, padding_colour, read_image, read_letterboxed, read_letterboxed_batches, threaded_map)
 from ..detector.detections import Detections
 from ..detector.nms import DEFAULT_NMS
+from ..detector.tiles import Tiling, detect_tiled
 from ..data.classes import ClassTable
+from ..evaluate.result_files import choose_result_file, predictions_to_coco
 
 # %% ../../nbs/app/01_infer.ipynb #a6349525
 IMAGE_FORMATS = {'.jpg':'JPEG', '.jpeg':'JPEG', '.jfif':'JPEG', '.jpe':'JPEG', '.png':'PNG',
@@ -145,6 +148,50 @@ def _predict_one(detector, letterboxed, start):
     found = detector(letterboxed.image[None])[0]
     return letterboxed, found, dict(read=read-start, network=time.perf_counter()-read)
 
+# %% ../../nbs/app/01_infer.ipynb #fe992730
+def predict_tiled_files(
+    detector,                    # images uint8 [N, H, W, 3] -> N `Detections`; has `image_hw` and `classes`
+    paths:list,                  # image files
+    tiling:Tiling,               # size and overlap of the tiles
+    batch_size:int=8,            # tiles per call of the detector
+    workers:int=None,            # threads, for a detector that takes single images in parallel; None: one per core
+    on_error=None,               # function of (path, error) for an unreadable image; None: the error is raised
+    score_threshold:float=.5,    # lowest score to keep, 0 to 1
+    max_detections:int=None,     # largest number of detections per image; None: no limit
+    class_table:ClassTable=None, # ids and names of the classes; None: the detector's own
+):                               # yields a `FilePrediction` for each image, in order
+    "Runs a detector on image files, large ones in overlapping tiles."
+    class_table = class_table or detector.classes
+    options = dict(batch_size=batch_size, workers=workers, class_table=class_table, show_progress=len(paths)==1)
+    for path,image,seconds in _read_ahead(paths, tiling, detector, on_error):
+        start = time.perf_counter()
+        found,image_hw = _predict_large(detector, image, tiling, options)
+        seconds = dict(read=seconds, network=time.perf_counter()-start)
+        kept = replace(found.select(score_threshold, max_detections), image=path)
+        yield FilePrediction(path, kept, float(found.scores.max(initial=0)), image_hw, seconds)
+
+def _predict_large(detector, image, tiling, options):
+    "Returns the detections in pixels, in tiles, or in a letterboxed image; and (height, width) of the image."
+    if not isinstance(image, LetterboxedImage):
+        return detect_tiled(detector, image, tiling, **options), image.shape[:2]
+    found = detector(image.image[None])[0].to_original(image, class_table=options['class_table'])
+    return found, image.original_hw
+
+def _read_ahead(paths, tiling, detector, on_error):
+    "Yields the path of each readable image, its pixels and the seconds; small images are letterboxed."
+    def read(path):
+        start = time.perf_counter()
+        try: image = read_image(path)
+        except (OSError, ValueError) as e:
+            if on_error is None: raise
+            return path, e, 0
+        if len(tiling.boxes(image.shape[:2]))==1:
+            image = read_letterboxed(path, detector.image_hw, pad_rgb=padding_colour(detector))
+        return path, image, time.perf_counter()-start
+    for path,image,seconds in threaded_map(read, paths, workers=1, prefetch=1):
+        if isinstance(image, Exception): on_error(path, image)
+        else: yield path, image, seconds
+
 # %% ../../nbs/app/01_infer.ipynb #d621f3e2
 def read_label_map(
     path,     # text file, UTF-8: line i is the name of category id i; empty lines skip an id
@@ -195,21 +242,6 @@ def save_kitti_labels(
 ):
     "Writes the KITTI label file of one image."
     with atomic_write(path, 'w') as f: f.write(detections.to_kitti())
-
-# %% ../../nbs/app/01_infer.ipynb #c91c153f
-def predictions_to_coco(
-    predictions:list,       # a `FilePrediction` for each image
-    class_table:ClassTable, # category ids and names
-)->dict:                    # images, categories and annotations, JSON-ready
-    "Collects predictions for many images in COCO's format."
-    images,annotations = [],[]
-    for image_id,p in enumerate(predictions, 1):
-        height,width = p.image_hw
-        images.append(dict(id=image_id, file_name=str(p.path), height=height, width=width))
-        annotations += p.detections.to_coco(image_id)
-    for n,a in enumerate(annotations, 1): a.update(id=n, area=round(a['bbox'][2]*a['bbox'][3], 3), iscrowd=0)
-    categories = [dict(id=k, name=name) for k,name in zip(class_table.ids, class_table.names)]
-    return dict(images=images, categories=categories, annotations=annotations)
 
 # %% ../../nbs/app/01_infer.ipynb #c01505ea
 def save_annotated_image(
@@ -409,7 +441,7 @@ def infer(
     detector,                 # a detector, or the path of a model: .tlt, .onnx, .etlt, .tflite, .engine
     in_image_path,            # an image, a folder with images, or a pattern
     out_image_path=None,      # folder for annotated images, or a file name if there is one image
-    out_label_path=None,      # folder for KITTI label files, or a file name if there is one image
+    out_label_path=None,      # folder for KITTI label files (a file name if there is one image), or one .csv or .json
     label_map=None,           # text file, line i is the name of category i; None: the names in the model
     score_threshold:float=.5, # lowest score to keep, 0 to 1
     class_agnostic:bool=False,# suppress across classes, as TAO's inference does
@@ -419,22 +451,30 @@ def infer(
     recursive:bool=False,     # also search subfolders
     key:str='',               # key of the model file
     results_dir=None,         # folder for images_annotated/, labels/ (unless given above), detections.json, status.json
+    label_format:str=None,    # 'kitti', 'csv', 'json' or 'coco'; None: by the end of out_label_path, else KITTI
+    annotations_file=None,    # COCO file with the ids of images and categories, for the format 'coco'
+    tiling:Tiling=None,       # cut images larger than a tile into overlapping tiles; None: scale them down
 )->InferenceSummary:
-    "Detects objects in images and writes annotated images and KITTI labels."
-    outputs = _output_folders(out_image_path, out_label_path, results_dir)
+    "Detects objects in images and writes annotated images and labels."
+    image_output,label_output = outputs = _output_folders(out_image_path, out_label_path, results_dir)
     check_score_threshold(score_threshold)
+    result_file = choose_result_file(label_output, label_format, annotations_file)
     with _status(results_dir, key) as status:
         paths = find_images(in_image_path, recursive)
-        writer = make_output_writer(paths, in_image_path, *outputs)
+        writer = make_output_writer(paths, in_image_path, image_output, None if result_file else label_output)
         names = read_label_map(label_map) if label_map else {}
-        threads = 1 if len(paths)>1 else None
+        threads = 1 if len(paths)>1 or tiling else None
         detector = load_for_inference(detector, key, score_threshold, max_detections, class_agnostic, threads)
         class_table = rename_classes(detector.classes, names, label_map)
         summary = InferenceSummary(score_threshold=score_threshold, written_to=[o for o in outputs if o is not None])
-        limit = detection_limit(detector, max_detections)
-        predictions = predict_files(detector, paths, batch_size, workers, summary.skip,
-                                    score_threshold, limit, class_table)
-        _write_all(predictions, writer, summary, len(paths), workers)
+        options = dict(batch_size=batch_size, workers=workers, on_error=summary.skip,
+                       score_threshold=score_threshold, class_table=class_table)
+        if tiling: predictions = predict_tiled_files(detector, paths, tiling, max_detections=max_detections, **options)
+        else:
+            limit = detection_limit(detector, max_detections)
+            predictions = predict_files(detector, paths, max_detections=limit, **options)
+        _write_all(predictions, writer, summary, len(paths), min(workers or 2, 2) if tiling else workers)
+        if result_file: result_file.write(summary.predictions, class_table)
         summary.passed_over = count_passed_over(in_image_path, recursive)
         if results_dir is not None: _report(summary, class_table, Path(results_dir), status)
         return summary
