@@ -174,6 +174,8 @@ WORDS = {   # what a reader may type, and the page that should be among the firs
     'soft-NMS': 'detector/nms.html', 'EMA': 'train/optim.html', 'resume': 'train/checkpoints.html',
     'checkpoint': 'train/checkpoints.html', 'int8': 'export/quantize.html', 'KITTI': 'reference/formats.html',
     'ground truth': 'evaluate/ground_truth.html', 'letterbox': 'detector/images.html',
+    'prune': 'prune/prune.html', 'TFRecord': 'data/tfrecord.html', 'overfit': 'train/overfit.html',
+    'non-maximum suppression': 'detector/nms.html', 'average precision': 'evaluate/coco_metric.html',
 }
 
 def found_pages(browser, site, words):
@@ -186,10 +188,12 @@ def found_pages(browser, site, words):
 
 def test_search_finds_the_terms_of_the_field(site, browser):
     browser.set_viewport(*DESKTOP)
+    browser.errors.clear()
     found = {words: found_pages(browser, site, words) for words in WORDS}
     assert not {words: found[words][:5] for words, page in WORDS.items() if page not in found[words][:5]}
     browser.goto((site/'search.html').as_uri()+'?q=zyzzyva')
     assert browser.wait_for('/did not match|no results/i.test(document.body.innerText)')
+    assert not browser.errors
 
 
 def test_each_part_begins_with_its_overview():
@@ -252,6 +256,19 @@ def test_the_left_lists_parts_and_chapters_and_the_right_headings(site, browser)
     entries = browser.evaluate_js(f'[...document.querySelectorAll("{entry} > a, {entry} > ul > li > a")]'
                                   '.map(a => a.textContent.trim())')
     assert len(headings)>2 and [h for h in headings if h.strip() not in entries]==[]
+
+
+@pytest.mark.parametrize('page', ['detector/boxes.html', 'data/convert.html', 'app/cli.html', 'accel/cpu_session.html'])
+def test_the_sidebar_shows_the_current_page_wherever_the_reader_comes_from(site, browser, page):
+    "The theme keeps the position of the sidebar from one page to the next."
+    browser.set_viewport(1280, 900)
+    for other in ('accel/fast_focal.html', 'detector/overview.html'):
+        browser.goto((site/other).as_uri())
+        browser.evaluate_js('document.querySelector(".bd-sidebar-primary").scrollTop = '
+                            + ('1e6' if other.startswith('accel') else '0'))
+        browser.goto((site/page).as_uri())
+        entry = '[...document.querySelectorAll(".bd-sidebar-primary li.current > a")].pop().getBoundingClientRect()'
+        assert browser.evaluate_js(f'{entry}.top >= 0 && {entry}.bottom <= innerHeight'), other
 
 
 def test_previous_and_next_follow_the_sidebar(site):

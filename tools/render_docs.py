@@ -432,6 +432,16 @@ function addCodeButton() {
   set(open)
 }
 
+// The theme keeps the position of the sidebar from page to page, so the entry of the current page may be out of sight.
+function showCurrentPage() {
+  const sidebar = document.querySelector(".bd-sidebar-primary")
+  const current = sidebar && [...sidebar.querySelectorAll("li.current > a")].pop()
+  if (!current) return
+  const box = sidebar.getBoundingClientRect(), entry = current.getBoundingClientRect()
+  if (entry.top>=box.top && entry.bottom<=Math.min(box.bottom, innerHeight)) return
+  sidebar.scrollTop += entry.top-box.top-sidebar.clientHeight/3
+}
+
 // Outputs are sentences, which wrap, or columns, which do not.
 function markColumns() {
   for (const pre of document.querySelectorAll("article .cell_output pre")) {
@@ -459,6 +469,16 @@ function stackTables() {
 }
 
 for (const step of [addCodeButton, markColumns, stackTables]) document.addEventListener("DOMContentLoaded", step)
+addEventListener("load", showCurrentPage)          // after the theme has moved the sidebar
+// The search puts chapters before tutorials, commands and appendices. The numbers below `score` are those of Sphinx.
+window.Scorer = {
+  score: ([page, title, anchor, description, score]) => score - (/^(tutorials|app|accel|core)\\//.test(page) ? 9 : 0),
+  objNameMatch: 11, objPartialMatch: 6, objPrio: {0: 15, 1: 5, 2: -5}, objPrioDefault: 0,
+  title: 15, partialTitle: 7, term: 5, partialTerm: 2,
+}
+
+// A page on disk may not fetch others, so the search shows no excerpts there.
+if (location.protocol==="file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false
 '''
 
 
