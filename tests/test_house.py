@@ -19,7 +19,7 @@ FOLDERS = ('core', 'detector', 'accel', 'data', 'evaluate', 'weights', 'train', 
 
 # Never at the top of a module:
 OPTIONAL = {'matplotlib', 'pycocotools', 'tf2onnx', 'onnx', 'tensorboard', 'tensorrt', 'apache_beam', 'nbdev',
-            'IPython'}
+            'IPython', 'av'}
 # Nor at the top of a light module, or of one in a light folder. These are imported by commands that have to start at
 # once, by the processes of a conversion, and by programs that run or evaluate an exported file.
 HEAVY = {'tensorflow', 'keras', 'onnxruntime'}
@@ -27,8 +27,8 @@ LIGHT = ('core', 'detector.boxes', 'detector.images', 'detector.toy_data', 'dete
          'detector.nms', 'detector.tiles', 'data.classes', 'data.coco', 'data.faults', 'data.masks', 'data.validate',
          'data.tfrecord', 'data.record', 'data.record_index', 'data.shards', 'data.workers', 'data.convert',
          'data.anchor_fit', 'evaluate', 'weights.encryption', 'weights.container', 'weights.model_file', 'train.fields',
-         'train.spec_text', 'train.spec', 'train.set_fields', 'export', 'app.infer', 'app.bulk', 'app.html',
-         'app.model_evaluation',
+         'train.spec_text', 'train.spec', 'train.set_fields', 'export', 'app.infer', 'app.bulk', 'app.video',
+         'app.html', 'app.model_evaluation',
          'app.evaluation_page', 'app.quickstart_settings', 'app.options', 'app.command', 'app.cli')
 # Keras, never TensorFlow, so that another Keras backend can run them:
 PURE = ('detector', 'train.optim')

@@ -239,15 +239,16 @@ def effdet_prune(
 def effdet_inference(
     model_path:Option('Model (.tlt, .onnx, .etlt, .tflite, .engine)', '-m', '--model', required=True,
                       metavar='FILE')=None,
-    in_image_path:Option("Image, folder of images, or pattern in quotes such as 'day1/*.png'", '-i',
+    in_image_path:Option("Image, video, folder of both, pattern in quotes such as 'day1/*.png', number of a camera, "
+                         'or URL of a stream (rtsp://...)', '-i',
                          '--image_dir', required=True, metavar='PATH')=None,
-    out_image_path:Option('Folder to write annotated images to; for a single image also a file name', '-o',
+    out_image_path:Option('Folder to write annotated images and videos to; for a single one also a file name', '-o',
                           metavar='PATH')=None,
     key:_key_option()=None,
     experiment_spec_file:_spec_option(False)=None,
     set:_set_option()=None,
     out_label_path:Option('Folder to write KITTI labels to (for a single image also a file name), or one .csv or .json '
-                          'file for all images', '-l', metavar='PATH')=None,
+                          'file for all images; for a video .csv or .jsonl', '-l', metavar='PATH')=None,
     label_format:Option('Format of the labels: kitti, a table (csv), images and annotations (json), or results for '
                         'pycocotools (coco) (default: by the end of -l, else kitti)', '--format',
                         choices=['kitti','csv','json','coco'])=None,
@@ -266,6 +267,7 @@ def effdet_inference(
                 '"height,width"', metavar='SIZE')=None,
     tile_overlap:Option('Smallest share of a tile that the next one repeats, 0 to 0.9', type=float, metavar='X')=.2,
     tile_only:Option('Detect in the tiles only, not also in the whole image', flag=True)=False,
+    every:Option('For videos: process each N-th frame', type=int, metavar='N')=1,
     batch_size:Option('Images per batch (default: eval_batch_size of the spec, 8 without a spec)', type=int,
                       metavar='N')=None,
     runner:Option('Apache Beam runner to distribute the work with, such as DirectRunner; needs --results_dir',
@@ -274,32 +276,33 @@ def effdet_inference(
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
-    "Detect objects in images, and write annotated images and labels."
+    "Detect objects in images and videos, and write annotated copies and labels."
     if per_class and class_agnostic:
         raise ValueError('--per_class, --class_agnostic: these contradict each other. Give one of the two')
     if not (out_image_path or out_label_path or results_dir):
         raise ValueError('no output path. Give -o FOLDER for annotated images, -l FOLDER for KITTI labels, -l FILE.csv '
                          'for a table, or -r FOLDER for images, labels and detections.json')
-    from effdet_nb.app.infer import infer
+    from effdet_nb.app.video import FilesSummary, infer_files
     spec = _inference_spec(experiment_spec_file, set)
     config = spec.eval_config
     if threshold is None: threshold = config.min_score_thresh
     is_limit_set = spec.is_set('eval_config', 'max_detections_per_image')
     max_detections = config.max_detections_per_image if is_limit_set else None
     tiling = _tiling(tile, tile_overlap, tile_only)
+    options = dict(label_map=label_map, score_threshold=threshold, class_agnostic=class_agnostic,
+                   max_detections=max_detections, recursive=recursive, key=key)
     if runner:
-        _check_beam_options(tiling, label_format, annotations_file, out_label_path)
-        summary = _infer_with_beam(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic,
-                                   max_detections, recursive, key, runner)
+        _check_beam_options(in_image_path, tiling, label_format, annotations_file, out_label_path)
+        summary = FilesSummary(_infer_with_beam(model_path, in_image_path, results_dir, runner=runner, **options))
     else:
-        summary = infer(
-            model_path, in_image_path, out_image_path, out_label_path, label_map, threshold, class_agnostic,
-            max_detections, config.eval_batch_size if batch_size is None else batch_size, recursive=recursive, key=key,
-            results_dir=results_dir, label_format=label_format, annotations_file=annotations_file, tiling=tiling)
-    num_unreadable = len(summary.unreadable)
-    if num_unreadable==0: return summary
+        image_options = dict(label_format=label_format, annotations_file=annotations_file,
+                             batch_size=config.eval_batch_size if batch_size is None else batch_size)
+        summary = infer_files(model_path, in_image_path, out_image_path, out_label_path, results_dir, image_options,
+                              every, tiling=tiling, **options)
+    if summary.num_failed==0: return summary
     print(summary)
-    raise ValueError(f'{num_unreadable:,} of {summary.num_images+num_unreadable:,} images could not be read. '
+    kinds = 'files could not be read completely' if summary.videos else 'images could not be read'
+    raise ValueError(f'{summary.num_failed:,} of {summary.num_files:,} {kinds}. '
                      'They are listed above; all others were processed')
 
 def _tiling(tile, overlap, tile_only):
@@ -309,12 +312,15 @@ def _tiling(tile, overlap, tile_only):
     if not tile_only and overlap==.2: return None
     raise ValueError('--tile_overlap, --tile_only: no effect without --tile. Add --tile 640')
 
-def _check_beam_options(tiling, label_format, annotations_file, out_label_path):
+def _check_beam_options(source, tiling, label_format, annotations_file, out_label_path):
     "Raises if an option is not possible with Apache Beam."
     is_one_file = str(out_label_path).lower().endswith(('.csv','.json'))
-    if not (tiling or label_format not in (None,'kitti') or annotations_file or is_one_file): return
-    raise ValueError('--runner: tiles and files of detections are not possible with Apache Beam, which writes KITTI '
-                     'labels. Leave --runner out, or leave out --tile, --format, --annotations_file and -l FILE')
+    from effdet_nb.app.video import is_video
+    is_special = label_format not in (None,'kitti') or is_one_file or is_video(source)
+    if not (tiling or annotations_file or is_special): return
+    raise ValueError('--runner: videos, tiles and files of detections are not possible with Apache Beam, which writes '
+                     'KITTI labels of images. Leave --runner out, or leave out --tile, --format, --annotations_file '
+                     'and -l FILE')
 
 def _inference_spec(spec_file, assignments):
     "The spec in a file, or one with the defaults of inference, with the fields of --set."
@@ -322,14 +328,12 @@ def _inference_spec(spec_file, assignments):
     from effdet_nb.train.spec import Spec
     return load_spec(spec_file, 'inference', assignments, Spec().replace(eval_config=dict(eval_batch_size=8)))
 
-def _infer_with_beam(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic, max_detections,
-                     recursive, key, runner):
+def _infer_with_beam(model_path, in_image_path, results_dir, key, runner, **options):
     "Runs inference as a Beam pipeline; local workers read the key from the environment."
     if not results_dir: raise ValueError('--runner: a Beam pipeline needs a folder for its results. Add --results_dir')
     if key: os.environ['EFFDET_KEY'] = key
     from effdet_nb.app.bulk import infer_bulk
-    return infer_bulk(model_path, in_image_path, results_dir, label_map, threshold, class_agnostic, max_detections,
-                      recursive, options=[f'--runner={runner}'])
+    return infer_bulk(model_path, in_image_path, results_dir, options=[f'--runner={runner}'], **options)
 
 # %% ../../nbs/app/11_cli.ipynb #d0f338b7
 _BATCH_HINT = 'a fixed number of images per batch is set with --max_batch_size N'

@@ -69,13 +69,15 @@ def _matching_images(pattern):
 def count_passed_over(
     path,                 # the path given to `find_images`
     recursive:bool=False, # also count in subfolders
+    others:tuple=(),      # extensions of files that are processed elsewhere, such as '.mp4'; they are not counted
 )->Counter:               # reason -> number of files
     "Counts the files at a path that are not processed, by reason."
     path = Path(path)
     if path.is_file(): candidates = []
     elif path.is_dir(): candidates = path.glob('**/*' if recursive else '*')
     else: candidates = map(Path, match_files(path, recursive=True))
-    reasons = (_reason_to_pass_over(p) for p in candidates if p.name[0]!='.')
+    reasons = (_reason_to_pass_over(p) for p in candidates
+               if p.name[0]!='.' and p.suffix.lower() not in others)
     return Counter(reason for reason in reasons if reason)
 
 def _reason_to_pass_over(path):

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MIN_TILE', 'MAX_OVERLAP', 'CUT_MARGIN', 'MIN_COVERED', 'MIN_SCORE_RATIO', 'tile_starts', 'Tiling', 'parse_tile_size',
-           'shifted', 'is_cut', 'covered_share', 'drop_fragments', 'merge_tiles', 'detector_inputs', 'detect_tiled']
+           'shifted', 'is_cut', 'covered_share', 'drop_fragments', 'merge_tiles', 'detector_inputs', 'detect_image',
+           'detect_tiled']
 
-# %% ../../nbs/detector/15_tiles.ipynb #67108787
+# %% ../../nbs/detector/15_tiles.ipynb #8ce0cfe8
 import re
 from dataclasses import dataclass, replace
 import numpy as np
@@ -16,7 +17,7 @@ from .images import LetterboxedImage, letterbox, padding_colour, threaded_map
 from .detections import Detections
 from .nms import DEFAULT_NMS, NmsOptions, nms
 
-# %% ../../nbs/detector/15_tiles.ipynb #c9f485d5
+# %% ../../nbs/detector/15_tiles.ipynb #5d5ac5db
 def tile_starts(
     length:int,       # side of the image, pixels
     tile:int,         # side of a tile, pixels
@@ -28,7 +29,7 @@ def tile_starts(
     count = -(-(length-tile)//step)+1
     return [round(i*(length-tile)/(count-1)) for i in range(count)]
 
-# %% ../../nbs/detector/15_tiles.ipynb #49012ab2
+# %% ../../nbs/detector/15_tiles.ipynb #8205c588
 MIN_TILE = 32     # smallest side of a tile, pixels
 MAX_OVERLAP = .9  # largest share of a tile that the next one may repeat
 
@@ -54,7 +55,7 @@ class Tiling:
         rows,columns = tile_starts(height, tile_h, self.overlap), tile_starts(width, tile_w, self.overlap)
         return np.array([(y, x, min(y+tile_h, height), min(x+tile_w, width)) for y in rows for x in columns])
 
-# %% ../../nbs/detector/15_tiles.ipynb #036b580d
+# %% ../../nbs/detector/15_tiles.ipynb #61e1ffc6
 def parse_tile_size(
     text:str, # 'side', 'height,width' or 'WIDTHxHEIGHT', pixels
 )->tuple:     # (height, width)
@@ -67,7 +68,7 @@ def parse_tile_size(
     if not separator: return int(first), int(first)
     return (int(first),int(second)) if separator==',' else (int(second),int(first))
 
-# %% ../../nbs/detector/15_tiles.ipynb #4c28b16d
+# %% ../../nbs/detector/15_tiles.ipynb #3746419a
 def shifted(
     detections:Detections, # in a part of an image
     y:float,               # first row of the part in the image, pixels
@@ -76,7 +77,7 @@ def shifted(
     "Moves detections from a part of an image to the whole image."
     return replace(detections, boxes=detections.boxes+np.float32([y,x,y,x]))
 
-# %% ../../nbs/detector/15_tiles.ipynb #5d5a81cb
+# %% ../../nbs/detector/15_tiles.ipynb #fb0049f9
 CUT_MARGIN = .02 # a box this close to a border of its tile is cut, as a share of the tile's side
 
 def is_cut(
@@ -91,7 +92,7 @@ def is_cut(
     is_inside = np.concatenate([tile[:2]>0, tile[2:]<image_hw])
     return (is_near & is_inside).any(1)
 
-# %% ../../nbs/detector/15_tiles.ipynb #1fc61ce2
+# %% ../../nbs/detector/15_tiles.ipynb #bc94c1ff
 def covered_share(
     a,           # [N, 4] y1 x1 y2 x2
     b,           # [M, 4] y1 x1 y2 x2
@@ -103,7 +104,7 @@ def covered_share(
     own = area(a[:,0])[:,None]
     return np.divide(common, own, out=np.zeros_like(common), where=own>0)
 
-# %% ../../nbs/detector/15_tiles.ipynb #adffe1ff
+# %% ../../nbs/detector/15_tiles.ipynb #4cf61db9
 MIN_COVERED = .5    # share of a fragment that another box has to cover
 MIN_SCORE_RATIO = .5 # score of that box, divided by the score of the fragment
 
@@ -121,7 +122,7 @@ def drop_fragments(
         kept[i] = not (covered_share(detections.boxes[i], detections.boxes[rivals])>=MIN_COVERED).any()
     return detections[kept]
 
-# %% ../../nbs/detector/15_tiles.ipynb #4785adb1
+# %% ../../nbs/detector/15_tiles.ipynb #5f492c04
 def merge_tiles(
     parts:list,                     # `Detections` of each tile, pixels of the image
     tiles,                          # [N, 4] y1 x1 y2 x2 of the tiles
@@ -136,7 +137,7 @@ def merge_tiles(
     groups = together.classes if options.per_class else None
     return together[nms(together.boxes, together.scores, groups, options.iou_threshold, max_detections=len(together))]
 
-# %% ../../nbs/detector/15_tiles.ipynb #be1c92ef
+# %% ../../nbs/detector/15_tiles.ipynb #9d1d30e1
 def detector_inputs(
     image:np.ndarray, # [H, W, 3] uint8
     tiles,            # [N, 4] int y1 x1 y2 x2
@@ -148,7 +149,17 @@ def detector_inputs(
         pixels,scale = letterbox(tile, detector.image_hw, padding_colour(detector))
         yield LetterboxedImage(pixels, scale, tile.shape[:2])
 
-# %% ../../nbs/detector/15_tiles.ipynb #5b9857ad
+# %% ../../nbs/detector/15_tiles.ipynb #4d05d6fb
+def detect_image(
+    detector,          # images uint8 [N, H, W, 3] -> N `Detections`; has `image_hw`
+    image:np.ndarray,  # [H, W, 3] uint8
+    class_table=None,  # the `ClassTable` of the detector
+)->Detections:         # best first, pixels of the image
+    "Detects objects in an image of any size, without tiles."
+    resized, = detector_inputs(image, [(0, 0, *image.shape[:2])], detector)
+    return detector(resized.image[None])[0].to_original(resized, class_table=class_table)
+
+# %% ../../nbs/detector/15_tiles.ipynb #3efde038
 def _detect_batches(detector, inputs, batch_size):
     "Yields each input with its detections; the inputs are made and detected a batch at a time."
     batch = []
