@@ -129,6 +129,8 @@ def effdet_train(
     gpus:Option('Number of GPUs', type=int, metavar='N')=1,
     gpu_index:Option('GPUs to use, counted from 0 (default: the first ones)', type=int, nargs='+', metavar='N')=None,
     use_amp:Option('Train in mixed precision, overriding the spec', flag=True)=False,
+    log_to:Option('Also send settings and metrics to MLflow or Weights & Biases; needs pip install "effdet_nb[mlflow]" '
+                  'or "effdet_nb[wandb]"', nargs='+', choices=['mlflow','wandb'])=None,
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
@@ -139,7 +141,9 @@ def effdet_train(
     if use_amp: spec = spec.replace(training_config=dict(amp=True))
     from effdet_nb.train.callbacks import format_epoch
     from effdet_nb.train.fit import train
-    history = train(spec, model_dir, key, gpus=len(gpu_index) if gpu_index else gpus)
+    from effdet_nb.train.trackers import tracker_callbacks
+    callbacks = tracker_callbacks(log_to, model_dir)
+    history = train(spec, model_dir, key, gpus=len(gpu_index) if gpu_index else gpus, callbacks=callbacks)
     return f'{model_dir}: {format_epoch(history[-1], spec.training_config.num_epochs)}'
 
 def _check_gpu_count(gpus, gpu_index):

@@ -173,7 +173,7 @@ def load_latest_checkpoint(
     return None, None
 
 # %% ../../nbs/train/07_checkpoints.ipynb #d3c3706c
-RUN_FILES = BEST_NAME, 'history.csv', 'history.png', 'spec.txt', 'environment.json'
+RUN_FILES = BEST_NAME, 'history.csv', 'history.png', 'spec.txt', 'environment.json', 'trackers.json'
 
 def set_aside_run(
     model_dir, # folder of a run
