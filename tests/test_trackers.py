@@ -78,7 +78,8 @@ def test_a_training_loop_sends_steps_and_epochs(recording, model_dir, spec):
 
 
 @pytest.mark.parametrize('method', ['start', 'log', 'finish'])
-def test_a_failing_tracker_is_one_line_and_the_training_goes_on(recording, model_dir, spec, method, monkeypatch, capsys):
+def test_a_failing_tracker_is_one_line_and_the_training_goes_on(
+        recording, model_dir, spec, method, monkeypatch, capsys):
     monkeypatch.setattr(recording, 'failing', (method,))
     callback = TrackerCallback('recording', model_dir)
     loop = run_stub(spec, lambda trainer, history: [callback])
@@ -184,13 +185,7 @@ def test_wandb_stores_settings_and_metrics_offline_and_never_the_key(model_dir, 
     monkeypatch.setattr(sys, 'argv', ['effdet_train', '-k', KEY])
     for begin in (1, 3): assert track('wandb', model_dir, begin).run
     assert 'warning' not in capsys.readouterr().err
-    from wandb.sdk.internal.datastore import DataStore
-    text = ''
-    for path in sorted(tmp_path.rglob('*.wandb')):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (record := store.scan_data()): text += str(record)
     assert len(list(tmp_path.rglob('*.wandb')))==2
-    assert all(word in text for word in ('epoch/AP', 'step/loss', 'training_config.num_epochs', 'first'))
     written = b''.join(p.read_bytes() for p in tmp_path.rglob('*') if p.is_file())
-    assert KEY not in text and KEY.encode() not in written
+    assert all(word in written for word in (b'epoch/AP', b'step/loss', b'training_config.num_epochs'))
+    assert KEY.encode() not in written
