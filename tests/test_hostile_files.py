@@ -5,9 +5,10 @@ from configparser import ConfigParser
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from zlib import crc32
 
-import h5py, numpy as np, pytest
+import h5py, numpy as np, onnx, pytest
 from hypothesis import given, strategies as st
 from packaging.requirements import Requirement
 from test_encryption import KEY, cheap_scrypt, refused  # noqa: F401
@@ -23,13 +24,15 @@ from effdet_nb.data.pipeline import DataConfig, read_training_example
 from effdet_nb.data.record_index import CorruptRecord, Records
 from effdet_nb.data.tfrecord import decode_example, example_class, make_example, write_records
 from effdet_nb.detector.efficientdet import Arch, arch_to_dict
+from effdet_nb.export.onnx_graph import get_metadata
 from effdet_nb.export.runtimes import check_metadata, load_onnx_bytes, parse_metadata
+from effdet_nb.prune.prune import saved_norms
 from effdet_nb.train.spec import MAX_SPEC_SIZE, Spec, SpecError
 from effdet_nb.train.startup import read_initial_weights
 from effdet_nb.weights.encryption import (DamagedFileError, HEADER_STRUCT, ModelFileError, WrongKeyError, decrypt,
                                           encrypt, make_encryption_header, resolve_key)
 from effdet_nb.weights.import_weights import import_weights
-from effdet_nb.weights.model_file import load_model_file, read_meta, save_etlt, save_model_file
+from effdet_nb.weights.model_file import ModelFile, load_model_file, read_meta, save_etlt, save_model_file
 from effdet_nb.weights import pretrained
 from effdet_nb.weights.pretrained import WeightsError, matching_names
 from effdet_nb.weights.read_weights import read_h5, read_weights
@@ -533,6 +536,11 @@ def exported_meta(**changes):
     dict(nms=dict(kind='onnx', top_k=10**30)), dict(nms=dict(kind='onnx', magic=1)), dict(batch_size=0),
     dict(nms=dict(kind='onnx', score_threshold='low')), dict(nms=dict(kind='onnx', iou_threshold=float('nan'))),
     dict(batch_size='4'), dict(batch_size=10**9), dict(max_batch_size=-1), dict(batch_size=True),
+    dict(input=7), dict(input=dict(padding='grey')), dict(input=dict(padding=[0, 0])),
+    dict(input=dict(padding=[0, 0, 256])),
+    dict(input=dict(padding=[1.5]*3)), dict(data_type=16), dict(version=[1]), dict(opset='17'), dict(step=[4]),
+    dict(step='4'),
+    dict(epoch='two'), dict(epoch=float('nan')),
 ])
 def test_impossible_metadata_of_exported_files_is_refused(changes):
     check_metadata(exported_meta(), 'm.onnx')
@@ -542,6 +550,31 @@ def test_impossible_metadata_of_exported_files_is_refused(changes):
 @pytest.mark.parametrize('text', ['{', '['*10**5, '', b'\xff', '1'*10**5, 'nul'])
 def test_metadata_that_is_not_json_is_refused(text):
     with seconds(.5), pytest.raises(ValueError, match='m.onnx: its metadata is not'): parse_metadata(text, 'm.onnx')
+
+
+@pytest.mark.parametrize('text', ['{', '['*10**5, '', '[1]', '"arch"', '1'*10**5])
+def test_metadata_of_an_onnx_model_that_is_no_json_object_is_refused(text):
+    proto = onnx.ModelProto()
+    proto.metadata_props.add(key='effdet_nb', value=text)
+    with seconds(.5), pytest.raises(ValueError, match='no JSON object'): get_metadata(proto)
+
+
+@pytest.mark.parametrize('pruning', [
+    [], 'max', dict(norms=[]), dict(norms={'a': 1}), dict(norms={'a': ['b']}), dict(norms={'a': [2.]}),
+    dict(norms={'a': [-1.]}), dict(norms={'a': [float('nan')]}), dict(normalizer=1), dict(criterion=['union']),
+])
+def test_a_forged_record_of_a_pruning_is_refused(tmp_path, pruning):
+    path = save_toy(tmp_path/'m.tlt', kind='pruned', pruning=pruning)
+    with seconds(1): assert 'pruning' in refused(lambda: load_model_file(path), DamagedFileError)
+
+
+def test_norms_that_a_record_of_a_pruning_lacks_are_computed(tmp_path):
+    graph = SimpleNamespace(sizes={'a': 2})
+    rules = dict(normalizer='max', criterion='union')
+    for norms, expected in [({'a': [.5, 1.]}, [.5, 1.]), ({'a': [1.]}, None), ({'b': [1., 1.]}, None), (None, None)]:
+        pruning = rules if norms is None else rules | dict(norms=norms)
+        found = saved_norms(ModelFile(dict(kind='pruned', pruning=pruning)), graph, 'max', 'union')
+        assert (found and found['a'].tolist()) == expected
 
 
 @pytest.mark.parametrize('section, name, value', [

@@ -2,37 +2,48 @@
 import errno
 import os
 import resource
+import shutil
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from matplotlib.figure import Figure
+from PIL import Image
 from small_training import StubTrainer, run_stub, small_spec, stub_loop
 
 from effdet_nb.app.command import tee_output
-from effdet_nb.core.files import atomic_write, exclusive_lock, write_json
+from effdet_nb.core.files import atomic_write, exclusive_lock, readable_disk_errors, write_json
 from effdet_nb.data.classes import ClassTable
+from effdet_nb.data.tfrecord import write_records
 from effdet_nb.detector.efficientdet import Arch, arch_to_dict
 from effdet_nb.evaluate.ground_truth import open_eval_dataset
+from effdet_nb.export.formats import write_saved_model, write_tflite
+from effdet_nb.export.mobile import convert_detector
 from effdet_nb.train import checkpoints as checkpoints_module, diagnostics, fit
 from effdet_nb.train.callbacks import TensorBoardCallback, event_file_errors, format_epoch
-from effdet_nb.train.checkpoints import CheckpointCallback, list_checkpoints, load_latest_checkpoint, set_aside_run
+from effdet_nb.train.checkpoints import (
+    CheckpointCallback, MetricHistory, list_checkpoints, load_latest_checkpoint, restore_checkpoint, save_checkpoint,
+    set_aside_run)
 from effdet_nb.train.diagnostics import NanGuard
 from effdet_nb.train.experiment import InitialWeights, compare_spec_texts, resolve_experiment
 from effdet_nb.train.spec import Spec
 from effdet_nb.train.startup import finished_history, open_run
+from effdet_nb.train.trainer import Trainer
 from effdet_nb.weights.encryption import ModelFileError
-from effdet_nb.weights.model_file import save_model_file
+from effdet_nb.weights.model_file import load_model_file, save_model_file
 
 ARCH = Arch('efficientdet-tiny', (128, 128), 4)
 CLASSES = ClassTable.from_categories([{'id': i, 'name': f'class {i}'} for i in (1, 2, 3)], 4)
+HEADS = {f'{name}-predict/pointwise_kernel': np.zeros((1, 1, 24, 36), np.float32) for name in ('class', 'box')}
 
 
 @pytest.fixture
 def records(tmp_path):
     "Record files without an image; enough for runs of stubs."
-    from effdet_nb.data.tfrecord import write_records
     folder = tmp_path/'records'
     folder.mkdir()
     write_records(folder/'train-00000-of-00001', [b'record']*12)
@@ -45,11 +56,12 @@ def spec(records):
     return spec.replace(eval_config=dict(eval_epoch_cycle=1))
 
 
-def write_checkpoint(folder, step, key='', name=None, **meta):
+def write_checkpoint(folder, number, key='', name=None, **meta):
     "Writes a small file that opens as a checkpoint."
-    meta = dict(arch=arch_to_dict(ARCH), classes=CLASSES.to_dict(), kind='checkpoint', step=step, history=[]) | meta
-    weights = {'w': np.arange(20_000, dtype=np.float32)}
-    return save_model_file(folder/(name or f'model.step-{step}.tlt'), weights, meta, key)
+    meta = dict(arch=arch_to_dict(ARCH), classes=CLASSES.to_dict(), kind='checkpoint', step=number, history=[],
+                spec='') | meta
+    weights = {'w': np.arange(20_000, dtype=np.float32)} | HEADS
+    return save_model_file(folder/(name or f'model.step-{number}.tlt'), weights, meta, key)
 
 
 # --- the newest checkpoint is damaged
@@ -89,6 +101,79 @@ def test_a_wrong_key_is_an_error_and_starts_no_new_run(tmp_path):
     for step in (2, 4): write_checkpoint(tmp_path, step, 'Geheim')
     for key in ('', 'other'):
         with pytest.raises(ModelFileError, match=r'step-4\.tlt'): load_latest_checkpoint(tmp_path, key)
+
+
+# --- files under the name of a checkpoint from which a run cannot continue
+
+EPOCH = dict(epoch=1, loss=2., cls_loss=1., box_loss=.02)
+FORGED = [
+    dict(step=-1), dict(step='6'), dict(step=6.5), dict(step=None), dict(step=True), dict(step=10**30), dict(step=[6]),
+    dict(step=5), dict(epoch='one'), dict(epoch=-2.), dict(epoch=float('nan')), dict(history=None), dict(history={}),
+    dict(history=[1]), dict(history=[{'AP': 'good'}]), dict(history=[{'epoch': 1}]),
+    dict(history=[EPOCH | {'loss': None}]),
+    dict(history=[EPOCH | {'AP': [1]}]), dict(history=[EPOCH]*9, pace=dict(global_batch=4, steps_per_epoch=3.)),
+    dict(history=[], pace=dict(global_batch=4, steps_per_epoch=3.)), dict(sums=5), dict(sums=[]), dict(sums=[-1, 2.]),
+    dict(sums=[2, 'x']), dict(pace=None), dict(pace=[4, 3]), dict(pace=dict(global_batch=0)),
+    dict(pace=dict(steps_per_epoch='3')), dict(spec=None), dict(spec=['a']), dict(spec='training_config {'),
+    dict(spec='no_such_section {}'), dict(kind='pruned'), dict(kind=None), dict(kind=7), dict(arch=None),
+    dict(arch={'name': 'x'}), dict(classes={}), dict(scores=[1]), dict(scores={'AP': 'x'}),
+]
+
+
+@pytest.mark.parametrize('meta', FORGED, ids=str)
+def test_a_forged_checkpoint_is_passed_over_or_ends_the_start_in_a_sentence(meta, tmp_path, capsys):
+    write_checkpoint(tmp_path, 6)
+    assert load_latest_checkpoint(tmp_path)[1].meta['step'] == 6         # it is the forging that is refused
+    write_checkpoint(tmp_path, 6, **meta)
+    with pytest.raises(ModelFileError, match=r'model\.step-6\.tlt'): load_latest_checkpoint(tmp_path)
+    write_checkpoint(tmp_path, 3)
+    assert load_latest_checkpoint(tmp_path)[0].name == 'model.step-3.tlt'
+    line, = capsys.readouterr().err.splitlines()
+    assert 'model.step-6.tlt' in line and 'passed over' in line and len(line) < 500
+
+
+def test_entries_that_a_checkpoint_lacks_are_named(tmp_path):
+    for name in ('step', 'history', 'spec'):
+        meta = dict(arch=arch_to_dict(ARCH), classes=CLASSES.to_dict(), kind='checkpoint', step=6, history=[], spec='')
+        save_model_file(tmp_path/'model.step-6.tlt', HEADS, {key: meta[key] for key in meta if key != name})
+        with pytest.raises(ModelFileError, match=f'it has no {name}'): load_latest_checkpoint(tmp_path)
+
+
+def forged_arrays(arrays, kind):
+    "Arrays of a checkpoint, of which the last has numbers of another kind, another shape, or is missing."
+    *names, last = arrays
+    forged = {name: arrays[name] for name in names}
+    if kind == 'missing': return forged
+    return forged | {last: arrays[last][..., None] if kind == 'shape' else np.asarray(arrays[last]).astype(kind)}
+
+
+@pytest.mark.parametrize('kind', ['complex64', 'bool', 'shape', 'missing'])
+@pytest.mark.parametrize('group', ['weights', 'ema', 'optimizer'])
+def test_forged_arrays_of_a_checkpoint_are_refused(group, kind, trained, tmp_path):
+    experiment, checkpoint, trainer = trained
+    changed = replace(checkpoint, **{group: forged_arrays(getattr(checkpoint, group), kind)})
+    history = MetricHistory(trainer.metric_names)
+    with pytest.raises(ValueError, match='model.step-2.tlt'):
+        restore_checkpoint(changed, trainer, history, experiment.spec_text, 'model.step-2.tlt')
+
+
+@pytest.mark.parametrize('num_sums', [1, 3, 99])
+def test_sums_of_other_metrics_are_refused(num_sums, trained):
+    experiment, checkpoint, trainer = trained
+    changed = replace(checkpoint, meta=checkpoint.meta | {'sums': [1]*num_sums})
+    with pytest.raises(ModelFileError, match='sums of'):
+        restore_checkpoint(changed, trainer, MetricHistory(trainer.metric_names), experiment.spec_text)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "The experiment of a toy run, a checkpoint of it, and its trainer."
+    experiment = resolve_experiment(small_spec('records'))
+    trainer = Trainer(experiment.arch, experiment.training)
+    trainer.step = 2
+    path = tmp_path_factory.mktemp('run')/'model.step-2.tlt'
+    save_checkpoint(path, trainer, MetricHistory(trainer.metric_names), CLASSES, spec_text=experiment.spec_text)
+    return experiment, load_model_file(path), trainer
 
 
 # --- several runs in one folder
@@ -281,6 +366,51 @@ def full_disk():
 def test_a_full_disk_is_named_with_the_file(write, tmp_path, full_disk):
     with pytest.raises(OSError, match=rf'^{tmp_path}/out: cannot be written \(File too large\)\. Free some space'):
         write(tmp_path/'out')
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('file_format', ['JPEG', 'PNG', 'BMP', 'WEBP', 'figure'])
+def test_an_image_that_a_full_disk_cuts_off_is_an_error(file_format, tmp_path, full_disk):
+    pixels = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)
+    with pytest.raises(OSError, match=rf'^{tmp_path}/out: cannot be written'), atomic_write(tmp_path/'out') as f:
+        if file_format == 'figure': plot_noise(pixels).savefig(f, format='png')
+        else: Image.fromarray(pixels).save(f, file_format)
+    assert os.listdir(tmp_path) == []
+
+
+def plot_noise(pixels):
+    figure = Figure()
+    figure.subplots().imshow(pixels)
+    return figure
+
+
+@pytest.mark.parametrize('sizes', [[3000], [500]*10, [10]*1000])
+def test_a_shard_that_a_full_disk_cuts_off_is_named(sizes, tmp_path, full_disk):
+    with pytest.raises(OSError, match=rf'^{tmp_path}/t-00000-of-00001: cannot be written'):
+        write_records(tmp_path/'t-00000-of-00001', [bytes(size) for size in sizes], is_atomic=False)
+
+
+def small_network():
+    "A network with the two outputs of a detector."
+    image = keras.Input((8, 8, 3))
+    outputs = {name: keras.layers.Conv2D(8, 3)(image) for name in ('cls_logits', 'box_deltas')}
+    return keras.Model(image, outputs)
+
+
+@pytest.mark.parametrize('folder', ['model', 'new/model'])
+def test_a_saved_model_that_a_full_disk_cuts_off_is_named_in_one_sentence(folder, tmp_path, full_disk):
+    path = tmp_path/folder/'saved_model.pb'
+    with pytest.raises(OSError) as e, readable_disk_errors(path): write_saved_model(small_network(), tmp_path/folder)
+    assert str(e.value).startswith(f'{path}: cannot be written (') and '__' not in str(e.value)
+
+
+@pytest.mark.parametrize('convert', [
+    lambda folder: write_tflite(small_network(), folder/'a.tflite'),
+    lambda folder: convert_detector(small_network(), 4)])
+@pytest.mark.parametrize('num_free', [0, 1000, 5000])
+def test_a_full_folder_for_temporary_files_is_named_before_a_conversion(num_free, convert, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: SimpleNamespace(free=num_free))
+    with pytest.raises(OSError, match='TMPDIR'): convert(tmp_path)
     assert os.listdir(tmp_path) == []
 
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DISK_ERRORS', 'WRITE_MODES', 'MAX_FILE_SIZE', 'check_output_path', 'remove_stale_parts', 'readable_disk_errors',
-           'atomic_write', 'exclusive_lock', 'UnsuitableFile', 'read_file', 'match_files', 'mask_secrets',
-           'to_jsonable', 'write_json']
+           'check_temporary_space', 'atomic_write', 'exclusive_lock', 'UnsuitableFile', 'read_file', 'match_files',
+           'mask_secrets', 'to_jsonable', 'write_json']
 
 # %% ../../nbs/core/01_files.ipynb #c8b9277a
-import errno, glob, json, math, os, re, stat, uuid
+import errno, glob, io, json, math, os, re, shutil, stat, tempfile, uuid
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -88,6 +88,20 @@ def readable_disk_errors(
         error.errno = e.errno
         raise error from None
 
+# %% ../../nbs/core/01_files.ipynb #2b28a50a
+def check_temporary_space(
+    num_bytes:int, # bytes that are needed
+    purpose:str,   # what needs them, for the message
+):
+    "Raises an error if the folder for temporary files has too little space."
+    folder = tempfile.gettempdir()
+    num_free = shutil.disk_usage(folder).free
+    if num_free >= num_bytes: return
+    error = OSError(f'{folder}: {purpose} needs {num_bytes/1e6:,.0f} MB there for temporary files, but '
+                    f'{num_free/1e6:,.0f} MB are free. Free some space, or name another folder in the variable TMPDIR')
+    error.errno = errno.ENOSPC
+    raise error
+
 # %% ../../nbs/core/01_files.ipynb #2b28a50b
 def _open_temporary(path, mode):
     "Creates missing folders and opens a locked temporary file next to `path`."
@@ -110,6 +124,23 @@ def _sync_folder(folder):
         try: os.fsync(fd)
         finally: os.close(fd)
 
+# %% ../../nbs/core/01_files.ipynb #7cb4e82b
+class _WriterWithoutDescriptor(io.BufferedWriter):
+    "A binary file whose descriptor is hidden, so that all data pass through `write`."
+    def fileno(self): raise io.UnsupportedOperation('fileno')
+
+@contextmanager
+def _checked_writer(f, mode):
+    "Yields a file through which every byte is written, or an error is raised."
+    if mode!='wb':
+        yield f
+        return
+    writer = _WriterWithoutDescriptor(f.raw)
+    try:
+        yield writer
+        writer.flush()
+    finally: writer.detach()
+
 # %% ../../nbs/core/01_files.ipynb #7cb4e82a
 WRITE_MODES = ('w', 'wb', 'w+', 'w+b', 'wb+')
 
@@ -129,7 +160,7 @@ def atomic_write(
         with readable_disk_errors(path):
             temporary,f = _open_temporary(path, mode)
             with f:
-                yield f
+                with _checked_writer(f, mode) as writer: yield writer
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)

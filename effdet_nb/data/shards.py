@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from fastcore.basics import patch
 from ..core.console import log_message
-from ..core.files import exclusive_lock, remove_stale_parts
+from ..core.files import exclusive_lock, readable_disk_errors, remove_stale_parts
 from .faults import ConversionReport
 from .image_files import OutsideFolder, image_path
 from .record import RecordEncoder
@@ -95,7 +95,8 @@ def write_shard(
     records = _encode_images(job, report, should_stop)
     shard = write_records(job.path, (record for record in records if record is not None), is_atomic=False)
     unfinished = job.path.with_suffix('.note')
-    unfinished.write_text(json.dumps(dict(shard=vars(shard), report=report.to_dict())))
+    with readable_disk_errors(unfinished):
+        unfinished.write_text(json.dumps(dict(shard=vars(shard), report=report.to_dict())))
     os.replace(unfinished, job.note_path)
     return shard, report
 
@@ -112,7 +113,8 @@ def save(self:ShardJob):
     encoder = dict(vars(self.encoder), image_dir=str(Path(self.encoder.image_dir).resolve()),
                    names=list(self.encoder.names.items()))
     work = dict(images=self.images, encoder=encoder)
-    self.path.with_suffix('.job').write_text(json.dumps(work, default=list)) # arrays of polygons become lists
+    path = self.path.with_suffix('.job')
+    with readable_disk_errors(path): path.write_text(json.dumps(work, default=list)) # arrays of polygons become lists
 
 # %% ../../nbs/data/09_shards.ipynb #340e5c09
 @patch(cls_method=True)
@@ -168,7 +170,8 @@ def _prepare_work_folder(folder, tag, conversion):
         count = sum(1 for _ in folder.glob('*-of-*.json'))
         return log_message(f'{tag}: continuing, {count:,} of {conversion["shards"]:,} shards were complete')
     for path in folder.iterdir(): path.unlink()
-    (folder/'job.json').write_text(json.dumps(conversion))
+    path = folder/'job.json'
+    with readable_disk_errors(path): path.write_text(json.dumps(conversion))
 
 # %% ../../nbs/data/09_shards.ipynb #39b42146
 def flush_shards(

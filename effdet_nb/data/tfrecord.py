@@ -17,7 +17,7 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from ..core.files import atomic_write, match_files
+from ..core.files import atomic_write, match_files, readable_disk_errors
 from .classes import ClassTable
 
 # %% ../../nbs/data/07_tfrecord.ipynb #7fbe3d3f
@@ -50,7 +50,7 @@ def write_records(
 )->Shard:                # name, number of records, size and checksum of the file
     "Writes a TFRecord file."
     count,size,digest = 0,0,hashlib.sha256()
-    with atomic_write(path) if is_atomic else open(path, 'wb') as f:
+    with readable_disk_errors(path), atomic_write(path) if is_atomic else open(path, 'wb') as f:
         for data in records:
             framed = _framed(data)
             f.write(framed)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFilter
-from ..core.files import write_json
+from ..core.files import atomic_write, write_json
 from .boxes import area, iou, show_boxes, yxyx_to_xywh
 
 # %% ../../nbs/detector/03_toy_data.ipynb #619bf756
@@ -280,7 +280,8 @@ def make_toy_split(
         sample,own = _draw_numbered(i, image_seed, image_hw, edge_cases, len(annotations)+1)
         suffix = 'png' if edge_cases and i==4 else 'jpg'
         name = f'{i+1:06d}.{suffix}'
-        Image.fromarray(sample.image).save(folder/name, quality=92)
+        file_format = {'jpg': 'JPEG', 'png': 'PNG'}[suffix]
+        with atomic_write(folder/name) as f: Image.fromarray(sample.image).save(f, file_format, quality=92)
         images.append(dict(id=i+1, file_name=name, height=image_hw[0], width=image_hw[1]))
         annotations += own
     categories = [dict(id=i, name=name, supercategory='shape') for i,name in enumerate(SHAPE_NAMES, 1)]

@@ -102,7 +102,8 @@ def saved_nms_settings(
     "Reads the thresholds of the suppression from the spec saved in a model file."
     from effdet_nb.train.experiment import export_nms_settings # imports TensorFlow
     text = model_file.meta.get('spec')
-    return export_nms_settings(Spec.parse(text), kind) if text else {}
+    if not text: return {}
+    return export_nms_settings(Spec.parse(text, f'{model_file.path}, the spec in it'), kind)
 
 # %% ../../nbs/export/06_export.ipynb #03ae0424
 def export_tensorflow(

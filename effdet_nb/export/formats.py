@@ -7,10 +7,11 @@ __all__ = ['RAW_OUTPUTS', 'random_detector', 'raw_forward', 'serving_fn', 'write
            'check_saved_model_path', 'write_tflite', 'run_tflite']
 
 # %% ../../nbs/export/01_formats.ipynb #7de1fd95
-import io
+import errno, io, os
 from contextlib import redirect_stdout
 from pathlib import Path
 import numpy as np
+from ..core.files import check_temporary_space
 
 # %% ../../nbs/export/01_formats.ipynb #1ab0c3d5
 def random_detector(
@@ -65,9 +66,9 @@ def write_saved_model(
     module = tf.Module()
     module.model, module.forward = model, serving_fn(model, batch_size)
     try: tf.saved_model.save(module, str(folder), signatures=module.forward)
-    except tf.errors.OpError as e:      # such as a full disk
-        raise OSError(f'{folder}: the SavedModel cannot be written ({e.message.splitlines()[0]}). Free some space or '
-                      'choose another disk, then run the same command again') from e
+    except tf.errors.OpError as e:      # a full or a faulty disk; the message of TensorFlow is several lines of code
+        number = errno.ENOSPC if isinstance(e, tf.errors.ResourceExhaustedError) else errno.EIO
+        raise OSError(number, os.strerror(number), str(folder)) from e
 
 # %% ../../nbs/export/01_formats.ipynb #04433037
 def run_saved_model(
@@ -101,6 +102,7 @@ def write_tflite(
 ):
     "Writes a detector as a LiteRT (TFLite) file."
     import keras, tensorflow as tf
+    check_temporary_space(3*4*model.count_params(), 'a LiteRT file')
     inputs = keras.Input(batch_shape=(batch_size, *model.input.shape[1:]), dtype='float32', name='input')
     converter = tf.lite.TFLiteConverter.from_keras_model(keras.Model(inputs, model(inputs)))
     with redirect_stdout(io.StringIO()): data = converter.convert()   # Keras prints a path

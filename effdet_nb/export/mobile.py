@@ -14,6 +14,7 @@ import io, json, warnings, zipfile
 from contextlib import redirect_stdout
 from pathlib import Path
 import numpy as np
+from ..core.files import check_temporary_space
 from ..data.classes import ClassTable
 from ..detector.nms import NmsOptions
 from .onnx_graph import anchors_from_metadata
@@ -45,6 +46,7 @@ def convert_detector(
 )->bytes:                        # content of a .tflite file with the outputs box deltas and logits, float32
     "Converts a detector to LiteRT, with a uint8 image as input."
     import keras, tensorflow as tf
+    check_temporary_space(3*4*model.count_params(), 'a LiteRT file')
     dtype = 'float32' if data_type=='int8' else 'uint8'     # the converter replaces the input of an int8 network
     image = keras.Input(batch_shape=(1, *model.input.shape[1:]), dtype=dtype, name='image')
     outputs = model(keras.ops.cast(image, 'float32'))

@@ -305,9 +305,12 @@ def get_metadata(
     proto, # onnx.ModelProto
 )->dict:   # the metadata stored by `set_metadata`; empty if there are none
     "Reads the metadata of effdet_nb from an ONNX model."
-    for prop in proto.metadata_props:
-        if prop.key==METADATA_KEY: return json.loads(prop.value)
-    return {}
+    text = next((p.value for p in proto.metadata_props if p.key==METADATA_KEY), '{}')
+    try: meta = json.loads(text)
+    except (ValueError, RecursionError): meta = None
+    if isinstance(meta, dict): return meta
+    raise ValueError(f'an ONNX model: its metadata {METADATA_KEY} is no JSON object. Copy the file again, or export '
+                     'the .tlt again')
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #64b7ca8e
 IMAGE_PREPARATION = dict(layout='NHWC', colour='RGB', range=[0,255], resize='letterbox, top left',

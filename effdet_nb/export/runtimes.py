@@ -158,10 +158,20 @@ def check_metadata(
     if not _is_nms(meta.get('nms')): raise _metadata_error(name, 'nms')
     for key in ('batch_size', 'max_batch_size'):
         if not _is_batch_size(meta.get(key)): raise _metadata_error(name, key)
+    if not _is_padding(meta): raise _metadata_error(name, 'input.padding')
+    for key,kind in (('data_type', str), ('version', str), ('opset', int), ('step', int), ('epoch', float)):
+        if meta.get(key) is not None and not _has_type(meta[key], kind): raise _metadata_error(name, key)
 
 MAX_BATCH_SIZE = 10_000      # images
 
 def _is_batch_size(value): return value is None or type(value) is int and 0 < value <= MAX_BATCH_SIZE
+
+def _is_padding(meta):
+    "Whether the colour of the padding, if there is one, is three numbers from 0 to 255."
+    preparation = meta.get('input', {})
+    if not isinstance(preparation, dict): return False
+    colour = preparation.get('padding', [0]*3)
+    return isinstance(colour, list) and len(colour)==3 and all(type(c) is int and 0 <= c <= 255 for c in colour)
 
 def _is_nms(nms):
     "Whether a value has a kind of suppression and options of `NmsOptions`, all of the right types."

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..core.files import atomic_write, check_output_path
 from .onnx_graph import get_batch_dim, get_metadata
+from .runtimes import check_metadata
 from .onnx_nms import add_nms, strip_nms
 from .quantize import quantize
 from .runtimes import import_tensorrt, load_onnx_bytes, model_file_type
@@ -53,7 +54,8 @@ def convert_precision(
     if not meta:
         raise ValueError('model_path: has no metadata, so it was not exported by effdet_nb. '
                          'Export the .tlt again, or use trtexec for files of other programs')
-    data_type, file_type = data_type or meta['data_type'], meta['data_type']
+    file_type = meta.get('data_type') or 'fp32'
+    data_type = data_type or file_type
     if data_type==file_type: return proto
     if file_type!='fp32':
         raise ValueError(f'data_type {data_type}: the file is already {file_type}, and its lost precision cannot be '
@@ -167,4 +169,7 @@ def _load_exported(model_path, key, engine_file):
         raise ValueError(f'{model_path}: an engine is built from an exported file, .onnx or .etlt. '
                          'Export the .tlt first (effdet_export)')
     check_output_path(engine_file)
-    return onnx.load_model_from_string(load_onnx_bytes(model_path, key))
+    proto = onnx.load_model_from_string(load_onnx_bytes(model_path, key))
+    meta = get_metadata(proto)
+    if meta: check_metadata(meta, model_path)
+    return proto

@@ -30,7 +30,7 @@ def saved_norms(
     if model_file.meta.get('kind') != 'pruned': return None
     saved = model_file.meta.get('pruning') or {}
     if (saved.get('normalizer'), saved.get('criterion')) != (normalizer, criterion): return None
-    norms = {name: np.array(values) for name,values in saved['norms'].items()}
+    norms = {name: np.array(values) for name,values in saved.get('norms', {}).items()}
     sizes = {name: len(values) for name,values in norms.items()}
     return norms if sizes == graph.sizes else None
 
