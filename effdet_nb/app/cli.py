@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from .command import command, fix_hash_seed
 from .options import CommandParser, Option, parse_options
+from .tile_command import effdet_tile
 
 # %% ../../nbs/app/11_cli.ipynb #fbb1d526
 def _spec_option(required):
@@ -536,7 +537,8 @@ def effdet_import(
 TASKS = {
     'dataset_convert': effdet_dataset_convert, 'check': effdet_check, 'train': effdet_train,
     'evaluate': effdet_evaluate, 'prune': effdet_prune, 'inference': effdet_inference, 'export': effdet_export,
-    'gen_trt_engine': effdet_gen_trt_engine, 'quickstart': effdet_quickstart, 'import': effdet_import}
+    'gen_trt_engine': effdet_gen_trt_engine, 'quickstart': effdet_quickstart, 'import': effdet_import,
+    'tile': effdet_tile}
 LAUNCHER_WORDS = ('tao', 'tlt', 'model', 'deploy', 'efficientdet_tf1')
 
 def efficientdet_tf1():

@@ -35,6 +35,7 @@ class Fault(StrEnum):
     NO_SIZE = 'no size', 'Their width or height is 0 or less. Redraw or remove them'
     NOT_FINITE = 'not finite', 'A coordinate is NaN or infinite. Fix the program that wrote it'
     BOX_CUT = 'boxes cut at the edge', 'Redraw them inside their image', False
+    IN_NO_TILE = ('in no tile', 'Choose larger tiles, a smaller min_visible, or write the whole images too')
     # entries of the annotation file
     NOT_FOUR_NUMBERS = 'not four numbers', 'bbox must be x, y, width, height in pixels'
     INCOMPLETE = ('incomplete', 'Images need id and file_name; annotations id, image_id, category_id and bbox; '
