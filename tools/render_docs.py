@@ -448,7 +448,8 @@ function markColumns() {
     const lines = pre.textContent.split("\\n").filter(l => l.trim())
     const three = lines.filter(l => / {2,}\\S.* {2,}\\S/.test(l.trim())).length
     const two = lines.filter(l => /\\S {3,}\\S/.test(l)).length
-    if (three>1 || lines.length>4 && 2*two>=lines.length) pre.classList.add("columns")
+    const indented = lines.filter(l => /^ {12,}\\S/.test(l)).length        // the second column of a --help text
+    if (three>1 || indented>3 || lines.length>4 && 2*two>=lines.length) pre.classList.add("columns")
   }
 }
 
