@@ -12,6 +12,7 @@ import argparse, os, sys
 from contextlib import contextmanager
 from difflib import get_close_matches
 from .command import command, fix_hash_seed
+from .compare import effdet_compare
 from .options import CommandParser, Option, parse_options
 from .tile_command import effdet_tile
 
@@ -538,7 +539,7 @@ TASKS = {
     'dataset_convert': effdet_dataset_convert, 'check': effdet_check, 'train': effdet_train,
     'evaluate': effdet_evaluate, 'prune': effdet_prune, 'inference': effdet_inference, 'export': effdet_export,
     'gen_trt_engine': effdet_gen_trt_engine, 'quickstart': effdet_quickstart, 'import': effdet_import,
-    'tile': effdet_tile}
+    'tile': effdet_tile, 'compare': effdet_compare}
 LAUNCHER_WORDS = ('tao', 'tlt', 'model', 'deploy', 'efficientdet_tf1')
 
 def efficientdet_tf1():

@@ -74,8 +74,9 @@ class Option(Param):
 
     def set_default(self, d):
         "Takes the default from the signature, and adds it to the help unless it is empty."
-        self.default = d
-        suffix = '' if d in (None, False, '') else f' (default: {d})'
+        if d is inspect.Parameter.empty: self.opt = False      # a value without the name of an option
+        else: self.default = d
+        suffix = '' if self.opt is False or d in (None, False, '') else f' (default: {d})'
         self.help = self._help_text + suffix
 
     def names(self, parameter:str):
@@ -91,7 +92,8 @@ def option_names(
 )->dict:    # name as typed -> its `Option`
     "Lists all names of all options of a function."
     parameters = inspect.signature(f).parameters
-    return {name: p.annotation for parameter,p in parameters.items() for name in p.annotation.names(parameter)}
+    options = {parameter: p.annotation for parameter,p in parameters.items() if p.default is not p.empty}
+    return {name: option for parameter,option in options.items() for name in option.names(parameter)}
 
 # %% ../../nbs/app/09_options.ipynb #5aa4eef7
 DASHES = '-\u2010\u2011\u2012\u2013\u2014\u2212' # hyphens, dashes and the minus sign

@@ -64,7 +64,7 @@ def _per_class_rows(metrics):
     return rows
 
 # %% ../../nbs/evaluate/05_evaluate.ipynb #b8c4e1c1
-TEXT_COLUMNS = ('class', 'model', 'kind', 'what is wrong') # columns of words
+TEXT_COLUMNS = ('class', 'model', 'kind', 'what is wrong', 'run', 'state', 'field') # columns of words
 
 def text_table(
     rows:list, # lists of texts, the header first
