@@ -11,7 +11,7 @@ import pytest
 from conftest import skip_missing
 from PIL import Image
 
-from effdet_nb.app import video as V
+from effdet_nb.app import video as V, video_inference as I
 from effdet_nb.app.cli import effdet_inference
 from effdet_nb.app.command import _run_command
 from effdet_nb.data.classes import ClassTable
@@ -68,7 +68,7 @@ def cut(path, share):
 @pytest.mark.parametrize('name,rate', [('a.mp4', 10), ('b.avi', 25), ('c.mkv', 30), ('d.webm', 10), ('e.MOV', 24)])
 def test_every_container_keeps_number_rate_and_size_of_the_frames(tmp_path, name, rate):
     source = write_clip(tmp_path/name, rate=rate)
-    summary = V.infer_video(RedDetector(), source, tmp_path/'out'/name, tmp_path/'out.csv')
+    summary = I.infer_video(RedDetector(), source, tmp_path/'out'/name, tmp_path/'out.csv')
     reader = V.VideoReader(tmp_path/'out'/name)
     frames = list(reader)
     assert (len(frames), reader.rate, frames[0].image.shape)==(20, rate, (96, 128, 3))
@@ -82,7 +82,7 @@ def test_every_container_keeps_number_rate_and_size_of_the_frames(tmp_path, name
 @pytest.mark.parametrize('every,indices', [(1, [*range(10)]), (3, [0, 3, 6, 9]), (10, [0]), (100, [0])])
 def test_every_nth_frame(tmp_path, every, indices):
     detector = RedDetector()
-    V.infer_video(detector, write_clip(tmp_path/'a.mp4', 10), out_label_path=tmp_path/'a.jsonl', every=every)
+    I.infer_video(detector, write_clip(tmp_path/'a.mp4', 10), out_label_path=tmp_path/'a.jsonl', every=every)
     lines = [json.loads(line) for line in (tmp_path/'a.jsonl').read_text().splitlines()]
     assert [line['frame'] for line in lines]==indices and detector.num_calls==len(indices)
     assert all(line['detections'][0]['class']=='red' for line in lines)
@@ -98,15 +98,15 @@ def test_odd_sizes_are_extended_by_a_row_or_column(tmp_path, hw):
 def test_frames_without_objects_have_a_line_but_no_row(tmp_path):
     with V.VideoWriter(tmp_path/'grey.mp4', 10) as writer:
         for _ in range(3): writer.write(np.full((64, 64, 3), 128, np.uint8))
-    for name in ('x.csv', 'x.jsonl'): V.infer_video(RedDetector(), tmp_path/'grey.mp4', out_label_path=tmp_path/name)
-    assert (tmp_path/'x.csv').read_text().splitlines()==[','.join(V.FRAME_COLUMNS)]
+    for name in ('x.csv', 'x.jsonl'): I.infer_video(RedDetector(), tmp_path/'grey.mp4', out_label_path=tmp_path/name)
+    assert (tmp_path/'x.csv').read_text().splitlines()==[','.join(I.FRAME_COLUMNS)]
     assert [json.loads(line)['detections'] for line in open(tmp_path/'x.jsonl')]==[[], [], []]
 
 
 @pytest.mark.parametrize('share', [.3, .6, .9])
 def test_what_could_be_read_of_a_truncated_video_is_kept(tmp_path, share, capsys):
     source = cut(write_clip(tmp_path/'cut.avi', 60), share)
-    summary, = V.infer_videos(RedDetector(), source, tmp_path/'out.mp4', tmp_path/'out.csv')
+    summary, = I.infer_videos(RedDetector(), source, tmp_path/'out.mp4', tmp_path/'out.csv')
     frames = list(V.VideoReader(tmp_path/'out.mp4'))
     assert 0<len(frames)==summary.num_frames<60
     assert f'{len(frames)} of 60 frames could be read' in summary.error
@@ -124,7 +124,7 @@ def test_videos_that_cannot_be_opened_do_not_stop_the_others(tmp_path, av):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format='fltp', layout='mono')
         frame.sample_rate = 8000
         container.mux(stream.encode(frame)+stream.encode())
-    summaries = V.infer_videos(RedDetector(), tmp_path/'in', tmp_path/'out')
+    summaries = I.infer_videos(RedDetector(), tmp_path/'in', tmp_path/'out')
     errors = {s.source.rsplit(os.sep, 1)[1]: s.error for s in summaries}
     assert errors.pop('good.mp4') is None and [p.name for p in (tmp_path/'out').iterdir()]==['good.mp4']
     assert 'no video stream' in errors.pop('sound.mp4')
@@ -135,7 +135,7 @@ def test_an_interruption_leaves_playable_files_and_the_exit_code_130(tmp_path, c
     source, detector = write_clip(tmp_path/'in.mp4', 200), RedDetector()
     detector.at_call = lambda i: os.kill(os.getpid(), signal.SIGINT) if i==20 else time.sleep(.002)
 
-    def effdet_inference(**options): V.infer_video(detector, source, tmp_path/'out.mp4', tmp_path/'out.jsonl')
+    def effdet_inference(**options): I.infer_video(detector, source, tmp_path/'out.mp4', tmp_path/'out.jsonl')
     assert _run_command(effdet_inference, {})==130
     frames = list(V.VideoReader(tmp_path/'out.mp4'))
     assert 10<=len(frames)<=25
@@ -149,7 +149,7 @@ def test_an_error_of_the_detector_stops_the_run_and_leaves_no_file(tmp_path):
     def fail(i):
         if i==3: raise RuntimeError('no such operator')
     with pytest.raises(RuntimeError, match='no such operator'):
-        V.infer_video(RedDetector(fail), write_clip(tmp_path/'in.mp4'), tmp_path/'out.mp4', tmp_path/'out.csv')
+        I.infer_video(RedDetector(fail), write_clip(tmp_path/'in.mp4'), tmp_path/'out.mp4', tmp_path/'out.csv')
     assert [p.name for p in tmp_path.iterdir()]==['in.mp4']
 
 
@@ -183,7 +183,7 @@ def test_tiles_find_in_each_frame_what_is_small(tmp_path):
             image = np.full((256, 512, 3), 128, np.uint8)
             image[100:108, 300:308] = 220, 30, 40
             writer.write(image)
-    plain, tiled = (V.infer_video(RedDetector(), tmp_path/'large.mp4', out_label_path=tmp_path/'x.csv', tiling=tiling)
+    plain, tiled = (I.infer_video(RedDetector(), tmp_path/'large.mp4', out_label_path=tmp_path/'x.csv', tiling=tiling)
                     for tiling in (None, Tiling((64, 64))))
     assert plain.boxes_per_class.total()==0 and tiled.boxes_per_class=={'red': 3}
 
@@ -194,7 +194,7 @@ def test_images_and_videos_of_a_folder(tmp_path):
     Image.fromarray(image_at(0)).save(folder/'a.png')
     (folder/'notes.txt').write_text('x')
     for name in ('a.mp4', 'deep/a.avi', '.hidden.mp4'): write_clip(folder/name, 2)
-    summary = V.infer_files(RedDetector(), folder, tmp_path/'out', tmp_path/'labels', recursive=True)
+    summary = I.infer_files(RedDetector(), folder, tmp_path/'out', tmp_path/'labels', recursive=True)
     outputs = sorted(p.relative_to(tmp_path).as_posix() for d in ('out', 'labels') for p in (tmp_path/d).rglob('*.*'))
     assert outputs==['labels/a.mp4.csv', 'labels/a.txt', 'labels/deep/a.avi.csv', 'out/a.mp4', 'out/a.png',
                      'out/deep/a.avi']
@@ -206,10 +206,10 @@ def test_without_pyav_the_videos_of_a_folder_are_passed_over(tmp_path, monkeypat
     Image.fromarray(image_at(0)).save(tmp_path/'in'/'a.png')
     clip = write_clip(tmp_path/'in'/'a.mp4', 2)
     monkeypatch.setitem(__import__('sys').modules, 'av', None)
-    summary = V.infer_files(RedDetector(), tmp_path/'in', tmp_path/'out')
+    summary = I.infer_files(RedDetector(), tmp_path/'in', tmp_path/'out')
     assert (summary.num_files, summary.videos)==(1, []) and 'pip install' in capsys.readouterr().err
     with pytest.raises(ImportError, match=r'pip install "effdet_nb\[video\]"'):
-        V.infer_files(RedDetector(), clip, tmp_path/'out')
+        I.infer_files(RedDetector(), clip, tmp_path/'out')
 
 
 @pytest.mark.parametrize('options,message', [
@@ -219,7 +219,7 @@ def test_without_pyav_the_videos_of_a_folder_are_passed_over(tmp_path, monkeypat
 def test_options_that_do_not_fit_a_video(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     write_clip(tmp_path/'a.mp4', 2)
-    with pytest.raises(ValueError, match=message): V.infer_files(RedDetector(), 'a.mp4', **options)
+    with pytest.raises(ValueError, match=message): I.infer_files(RedDetector(), 'a.mp4', **options)
     assert [p.name for p in tmp_path.iterdir()]==['a.mp4']
 
 
@@ -227,7 +227,7 @@ def test_options_that_do_not_fit_a_video(tmp_path, monkeypatch, options, message
 def test_a_video_is_never_replaced_by_its_copy(tmp_path, monkeypatch, output):
     monkeypatch.chdir(tmp_path)
     before = write_clip(tmp_path/'a.mp4', 2).read_bytes()
-    with pytest.raises(ValueError, match='Give another'): V.infer_files(RedDetector(), 'a.mp4', output)
+    with pytest.raises(ValueError, match='Give another'): I.infer_files(RedDetector(), 'a.mp4', output)
     assert (tmp_path/'a.mp4').read_bytes()==before
 
 
@@ -250,7 +250,7 @@ def test_the_command_writes_a_video(tmp_path, capsys):
 def test_names_of_outputs():
     names = [('0', 'out', False), ('rtsp://x/y', 'out', True), ('dir/a.mpg', 'out', False),
              ('dir/a.mp4', 'b.jsonl', True)]
-    paths = [V.output_of_video(source, source, output, labels).as_posix() for source, output, labels in names]
+    paths = [I.output_of_video(source, source, output, labels).as_posix() for source, output, labels in names]
     assert paths==['out/camera0.mp4', 'out/stream.csv', 'out/a.mpg.mp4', 'b.jsonl']
-    assert V.output_of_video('0', '0', None) is None
+    assert I.output_of_video('0', '0', None) is None
     assert SimpleNamespace(path=V.check_video_path('x.MKV')).path.name=='x.MKV'

@@ -288,7 +288,7 @@ def effdet_inference(
     if not (out_image_path or out_label_path or results_dir):
         raise ValueError('no output path. Give -o FOLDER for annotated images, -l FOLDER for KITTI labels, -l FILE.csv '
                          'for a table, or -r FOLDER for images, labels and detections.json')
-    from effdet_nb.app.video import FilesSummary, infer_files
+    from effdet_nb.app.video_inference import FilesSummary, infer_files
     spec = _inference_spec(experiment_spec_file, set)
     config = spec.eval_config
     if threshold is None: threshold = config.min_score_thresh

@@ -208,10 +208,14 @@ def _check_share(name, value):
 
 def _unique_stems(names):
     "Returns the names of images without their endings, where these remain different."
-    stems = [PurePosixPath(name.replace('\\', '/').lstrip('/')).with_suffix('') for name in names]
-    stems = [PurePosixPath(*(part for part in stem.parts if part!='..')) for stem in stems]
+    stems = [_stem(name) for name in names]
     count = Counter(stems)
     return [str(stem) if count[stem]==1 else f'{stem}_{n}' for n,stem in enumerate(stems)]
+
+def _stem(name):
+    "Returns a file name without its ending, inside the folder of the tiles."
+    path = PurePosixPath(name.replace('\\', '/').lstrip('/')).with_suffix('')
+    return PurePosixPath(*(part for part in path.parts if part!='..'))
 
 def _publish(cuts, coco, target, report):
     "Writes the COCO file of all tiles and returns the counts."

@@ -131,7 +131,7 @@ def merge_tiles(
 )->Detections:                      # best first
     "Merges the detections of overlapping tiles, so that each object has one box."
     cut = np.concatenate([is_cut(d.boxes, tile, image_hw) for d,tile in zip(parts, tiles)])
-    boxes,scores,classes = (np.concatenate([getattr(d, name) for d in parts]) for name in ('boxes','scores','classes'))
+    boxes,scores,classes = map(np.concatenate, zip(*((d.boxes, d.scores, d.classes) for d in parts)))
     together = replace(parts[0], boxes=boxes, scores=scores, classes=classes)
     together = drop_fragments(together, cut, options.per_class)
     groups = together.classes if options.per_class else None

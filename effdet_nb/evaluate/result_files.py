@@ -23,10 +23,9 @@ def detection_rows(
     detections, # in one image
 )->list:        # of (category id, class name, score, x1, y1, x2, y2)
     "Lists detections as rows of a table."
-    columns = zip(detections.category_ids, detections.class_names, detections.scores.tolist(),
-                  detections.boxes[:,[1,0,3,2]].tolist())
-    return [(category_id, name, round(score, 6), *(round(v, 3) for v in box))
-            for category_id,name,score,box in columns]
+    boxes = detections.boxes[:,[1,0,3,2]].astype(float).round(3).T.tolist()
+    scores = detections.scores.astype(float).round(6).tolist()
+    return list(zip(detections.category_ids, detections.class_names, scores, *boxes))
 
 def write_csv(
     path,       # the file to write
