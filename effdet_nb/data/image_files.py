@@ -7,7 +7,7 @@ __all__ = ['EXIF_ORIENTATION', 'OutsideFolder', 'image_path', 'EncodedImage', 'p
            'image_fault', 'find_image_files']
 
 # %% ../../nbs/data/04_image_files.ipynb #600c8d8a
-import io, os, re, unicodedata
+import io, os, re, struct, unicodedata, zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
@@ -57,10 +57,30 @@ def _has_end_marker(jpeg):
 
 _PNG_END = bytes(4)+b'IEND\xaeB`\x82'     # the last chunk, which TensorFlow demands and Pillow does not read
 
+def _png_pixel_chunks(data):
+    "Yields the contents of the chunks of a PNG that contain its compressed pixels."
+    position = 8
+    while position+8 <= len(data):
+        length, kind = struct.unpack_from('>I4s', data, position)
+        if kind==b'IDAT': yield data[position+8:position+8+length]
+        position += 12+length
+
+def _check_pixel_stream(data, max_size):
+    "Raises an error if the compressed pixels of a PNG lack their end, which TensorFlow demands and Pillow does not read."
+    stream, size = zlib.decompressobj(), 0
+    try:
+        for chunk in _png_pixel_chunks(data):
+            while chunk and not stream.eof and size <= max_size:
+                size += len(stream.decompress(chunk, 2**20))
+                chunk = stream.unconsumed_tail
+    except zlib.error as e: raise OSError(f'the pixels are damaged ({e})') from None
+    if not stream.eof and size <= max_size: raise OSError('the end of the pixels is missing')
+
 def _check_decodes(image, data):
     "Raises an error if the file is damaged; leaves the image decoded, a JPEG at an eighth of its size."
     if image.format=='PNG':
         with Image.open(io.BytesIO(data)) as again: again.verify()
+        _check_pixel_stream(data, 16*(image.width+8)*image.height)      # at most 8 bytes per pixel, and some more
     has_end = _PNG_END in data if image.format=='PNG' else data[:2]!=b'\xff\xd8' or _has_end_marker(data)
     if not has_end: raise OSError('the end of the image is missing')
     image.draft('L', (1,1))         # nothing happens if the format does not support it
