@@ -1,0 +1,152 @@
+"The local page of effdet_demo: its server, two models side by side in chromium, and the end by Ctrl-C."
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from onnx_toy import toy_onnx_model
+from test_browser_page import drop, encode, found_by_page, textured
+
+from effdet_nb.app.demo import MAX_UPLOAD, DemoModel, DemoServer, short_names
+from effdet_nb.app.infer import load_for_inference
+from effdet_nb.detector.detections import predict_image
+from effdet_nb.export.onnx_nms import add_nms
+from effdet_nb.export.runtimes import load_detector
+
+
+@pytest.fixture(scope='module')
+def models(tmp_path_factory):
+    "Two exported networks: one with suppression in its graph from 0.3 on, one without."
+    folder = tmp_path_factory.mktemp('demo')
+    for name, proto in (('first', add_nms(toy_onnx_model(), 'onnx', score_threshold=.3)),
+                        ('second', add_nms(toy_onnx_model(seed=1, num_classes=5), 'none'))):
+        (folder/name).mkdir()
+        (folder/name/'model.onnx').write_bytes(proto.SerializeToString())
+    return [folder/'first/model.onnx', folder/'second/model.onnx']
+
+
+@pytest.fixture(scope='module')
+def server(models):
+    detectors = [load_for_inference(path, score_threshold=.05) for path in models]
+    with DemoServer([DemoModel(name, d) for name, d in zip(short_names(models), detectors)], port=0) as demo:
+        thread = threading.Thread(target=demo.serve_forever, daemon=True)
+        thread.start()
+        yield demo
+        demo.shutdown()
+
+
+def request(server, method, path, body=None, **headers):
+    "Sends a request; returns status, type and content of the answer."
+    connection = http.client.HTTPConnection('127.0.0.1', server.server_port, timeout=60)
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.getheader('Content-Type'), answer.read()
+
+
+def open_demo(browser, address):
+    browser.errors.clear()
+    browser.requested_urls.clear()
+    browser.goto(address)
+    assert browser.wait_for('document.body.dataset.ready')=='yes'
+
+
+def test_two_models_side_by_side(browser, server, models, tmp_path):
+    open_demo(browser, server.address)
+    image = encode(textured(200, 300), 'PNG')
+    (tmp_path/'a.png').write_bytes(image)
+    drop(browser, {'a.png': image})
+    for i, path in enumerate(models):
+        found = browser.evaluate_js(f'images.at(-1).results[{i}].detections')
+        lowest = max(.05, server.models[i].settings['lowest'])
+        expected = predict_image(load_detector(path), tmp_path/'a.png', threshold=lowest)
+        assert len(found)==len(expected) > 3
+        np.testing.assert_allclose([d['box'] for d in found], expected.boxes, atol=1e-3)
+        np.testing.assert_allclose([d['score'] for d in found], expected.scores, atol=1e-5)
+        caption = browser.evaluate_js(f'images.at(-1).results[{i}].caption.textContent')
+        assert caption.startswith(f'{path.parent.name}/model.onnx: {(expected.scores>=.5).sum()} object')
+    browser.evaluate_js("element('threshold').value = .31; element('threshold').oninput()")
+    caption = browser.evaluate_js('images.at(-1).results[0].caption.textContent')
+    assert f': {(found_by_page(browser)[:, 4]>=.31).sum()} object' in caption
+    assert not browser.errors and all(url.startswith(server.address) for url in browser.requested_urls)
+
+
+def test_formats_that_browsers_lack_are_shown_too(browser, server):
+    open_demo(browser, server.address)
+    drop(browser, {'a.tif': encode(textured(90, 120), 'TIFF')})
+    assert browser.evaluate_js('images.at(-1).bitmap.width')==120 and len(found_by_page(browser))>3
+
+
+CUT_FILES = encode(textured(64, 64), 'JPEG')[:200], encode(textured(64, 64), 'PNG')[:99]
+
+@pytest.mark.parametrize('data', [b'', b'text', *CUT_FILES])
+def test_files_that_are_no_images_get_one_sentence(server, data):
+    status, kind, content = request(server, 'POST', '/detect/0', data)
+    error = json.loads(content)['error']
+    assert status==400 and kind=='application/json'
+    assert error.startswith('not readable as an image') and '\n' not in error
+
+
+def test_errors_are_shown_on_the_page(browser, server):
+    open_demo(browser, server.address)
+    drop(browser, {'notes.txt': b'text'})
+    error = browser.evaluate_js("document.querySelector('.error').textContent")
+    assert error.startswith('notes.txt: not readable as an image')
+
+
+def test_other_pages_and_other_names_are_refused(server):
+    image, own = encode(textured(64, 64), 'PNG'), server.hosts[0]
+    assert request(server, 'POST', '/detect/0', image, Origin=f'http://{own}')[0]==200
+    for headers in (dict(Origin='https://example.com'), dict(Origin='null'), dict(Host='example.com'),
+                    dict(Host=f'example.com:{server.server_port}', Origin=f'http://example.com:{server.server_port}')):
+        assert request(server, 'POST', '/detect/0', image, **headers)[0]==403
+        assert request(server, 'GET', '/', **headers)[0]==403
+    assert server.server_address[0]=='127.0.0.1'
+
+
+def test_wrong_addresses_and_sizes_are_refused(server):
+    for path in ('/detect/2', '/detect/-1', '/detect/x', '/other', '/detect/'):
+        assert request(server, 'POST', path, b'x')[0]==400
+    for path in ('/etc/passwd', '/../cli.py', '/detect/0'): assert request(server, 'GET', path)[0]==404
+    for size in (str(MAX_UPLOAD+1), 'many', '-1'):
+        assert request(server, 'POST', '/detect/0', None, **{'Content-Length': size})[0]==413
+
+
+def test_a_failing_model_is_one_sentence(server, monkeypatch, capsys):
+    def fail(images): raise TypeError('no number')
+    monkeypatch.setattr(server.models[0], 'detector', type('Broken', (), dict(
+        image_hw=(64, 64), classes=server.models[0].detector.classes, __call__=lambda self, images: fail(images)))())
+    status, _, content = request(server, 'POST', '/detect/0', encode(textured(64, 64), 'PNG'))
+    assert status==500 and json.loads(content)['error']=='the model failed: TypeError: no number'
+    assert 'Traceback' not in capsys.readouterr().err
+
+
+def test_port_in_use_and_impossible_ports_are_one_sentence(server):
+    with pytest.raises(OSError, match=f'--port {server.server_port}: another program uses it. Choose another'):
+        DemoServer(server.models, server.server_port)
+    for port in (-1, 65536):
+        with pytest.raises(ValueError, match='ports go from 0 to 65535'): DemoServer(server.models, port)
+
+
+def test_names_show_the_folders_that_tell_files_apart():
+    assert short_names(['a/x.tlt'])==['x.tlt']
+    assert short_names(['r/1/m.tlt', 's/1/m.tlt'])==['r/1/m.tlt', 's/1/m.tlt']
+    assert short_names(['m.tlt', 'a/m.tlt'])==['m.tlt', 'a/m.tlt']
+    assert short_names(['m.tlt', 'm.tlt'])==['m.tlt', 'm.tlt']
+
+
+def test_command_ends_with_ctrl_c(models):
+    code = "import sys; sys.argv[0] = 'effdet_demo'; from effdet_nb.app.demo import effdet_demo; effdet_demo()"
+    command = [sys.executable, '-c', code, '-m', str(models[0]), '--port', '0']
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, env=os.environ | dict(PYTHONUNBUFFERED='1'), **pipes) as demo:
+        line = demo.stdout.readline()
+        assert line.startswith('Open http://127.0.0.1:') and 'Ctrl-C ends' in line
+        demo.send_signal(signal.SIGINT)
+        _, stderr = demo.communicate(timeout=20)
+    assert demo.returncode==130 and 'Traceback' not in stderr
+    assert stderr.strip().splitlines()[-1].startswith('effdet_demo: ')
