@@ -23,7 +23,7 @@ from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.coco import load_coco
 from effdet_nb.evaluate.evaluate import coco_metrics, evaluate
 from effdet_nb.evaluate.ground_truth import samples_from_coco
-from effdet_nb.evaluate.predict import letterbox_sample, predict_samples
+from effdet_nb.evaluate.predict import resize_sample, predict_samples
 
 
 def draw_toy_images(num_images):
@@ -54,7 +54,7 @@ def open_detector(model, classes, side):
 
 def make_batches(detector, samples, batch_size):
     "The samples as batches of images of the network's size."
-    images = [letterbox_sample(s, detector.image_hw)[0].image for s in samples]
+    images = [resize_sample(s, detector.image_hw)[0].image for s in samples]
     return [np.stack(images[i:i+batch_size]) for i in range(0, len(images), batch_size)]
 
 
@@ -62,7 +62,7 @@ def print_parts(detector, samples, batches, batch_size):
     "Times the parts of an evaluation one after the other."
     outputs = [detector.forward(b) for b in batches]
     results = list(predict_samples(detector, samples, batch_size))
-    parts = {'decode and resize': lambda: [letterbox_sample(s, detector.image_hw, detector.pad_rgb) for s in samples],
+    parts = {'decode and resize': lambda: [resize_sample(s, detector.image_hw, detector.pad_rgb) for s in samples],
              'suppression': lambda: [detector.decode(o) for o in outputs],
              'metric': lambda: coco_metrics(results, detector.classes)}
     for name, part in parts.items(): print(f'  {name}: {time_call(part):.2f} s alone')

@@ -16,7 +16,7 @@ from effdet_nb.data.image_files import OutsideFolder, image_fault, image_path, p
 from effdet_nb.data.pipeline import decode_image
 from effdet_nb.data.tfrecord import decode_example, read_records
 from effdet_nb.detector import images as detector_images
-from effdet_nb.detector.images import read_image, read_letterboxed
+from effdet_nb.detector.images import read_image, read_resized
 from effdet_nb.detector.toy_data import make_toy_image
 
 slow = pytest.mark.slow
@@ -83,7 +83,7 @@ def test_pixels_without_a_defined_brightness_are_refused_everywhere(tmp_path, da
     (tmp_path/'image').write_bytes(data)
     with pytest.raises(Exception) as e: probe_image(tmp_path/'image')
     assert image_fault(e.value) == fault
-    for read in (read_image, lambda path: read_letterboxed(path, (64, 64))):
+    for read in (read_image, lambda path: read_resized(path, (64, 64))):
         with pytest.raises(ValueError, match='image: not readable as an image'): read(tmp_path/'image')
 
 
@@ -104,7 +104,7 @@ def test_one_limit_of_pixels_for_all_commands(tmp_path, monkeypatch, file_format
     picture().save(tmp_path/'big', file_format)
     with pytest.raises(Image.DecompressionBombError) as e: probe_image(tmp_path/'big')
     assert image_fault(e.value) == Fault.TOO_LARGE
-    for read in (read_image, lambda path: read_letterboxed(path, (64, 64))):
+    for read in (read_image, lambda path: read_resized(path, (64, 64))):
         with pytest.raises(ValueError, match='more than 178,956,970 pixels.* tiles') as e: read(tmp_path/'big')
         assert 'bomb' not in str(e.value)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from effdet_nb.detector.efficientdet import VARIANTS, Arch, arch_from_dict, arch_to_dict
 from effdet_nb.detector.images import (IMAGENET_MEAN_RGB, PAD_RGB, boxes_to_original, letterbox, letterbox_scale,
-                                       read_image, read_letterboxed, read_letterboxed_batches, threaded_map,
+                                       read_image, read_resized, read_resized_batches, threaded_map,
                                        to_channels)
 from effdet_nb.weights.model_file import check_arch
 
@@ -96,14 +96,14 @@ def test_a_description_without_the_padding_gives_the_inputs_of_its_time(name, hw
 def test_a_jpeg_decoded_at_reduced_size_gives_the_same_image(size):
     data = encode(smooth_image(481, 643), 'jpeg', quality=95)
     full,scale = letterbox(read_image(data), size)
-    quick = read_letterboxed(data, size)
+    quick = read_resized(data, size)
     assert (quick.scale, quick.original_hw) == (scale, (481,643))
     assert np.abs(full.astype(int)-quick.image).mean() < 2
 
 
 def test_photographs_decoded_at_reduced_size_give_the_same_images(shared_dir):
     for path in sorted((shared_dir/'data/coco_mini/images').glob('*.jpg'))[:5]:
-        quick = read_letterboxed(path, (128,128))
+        quick = read_resized(path, (128,128))
         full,_ = letterbox(read_image(path), (128,128))
         assert np.abs(full.astype(int)-quick.image).mean() < 6
 
@@ -128,7 +128,7 @@ def test_common_formats_are_read(file_format):
 def test_a_truncated_file_is_refused(cut):
     data = encode(smooth_image(200, 300), 'jpeg')
     with pytest.raises(ValueError, match='truncated|not readable'):
-        read_letterboxed(data[:int(len(data)*cut)], (64,64), 'cut.jpg')
+        read_resized(data[:int(len(data)*cut)], (64,64), 'cut.jpg')
 
 
 def test_an_exif_rotation_is_not_applied():
@@ -153,7 +153,7 @@ def test_a_reader_that_stops_early_stops_the_threads():
         for i in range(1000):
             fetched.append(i)
             yield encode(smooth_image(8, 8))
-    batches = read_letterboxed_batches(sources(), (16,16), batch_size=2, workers=2)
+    batches = read_resized_batches(sources(), (16,16), batch_size=2, workers=2)
     next(batches)
     batches.close()
     time.sleep(.05)

@@ -19,7 +19,7 @@ from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.detector.boxes import area, iou
 from effdet_nb.detector.detections import Detections, kitti_line, predict_image
-from effdet_nb.detector.images import PAD_RGB, read_letterboxed
+from effdet_nb.detector.images import PAD_RGB, read_resized
 from effdet_nb.detector.nms import NmsOptions
 from effdet_nb.evaluate.ground_truth import GroundTruth
 from effdet_nb.evaluate.predict import predict_samples
@@ -319,7 +319,7 @@ def write_exported(model_files, stored, kind, path):
 
 @pytest.mark.parametrize('name', ['a.tlt', 'onnx.onnx', 'none.onnx'])
 def test_thresholds_and_limits_are_obeyed_by_every_file(model_files, name):
-    image = read_letterboxed(find_images(model_files/'in')[0], (128,128)).image
+    image = read_resized(find_images(model_files/'in')[0], (128,128)).image
     detector = load_for_inference(model_files/name)
     every = detector(image[None])[0]
     threshold = float(every.scores[8])
@@ -332,7 +332,7 @@ def test_thresholds_and_limits_are_obeyed_by_every_file(model_files, name):
 
 def test_class_agnostic_suppression_is_a_named_option(model_files, tmp_path):
     path = find_images(model_files/'in')[0]
-    image = read_letterboxed(path, (128,128)).image
+    image = read_resized(path, (128,128)).image
     for name in ('a.tlt', 'none.onnx'):
         boxes = load_for_inference(model_files/name, class_agnostic=True)(image[None])[0].boxes
         assert len(boxes) and (iou(boxes, boxes)-np.eye(len(boxes))<=.5+1e-5).all()

@@ -182,6 +182,8 @@ def effdet_evaluate(
                                 '(default: not written)')=None,
     nms:Option('Kind of non-maximum suppression (default: that of the file, else hard)',
                choices=['soft','hard'])=None,
+    resize:Option('How images get the input size; stretch shows what MediaPipe gets (default: as in training)',
+                  choices=['letterbox','stretch'])=None,
     iou_threshold:Option('Lowest IoU of a correct box, in the error analysis and the confusion matrix', type=float,
                          metavar='X')=.5,
     score_threshold:Option('Lowest score in the confusion matrix (default: min_score_thresh of the spec)',
@@ -197,7 +199,8 @@ def effdet_evaluate(
     spec = load_spec(experiment_spec_file, 'evaluate', set)
     from effdet_nb.app.evaluation_page import evaluate_files
     return evaluate_files(
-        spec, model_path, key, results_dir, nms, iou_threshold, score_threshold, pycocotools, show_progress=True)
+        spec, model_path, key, results_dir, nms, iou_threshold, score_threshold, pycocotools, show_progress=True,
+        resize=resize)
 
 # %% ../../nbs/app/11_cli.ipynb #fdc22d1a
 @command(example='-m runs/first/model.best.tlt -o runs/pruned -pth 0.5', hints={

@@ -12,7 +12,8 @@ import numpy as np
 from ..core.files import check_output_path
 from ..detector.efficientdet import arch_anchors
 from ..data.check import DataCheck, check_records
-from ..data.scan import plot_aspect_ratios, plot_box_sizes, plot_class_counts, sample_images
+from ..data.anchor_fit import plot_sizes
+from ..data.scan import plot_aspect_ratios, plot_class_counts, sample_images
 from ..train.experiment import arch_from_spec, data_config_from_spec
 from ..train.spec import SpecError
 from .html import (
@@ -26,14 +27,15 @@ def split_charts(
     "Draws boxes per category, box sizes and aspect ratios of one split."
     scan,counts = check.scans[split], _count_categories(check, split)
     height,width = check.image_hw
+    sizes = scan.scaled_box_sizes(check.image_hw, check.resize)
     return [
         chart_figure(lambda figure: plot_class_counts(counts, figure.subplots()),
                      'Boxes by category', (5, .8 + .2*min(len(counts), 40))),
-        chart_figure(lambda figure: plot_box_sizes(scan, check.image_hw, check.anchors, figure.subplots()),
+        chart_figure(lambda figure: plot_sizes(sizes, check.image_hw, check.anchors, figure.subplots()),
                      f'Height and width of every box at {height}x{width}; '
                      'an anchor reaches IoU 0.5 with boxes in the shaded area',
                      (5, 3.4), vector=False, math_text=True),
-        chart_figure(lambda figure: plot_aspect_ratios(scan, check.anchors, figure.subplots()),
+        chart_figure(lambda figure: plot_aspect_ratios(scan, check.anchors, figure.subplots(), sizes),
                      'Aspect ratios of the boxes; lines are the ratios of the anchors, shaded is their reach',
                      (5, 2.6)),
     ]
@@ -71,7 +73,7 @@ def split_section(
 def _split_numbers(check, split):
     "Returns the numbers at the top of a section."
     scan = check.scans[split]
-    sides = np.sqrt(scan.scaled_box_sizes(check.image_hw).prod(1))
+    sides = np.sqrt(scan.scaled_box_sizes(check.image_hw, check.resize).prod(1))
     return {'images': scan.num_records, 'boxes': len(scan.labels), 'categories': len(_count_categories(check, split)),
             'most boxes in an image': int(scan.boxes_per_image.max(initial=0)),
             'images without boxes': int((scan.boxes_per_image==0).sum()),

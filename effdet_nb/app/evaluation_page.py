@@ -32,7 +32,7 @@ from .html import (
     html_table, html_tag, metric_cards, thumbnail, write_html_page)
 from .model_evaluation import (
     EvaluationResults, ModelEvaluation, evaluate_model_file, evaluation_summary, model_display_names,
-    most_different_images, none_if_undefined, open_detector, write_testdev_detections)
+    most_different_images, none_if_undefined, open_detector, set_resize, write_testdev_detections)
 
 # %% ../../nbs/app/06_evaluation_page.ipynb #a05e66e7
 ERROR_ADVICE = dict(
@@ -238,7 +238,7 @@ def single_model_sections(
 )->dict:                        # heading -> fragments
     "Returns the sections of a page about one model."
     cards = metric_cards(evaluation.known_metrics(HEADLINE_METRICS))
-    summary = f'{evaluation_summary([evaluation])}. NMS: {evaluation.nms}.'
+    summary = f'{evaluation_summary([evaluation])}. {evaluation.settings_line()}.'
     worst = figure_pairs(worst_image_figures(evaluation, samples))
     threshold = display_score_threshold(evaluation)
     return {
@@ -282,6 +282,7 @@ def _comparison_rows(evaluations):
     rows = []
     for e in evaluations:
         facts = {'NMS': e.nms, 'images per second': e.images_per_second, 'size': format_file_size(e.num_bytes or 0)}
+        if e.resize: facts['resizing'] = e.resize
         rows.append({'model': e.name, **e.known_metrics(HEADLINE_METRICS), **facts})
     return rows
 
@@ -334,15 +335,16 @@ def evaluate_files(
     score_threshold:float=None, # for the confusion matrix; None: min_score_thresh of eval_config
     pycocotools:bool=False,     # compute the metrics with pycocotools
     show_progress:bool=False,   # show progress on stderr
+    resize:str=None,            # 'letterbox' or 'stretch'; None: that of the file
 ):                              # an `EvaluationResults`; a sentence if the spec sets testdev_dir
     "Evaluates model files on the validation images of a spec."
     model_paths = [model_paths] if isinstance(model_paths, (str,Path)) else list(model_paths)
     with _open_status(results_dir, key) as status:
         _check_files_exist(model_paths)
-        if spec.dataset_config.testdev_dir: return _detect_testdev(spec, model_paths[0], key, nms)
+        if spec.dataset_config.testdev_dir: return _detect_testdev(spec, model_paths[0], key, nms, resize)
         if score_threshold is None: score_threshold = spec.eval_config.min_score_thresh
         options = _evaluation_options(spec, len(model_paths)>1, iou_threshold, score_threshold)
-        options |= dict(key=key, nms=nms, pycocotools=pycocotools, show_progress=show_progress)
+        options |= dict(key=key, nms=nms, pycocotools=pycocotools, show_progress=show_progress, resize=resize)
         samples,results = _open_samples(spec), EvaluationResults()
         for path,name in zip(model_paths, model_display_names(model_paths)):
             results.append(evaluate_model_file(path, samples, name=name, **options))
@@ -368,10 +370,11 @@ def _open_status(results_dir, key):
     "The `Status` of a results folder; an empty context without a folder."
     return Status(results_dir, 'evaluate', secrets=(key,) if key else ()) if results_dir else nullcontext()
 
-def _detect_testdev(spec, model_path, key, nms):
+def _detect_testdev(spec, model_path, key, nms, resize):
     "Writes the detections of one model for images without ground truth."
     config,path = spec.eval_config, Path(spec.dataset_config.testdev_dir)/'detections.json'
     samples,detector = _open_samples(spec), open_detector(model_path, key, nms, _detection_limit(spec))
+    set_resize(detector, resize)
     return write_testdev_detections(path, detector, samples, config.eval_batch_size, config.eval_samples or None)
 
 def _evaluation_options(spec, measure_speed, iou_threshold, score_threshold):

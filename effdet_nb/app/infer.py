@@ -20,7 +20,7 @@ from PIL import Image
 from ..core.console import Status, format_duration, log_message, progress_bar
 from ..core.files import atomic_write, check_output_path, write_json, match_files
 from ..detector.images import (
-    LetterboxedImage, padding_colour, read_image, read_letterboxed, read_letterboxed_batches, threaded_map)
+    ResizedImage, read_image, read_resized, read_resized_batches, resize_options, threaded_map)
 from ..detector.detections import Detections
 from ..detector.nms import DEFAULT_NMS
 from ..detector.tiles import Tiling, detect_tiled
@@ -111,23 +111,22 @@ def predict_files(
     class_table = class_table or detector.classes
     if getattr(detector, 'is_parallel', False): predicted = _predict_in_threads(detector, paths, workers, on_error)
     else: predicted = _predict_in_batches(detector, paths, batch_size, workers, on_error)
-    for path,letterboxed,found,seconds in predicted:
+    for path,resized,found,seconds in predicted:
         start = time.perf_counter()
-        kept = found.to_original(letterboxed, path, class_table).select(score_threshold, max_detections)
+        kept = found.to_original(resized, path, class_table).select(score_threshold, max_detections)
         seconds = seconds | dict(choose=time.perf_counter()-start)
-        yield FilePrediction(path, kept, float(found.scores.max(initial=0)), letterboxed.original_hw, seconds)
+        yield FilePrediction(path, kept, float(found.scores.max(initial=0)), resized.original_hw, seconds)
 
 # %% ../../nbs/app/01_infer.ipynb #448c0bb3
 def _predict_in_batches(detector, paths, batch_size, workers, on_error):
-    "Runs a detector on batches; yields path, letterboxed image, detections and seconds per stage."
-    start = time.perf_counter()
-    colour = padding_colour(detector)
-    for batch in read_letterboxed_batches(paths, detector.image_hw, batch_size, workers, on_error, colour):
+    "Runs a detector on batches; yields path, resized image, detections and seconds per stage."
+    start, options = time.perf_counter(), resize_options(detector)
+    for batch in read_resized_batches(paths, detector.image_hw, batch_size, workers, on_error, **options):
         read = time.perf_counter()
-        found = detector(np.stack([letterboxed.image for _,letterboxed in batch]))
+        found = detector(np.stack([resized.image for _,resized in batch]))
         done = time.perf_counter()
         seconds = dict(read=(read-start)/len(batch), network=(done-read)/len(batch))
-        for (path,letterboxed),detections in zip(batch, found): yield path, letterboxed, detections, seconds
+        for (path,resized),detections in zip(batch, found): yield path, resized, detections, seconds
         start = time.perf_counter()
 
 # %% ../../nbs/app/01_infer.ipynb #23bc4592
@@ -135,20 +134,20 @@ def _predict_in_threads(detector, paths, workers, on_error):
     "Runs a detector on single images, each in a thread of its own; yields the same in order."
     def predict(path):
         start = time.perf_counter()
-        try: letterboxed = read_letterboxed(path, detector.image_hw, pad_rgb=padding_colour(detector))
+        try: resized = read_resized(path, detector.image_hw, **resize_options(detector))
         except (OSError, ValueError) as e:      # the image cannot be read; an error of the detector stops the run
             if on_error is None: raise
             return path, e
-        return path, _predict_one(detector, letterboxed, start)
+        return path, _predict_one(detector, resized, start)
     for path,result in threaded_map(predict, paths, workers):
         if isinstance(result, Exception): on_error(path, result)
         else: yield path, *result
 
-def _predict_one(detector, letterboxed, start):
-    "Returns a letterboxed image, its detections and the seconds per stage; reading began at `start`."
+def _predict_one(detector, resized, start):
+    "Returns a resized image, its detections and the seconds per stage; reading began at `start`."
     read = time.perf_counter()
-    found = detector(letterboxed.image[None])[0]
-    return letterboxed, found, dict(read=read-start, network=time.perf_counter()-read)
+    found = detector(resized.image[None])[0]
+    return resized, found, dict(read=read-start, network=time.perf_counter()-read)
 
 # %% ../../nbs/app/01_infer.ipynb #fe992730
 def predict_tiled_files(
@@ -173,14 +172,14 @@ def predict_tiled_files(
         yield FilePrediction(path, kept, float(found.scores.max(initial=0)), image_hw, seconds)
 
 def _predict_large(detector, image, tiling, options):
-    "Returns the detections in pixels, in tiles, or in a letterboxed image; and (height, width) of the image."
-    if not isinstance(image, LetterboxedImage):
+    "Returns the detections in pixels, in tiles, or in a resized image; and (height, width) of the image."
+    if not isinstance(image, ResizedImage):
         return detect_tiled(detector, image, tiling, **options), image.shape[:2]
     found = detector(image.image[None])[0].to_original(image, class_table=options['class_table'])
     return found, image.original_hw
 
 def _read_ahead(paths, tiling, detector, on_error):
-    "Yields the path of each readable image, its pixels and the seconds; small images are letterboxed."
+    "Yields the path of each readable image, its pixels and the seconds; small images are resized."
     def read(path):
         start = time.perf_counter()
         try: image = read_image(path)
@@ -188,7 +187,7 @@ def _read_ahead(paths, tiling, detector, on_error):
             if on_error is None: raise
             return path, e, 0
         if len(tiling.boxes(image.shape[:2]))==1:
-            image = read_letterboxed(path, detector.image_hw, pad_rgb=padding_colour(detector))
+            image = read_resized(path, detector.image_hw, **resize_options(detector))
         return path, image, time.perf_counter()-start
     for path,image,seconds in threaded_map(read, paths, workers=1, prefetch=1):
         if isinstance(image, Exception): on_error(path, image)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NMS_METHOD_BY_FLAG', 'images_per_second', 'describe_nms', 'model_display_names', 'ModelEvaluation',
            'none_if_undefined', 'most_different_images', 'evaluation_summary', 'EvaluationResults',
-           'evaluation_warnings', 'evaluate_model_file', 'open_detector', 'write_testdev_detections']
+           'evaluation_warnings', 'evaluate_model_file', 'open_detector', 'set_resize', 'write_testdev_detections']
 
 # %% ../../nbs/app/05_model_evaluation.ipynb #ea5173d0
 import os, time, warnings
@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from ..core.console import progress_bar
 from ..core.files import write_json
-from ..detector.images import padding_colour
+from ..detector.images import resize_options
 from ..data.classes import ClassTable
-from ..evaluate.predict import letterbox_sample, load_coco_results, predict_samples
+from ..evaluate.predict import load_coco_results, predict_samples, resize_sample
 from ..evaluate.evaluate import Metrics, coco_metrics, coco_results, evaluate, markdown_table, text_table
 from ..evaluate.inspect_results import ap_per_image
 from ..export.runtimes import load_detector
@@ -71,11 +71,17 @@ class ModelEvaluation:
     nms:str=''                   # how it suppresses duplicates
     num_bytes:int=None           # size of its file
     images_per_second:float=None # None if it was not measured
+    resize:str=''                # how its images were resized, if not as in training
 
     def to_dict(self):
         "Returns all metrics as plain data for JSON."
         facts = dict(model=self.name, nms=self.nms, num_bytes=self.num_bytes, images_per_second=self.images_per_second)
+        if self.resize: facts['resize'] = self.resize
         return {**facts, **self.metrics.to_dict(), **self.error_analysis}
+
+    def settings_line(self):
+        "Returns the suppression and, if it is not that of the training, the resizing in one line."
+        return f'NMS: {self.nms}. Resizing: {self.resize}' if self.resize else f'NMS: {self.nms}'
 
     def known_metrics(self, names):
         "Returns some of COCO's metrics; those without any ground truth are None."
@@ -151,7 +157,8 @@ class EvaluationResults(list):
         return lines
 
     def _comparison(self, format_table):
-        parts = [evaluation_summary(self), format_table(self.summary_table())]
+        resized = [f'Resizing: {resize}' for resize in sorted({e.resize for e in self if e.resize})]
+        parts = [evaluation_summary(self), *resized, format_table(self.summary_table())]
         parts += ['AP of each class', format_table(self.per_class_table())]
         lines = self.difference_lines()
         if lines: parts += ['They differ most on these images (AP of the image at IoU 0.5)', '\n'.join(lines)]
@@ -160,12 +167,12 @@ class EvaluationResults(list):
     def __repr__(self):
         if len(self)>1: return '\n\n'.join(self._comparison(text_table))
         e = self[0]
-        return '\n\n'.join([repr(e.metrics), f'NMS: {e.nms}', repr(e.error_analysis)])
+        return f'{e.metrics!r}\n\n{e.settings_line()}\n\n{e.error_analysis!r}'
 
     def _repr_markdown_(self):
         if len(self)>1: return '\n\n'.join(self._comparison(markdown_table))
         e = self[0]
-        return '\n\n'.join([e.metrics._repr_markdown_(), f'NMS: {e.nms}', e.error_analysis._repr_markdown_()])
+        return f'{e.metrics._repr_markdown_()}\n\n{e.settings_line()}\n\n{e.error_analysis._repr_markdown_()}'
 
 def _format_score(value): return '–' if value==-1 else f'{value:.3f}'
 
@@ -213,21 +220,25 @@ def evaluate_model_file(
     image_hw:tuple=None,       # (height, width) the spec sets, for a warning
     classes:ClassTable=None,   # of the ground truth: for a warning, and to read a .json
     max_detections:int=None,   # largest number of detections per image; as the file specifies if absent
+    resize:str=None,           # one of `RESIZE_MODES`; as the file specifies if absent
 )->ModelEvaluation:
     "Evaluates one model file, or one file of detections."
-    path,speed = Path(model_path), None
+    path,speed,resize_description = Path(model_path), None, ''
     if path.suffix.lower()=='.json':
+        if resize: raise ValueError(f'{path}: contains detections, so no image is resized. Leave --resize out')
         metrics,nms_description = _evaluate_detections_file(path, samples, classes, eval_samples,
                                                             pycocotools), 'done before'
     else:
         detector = open_detector(path, key, nms, max_detections)
+        resize_description = set_resize(detector, resize)
         for message in evaluation_warnings(detector, path, image_hw, classes): warnings.warn(message)
         metrics = evaluate(detector, samples, batch_size=batch_size, eval_samples=eval_samples,
                            show_progress=show_progress, pycocotools=pycocotools)
         nms_description = describe_nms(detector)
         if measure_speed: speed = images_per_second(detector, _first_batch(detector, samples, batch_size))
     analysis = metrics.analyze_errors(**(analysis_options or {}))
-    return ModelEvaluation(name or path.name, metrics, analysis, nms_description, path.stat().st_size, speed)
+    return ModelEvaluation(name or path.name, metrics, analysis, nms_description, path.stat().st_size, speed,
+                           resize_description)
 
 def open_detector(
     path,         # .tlt, .onnx, .etlt, .tflite or .engine
@@ -243,10 +254,20 @@ def open_detector(
     except ValueError as e: warnings.warn(f'{path}: {e}')      # an exported file that keeps fewer
     return detector
 
+def set_resize(
+    detector,        # a detector
+    resize:str=None, # one of `RESIZE_MODES`; None: unchanged
+)->str:              # a description of the change; empty without one
+    "Makes a detector take images that are resized in another way than in its training."
+    trained_with = resize_options(detector)['resize']
+    if resize in (None, trained_with): return ''
+    detector.resize = resize
+    return f'{resize}; trained with {trained_with}'
+
 def _first_batch(detector, samples, batch_size):
     "Returns the first images, resized to the network input."
-    size,colour = tuple(detector.image_hw), padding_colour(detector)
-    return np.stack([letterbox_sample(sample, size, colour)[0].image for sample in islice(samples, batch_size)])
+    size,options = tuple(detector.image_hw), resize_options(detector)
+    return np.stack([resize_sample(sample, size, **options)[0].image for sample in islice(samples, batch_size)])
 
 def _evaluate_detections_file(path, samples, classes, eval_samples, pycocotools):
     "Evaluates the detections in a file."

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .. import __version__
 from ..core.console import Status, format_duration, log_message
 from ..core.files import atomic_write
-from ..detector.images import read_letterboxed
+from ..detector.images import read_resized
 from ..detector.toy_data import make_toy_dataset
 from ..data.convert import dataset_convert
 from ..evaluate.ground_truth import images_by_id, samples_from_coco
@@ -329,7 +329,7 @@ def _annotate_images(run, score_threshold, key):
 def _measure_speed(run, size):
     "Measures the speed of the trained, the retrained and the exported model on eight validation images."
     paths = islice(sorted((run.folder/'shapes'/'val').iterdir()), 8)
-    images = np.stack([read_letterboxed(path, (size, size)).image for path in paths])
+    images = np.stack([read_resized(path, (size, size)).image for path in paths])
     for name,runtime in dict(trained='Keras', retrained='Keras', exported='ONNX Runtime').items():
         run.throughput[f'{runtime}, {name} model'] = images_per_second(run.detectors[name], images)
     return ', '.join(f'{what} {speed:.0f} images/s' for what,speed in run.throughput.items())

@@ -47,9 +47,11 @@ def scaled_size(
     original_hw,  # (height, width) of the image, pixels
     image_hw,     # (height, width) of the network input, pixels
     scale,        # 1 makes the image just fit the input
+    resize:str='letterbox', # `letterbox` keeps the aspect ratio, `stretch` takes that of the input
 ):                # int32 [2]: height and width of the scaled image, each at least 1
-    "Computes the size of an image at a scale of the input, with the same aspect ratio."
+    "Computes the size of an image at a scale of the input."
     original_hw,image_hw = tf.cast(original_hw, tf.float32),tf.cast(image_hw, tf.float32)
+    if resize=='stretch': return tf.maximum(tf.cast(image_hw*scale + 1e-3, tf.int32), 1)
     factor = tf.reduce_min(tf.floor(image_hw*scale)/original_hw)
     return tf.maximum(tf.cast(original_hw*factor + 1e-3, tf.int32), 1)
 
@@ -60,10 +62,11 @@ def crop_window(
     scale,         # 1 makes the image just fit the input
     crop_position, # [2] position of the window, 0..1 vertical and horizontal
     window_hw=None,# (height, width) of the part of the input to fill, pixels; None is all of it
+    resize:str='letterbox', # one of `RESIZE_MODES`
 ):                 # int32 [2] each: top left corner and size of the window in the image, and its size in the input
     "Computes the window of a scale-jitter crop in the original image, and its size in the input."
     window_hw = image_hw if window_hw is None else window_hw
-    hw,scaled_hw = tf.cast(original_hw, tf.int32),scaled_size(original_hw, image_hw, scale)
+    hw,scaled_hw = tf.cast(original_hw, tf.int32),scaled_size(original_hw, image_hw, scale, resize)
     resized_hw = tf.minimum(scaled_hw, tf.cast(window_hw, tf.int32))
     per_pixel = tf.cast(hw, tf.float32)/tf.cast(scaled_hw, tf.float32)
     start = tf.cast(crop_position*tf.cast(scaled_hw-resized_hw, tf.float32), tf.int32)
@@ -117,9 +120,10 @@ def crop_resize_pad(
     window_hw=None, # (height, width) of the part of the input to fill, pixels; None is all of it
     min_visible:float=0., # smallest share of a box that must stay visible, 0..1
     pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
+    resize:str='letterbox', # one of `RESIZE_MODES`
 ):                  # image uint8 [height, width, 3]; boxes and labels of what is still visible, input pixels
     "Crops, scales and pads an image and its boxes, for a given scale and position."
-    crop_yx,crop_hw,resized_hw = crop_window(tf.shape(image)[:2], image_hw, scale, crop_position, window_hw)
+    crop_yx,crop_hw,resized_hw = crop_window(tf.shape(image)[:2], image_hw, scale, crop_position, window_hw, resize)
     cropped = tf.slice(image, tf.concat([crop_yx, [0]], 0), tf.concat([crop_hw, [3]], 0))
     padded = _pad(_resize(cropped, resized_hw), image_hw if window_hw is None else window_hw, pad_rgb)
     if window_hw is None: padded = tf.ensure_shape(padded, (*image_hw,3))
@@ -136,11 +140,11 @@ def random_scale_crop(
     seed=(0,0),         # two integers; the same two always give the same result
     window_hw=None,     # (height, width) of the part of the input to fill, pixels; None is all of it
     min_visible:float=0., # smallest share of a box that must stay visible, 0..1
-    pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
+    **options,          # `pad_rgb` and `resize`, as for `crop_resize_pad`
 ):                      # image uint8 [height, width, 3]; boxes and labels of what is still visible, input pixels
     "Scales an image randomly, crops a random window, and pads it to the size of the input."
     scale,position = sample_scale_jitter(seed, scale_min, scale_max)
-    return crop_resize_pad(image, boxes, labels, image_hw, scale, position, window_hw, min_visible, pad_rgb)
+    return crop_resize_pad(image, boxes, labels, image_hw, scale, position, window_hw, min_visible, **options)
 
 # %% ../../nbs/data/12_augment.ipynb #2d852c96
 def jitter_colors(
@@ -173,14 +177,14 @@ def augment(
     hue_jitter:float=0.,# largest change of the hue, 0..0.5 of the colour circle
     window_hw=None,     # (height, width) of the part of the input to fill, pixels; None is all of it
     min_visible:float=0., # smallest share of a box that must stay visible, 0..1
-    pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
+    **options,          # `pad_rgb` and `resize`, as for `crop_resize_pad`
 ):                      # image uint8 [height, width, 3]; boxes and labels of what is still visible, input pixels
     "Applies the training augmentations of one image: flip, colours, scale-jitter crop, padding."
     fold_in = tf.random.experimental.stateless_fold_in
     if hflip: image,boxes = random_horizontal_flip(image, boxes, fold_in(seed, 1))
     if color_jitter or hue_jitter: image = jitter_colors(image, fold_in(seed, 2), color_jitter, hue_jitter)
     return random_scale_crop(image, boxes, labels, image_hw, scale_min, scale_max, seed, window_hw, min_visible,
-                             pad_rgb)
+                             **options)
 
 # %% ../../nbs/data/12_augment.ipynb #b9958e68
 def mosaic_tiles(

@@ -149,9 +149,10 @@ def check_anchors(
     scan:SplitScan,
     image_hw:tuple, # (height, width) of the network input, pixels
     anchors,        # [A, 4] yxyx pixels, for that input
+    resize:str='letterbox', # one of `RESIZE_MODES`
 ):                  # yields problems
     "Checks whether the anchors match the sizes and shapes of the boxes."
-    sizes,shapes = scan.scaled_box_sizes(image_hw),anchor_sizes(anchors)
+    sizes,shapes = scan.scaled_box_sizes(image_hw, resize),anchor_sizes(anchors)
     if not len(sizes) or _are_fractions(scan): return
     tiny = sizes.max(1)<MIN_SIDE
     unmatched = best_size_iou(sizes, shapes)<MATCH_IOU
@@ -321,6 +322,7 @@ class DataCheck:
     image_hw:tuple       # (height, width) of the network input, pixels
     category_names:dict  # category id -> name
     anchors:object=None  # [A, 4] as given
+    resize:str='letterbox' # how images get the size of the input
 
     @property
     def errors(self)->list: return [p for p in self.problems if p.is_error]
@@ -387,13 +389,13 @@ def check_records(
             found = _check_split(config, split, scan, verify_checksums)
         problems += _without_repeats(found, problems)
     train,val = map(scans.get, SPLITS)
-    if train and anchors is not None: problems += check_anchors(train, config.image_hw, anchors)
+    if train and anchors is not None: problems += check_anchors(train, config.image_hw, anchors, config.resize)
     if val and config.validation_json_file: problems += check_annotation_file(val, config.validation_json_file)
     if train and limit is None: problems += check_split_overlap(train, val)
     if train:
         problems += check_epoch_size(train.num_records, val and val.num_records, epoch_size, batch_size, eval_samples)
     errors_first = sorted(dict.fromkeys(problems), key=lambda p: not p.is_error)
-    return DataCheck(errors_first, scans, config.image_hw, _category_names(config), anchors)
+    return DataCheck(errors_first, scans, config.image_hw, _category_names(config), anchors, config.resize)
 
 def _check_patterns(config):
     "Returns a problem if no records are named."

@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from ..core.console import log_message
 from ..detector.boxes import label_color, show_boxes
-from ..detector.images import PAD_RGB
+from ..detector.images import PAD_RGB, resize_options, resize_scale
 from .classes import ClassTable
 from .tfrecord import decode_example, load_sidecar
 from .augment import MIN_VISIBLE, augment, join_tiles, mosaic_tiles, sample_scale_jitter
@@ -31,6 +31,7 @@ class DataConfig:
     num_classes:int = 91              # channels of the class head: categories + 1
     image_hw:tuple = (512,512)        # (height, width) of the network input, pixels
     pad_rgb:tuple = PAD_RGB           # colour of the padding, 0..255
+    resize:str = 'letterbox'          # how images get the size of the input: one of `RESIZE_MODES`
     max_instances:int = 100           # most objects an image may have
     skip_crowd:bool = True            # leave out crowd boxes in training
     skip_corrupt:bool = False         # read the next record instead of a damaged one
@@ -150,8 +151,8 @@ def read(
     "Reads and decodes one record at the lowest resolution that a scale allows."
     example = self.read_example(i)
     original_hw = example['height'],example['width']
-    factor = scale*min(side/max(original, 1) for side,original in zip(self.config.image_hw, original_hw))
-    ratio = downscale_ratio(original_hw, [np.ceil(side*factor) for side in original_hw])
+    scales,_ = resize_scale(np.maximum(original_hw, 1), self.config.image_hw, self.config.resize)
+    ratio = downscale_ratio(original_hw, np.ceil(np.multiply(original_hw, scales)*scale))
     try: image = decode_image(example['image'], ratio)
     except Exception:
         raise CorruptRecord(f"{self.records.record_name(i)}, image {example['source_id']}: not readable as an image "
@@ -240,7 +241,7 @@ def _augmented(number, key, loader, **tile):
     image,boxes,classes = tf.py_function(_recording_failures(loader), [number, scale], (tf.uint8, tf.float32, tf.int32))
     image,boxes,classes = map(tf.ensure_shape, (image, boxes, classes), ((None,None,3), (None,4), (None,)))
     colors = config.color_jitter,config.hue_jitter
-    options = dict(pad_rgb=config.pad_rgb) | tile
+    options = resize_options(config) | tile
     return augment(image, boxes, classes, config.image_hw, key, config.hflip, *scales, *colors, **options)
 
 # %% ../../nbs/data/14_pipeline.ipynb #7cb66051

@@ -87,10 +87,12 @@ def _join_examples(records, examples, damaged):
 def scaled_box_sizes(
     self:SplitScan,
     image_hw:tuple, # (height, width) of the network input, pixels
+    resize:str='letterbox', # one of `RESIZE_MODES`
 )->np.ndarray:      # [N, 2] height and width, pixels
-    "Returns the sizes of all boxes after their images are scaled to fit the network input."
-    scale = np.min(np.divide(image_hw, np.maximum(self.image_sizes, 1)), 1, initial=np.inf)
-    return self.box_sizes*scale[self.image_index][:,None]
+    "Returns the sizes of all boxes in the network input."
+    scales = np.divide(image_hw, np.maximum(self.image_sizes, 1))
+    if resize=='letterbox': scales = scales.min(1, keepdims=True)
+    return self.box_sizes*scales[self.image_index]
 
 # %% ../../nbs/data/16_scan.ipynb #97b57652
 def plot_box_sizes(
@@ -98,21 +100,23 @@ def plot_box_sizes(
     image_hw:tuple, # (height, width) of the network input, pixels
     anchors=None,   # [A, 4] yxyx pixels; draws their sizes and the sizes they match
     ax=None,        # matplotlib axes to draw on; None makes a small figure
+    resize:str='letterbox', # one of `RESIZE_MODES`
 ):                  # the axes
     "Plots height over width of all boxes in the network input, and the sizes that the anchors match."
-    return plot_sizes(scan.scaled_box_sizes(image_hw), image_hw, anchors, ax)
+    return plot_sizes(scan.scaled_box_sizes(image_hw, resize), image_hw, anchors, ax)
 
 # %% ../../nbs/data/16_scan.ipynb #599c5b1e
 def plot_aspect_ratios(
     scan:SplitScan,
     anchors=None,   # [A, 4] yxyx pixels; draws their aspect ratios
     ax=None,        # matplotlib axes to draw on; None makes a small figure
+    sizes=None,     # [N, 2] height and width of the boxes in the network input; None: in their images
 ):                  # the axes
     "Plots a histogram of the ratio of width to height."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4,2.2), dpi=72)[1]
     if anchors is not None: _plot_anchor_ratios(ax, anchor_sizes(anchors))
-    height,width = np.maximum(scan.box_sizes, 1e-3).T
+    height,width = np.maximum(scan.box_sizes if sizes is None else sizes, 1e-3).T
     ax.hist(np.clip(width/height, 1/16, 16), np.geomspace(1/16, 16, 41), color='#4363d8')
     ax.set(xscale='log', xlabel='width / height', ylabel='boxes')
     ax.set_xticks([1/8,1/4,1/2,1,2,4,8], ['1/8','1/4','1/2','1','2','4','8'])

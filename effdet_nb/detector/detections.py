@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from fastcore.basics import patch
 from .boxes import area, draw_boxes, yxyx_to_xywh
 from .images import (
-    LetterboxedImage, boxes_to_original, padding_colour, read_image, read_letterboxed)
+    ResizedImage, boxes_to_original, read_image, read_resized, resize_options)
 
 # %% ../../nbs/detector/09_detections.ipynb #6ca95346
 @dataclass
@@ -47,12 +47,12 @@ class Detections:
 # %% ../../nbs/detector/09_detections.ipynb #9e2fe0b8
 @patch
 def to_original(self:Detections,
-    letterboxed:LetterboxedImage, # the image in which they were found
-    image=None,                   # the original: a path, or [H, W, 3] uint8
-    class_table=None,             # the `ClassTable` of the detector
-)->Detections:                    # boxes in pixels of the original, inside it
-    "Maps detections of a letterboxed image to the original image."
-    boxes = boxes_to_original(self.boxes, letterboxed.scale, letterboxed.original_hw)
+    resized:ResizedImage, # the image in which they were found
+    image=None,           # the original: a path, or [H, W, 3] uint8
+    class_table=None,     # the `ClassTable` of the detector
+)->Detections:            # boxes in pixels of the original, inside it
+    "Maps detections of a resized image to the original image."
+    boxes = boxes_to_original(self.boxes, resized.scale, resized.original_hw)
     return Detections(boxes, self.scores, self.classes, image, class_table)
 
 # %% ../../nbs/detector/09_detections.ipynb #05c16d2e
@@ -78,9 +78,9 @@ def predict_image(
     threshold:float=.5, # lowest score to keep, 0 to 1
 )->Detections:          # best first, pixels of the image as stored
     "Detects the objects in one image file."
-    letterboxed = read_letterboxed(image_path, detector.image_hw, pad_rgb=padding_colour(detector))
-    found = detector(letterboxed.image[None])[0]
-    return found.to_original(letterboxed, image_path, detector.classes).select(threshold)
+    resized = read_resized(image_path, detector.image_hw, **resize_options(detector))
+    found = detector(resized.image[None])[0]
+    return found.to_original(resized, image_path, detector.classes).select(threshold)
 
 # %% ../../nbs/detector/09_detections.ipynb #619263a4
 @patch(as_prop=True)

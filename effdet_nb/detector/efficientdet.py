@@ -109,6 +109,7 @@ class Arch:
     channels:int=3               # of the images: 3 for colour, 1 for grey
     residual_last_block:bool=True # False: P5 is taken as TAO takes it, before the last block adds its input
     pad_rgb:tuple=None           # colour of the padding of its images, 0..255; None: zero after normalisation
+    resize:str='letterbox'       # how its images get the input size: one of `RESIZE_MODES`
 
     def __post_init__(self):
         variant = get_variant(self.name)

@@ -34,7 +34,7 @@ class KerasDetector:
     ):
         self.model, self.arch, self.classes, self.meta = model, arch, classes, meta or {}
         self.image_hw, self.pad_rgb, self.anchors = tuple(arch.image_hw), tuple(arch.pad_rgb), arch_anchors(arch)
-        self.nms_options, self.predict_fn = nms_options, predict_fn
+        self.resize, self.nms_options, self.predict_fn = arch.resize, nms_options, predict_fn
         model.jit_compile = False
 
     def forward(self,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ..core.console import progress_bar
 from .boxes import area, as_boxes
-from .images import LetterboxedImage, letterbox, padding_colour, threaded_map
+from .images import resize_options, resize_to_input, threaded_map
 from .detections import Detections
 from .nms import DEFAULT_NMS, NmsOptions, nms
 
@@ -142,12 +142,10 @@ def detector_inputs(
     image:np.ndarray, # [H, W, 3] uint8
     tiles,            # [N, 4] int y1 x1 y2 x2
     detector,         # has `image_hw`
-):                    # yields a `LetterboxedImage` for each tile
+):                    # yields a `ResizedImage` for each tile
     "Cuts tiles out of an image and scales them to the input size of a detector."
     for y1,x1,y2,x2 in tiles:
-        tile = image[y1:y2,x1:x2]
-        pixels,scale = letterbox(tile, detector.image_hw, padding_colour(detector))
-        yield LetterboxedImage(pixels, scale, tile.shape[:2])
+        yield resize_to_input(image[y1:y2,x1:x2], detector.image_hw, **resize_options(detector))
 
 # %% ../../nbs/detector/15_tiles.ipynb #4d05d6fb
 def detect_image(

@@ -30,7 +30,7 @@ network-input-order=1
 model-color-format={color_format}
 net-scale-factor=1.0
 offsets=0;0;0
-maintain-aspect-ratio=1
+maintain-aspect-ratio={keep_aspect_ratio}
 symmetric-padding=0
 num-detected-classes={num_classes}
 output-blob-names=num_detections;detection_boxes;detection_scores;detection_classes
@@ -63,9 +63,11 @@ def nvinfer_config(
     return NVINFER_CONFIG.format(
         model=model_path, model_setting=model_setting,
         engine=model_path.with_suffix('.engine').name, h=height, w=width, batch=meta['batch_size'] or 1,
-        channels=channels, color_format=COLOR_FORMATS[channels],
+        channels=channels, color_format=COLOR_FORMATS[channels], keep_aspect_ratio=int(not _is_stretched(meta)),
         version=meta['version'], mode=NETWORK_MODES[meta['data_type']], num_classes=meta['arch']['num_classes'],
         threshold=_shown_scores(nms) if score_threshold is None else score_threshold)
+
+def _is_stretched(meta): return meta['arch'].get('resize')=='stretch'
 
 def _shown_scores(nms):
     "Returns the lowest score to show in a video, if none is given."
@@ -145,7 +147,7 @@ README_TEMPLATE = '''## {model} in DeepStream
 
 | tensor | type | shape | content |
 |---|---|---|---|
-| `input` | float32 | {batch} x {h} x {w} x {channels} | {colour}, 0 to 255, scaled to fit, in the top left corner |
+| `input` | float32 | {batch} x {h} x {w} x {channels} | {colour}, 0 to 255, {resized} |
 | `num_detections` | int32 | {batch} x 1 | number of valid rows in the other tensors |
 | `detection_boxes` | float32 | {batch} x {n} x 4 | y1 x1 y2 x2, pixels of the input |
 | `detection_scores` | float32 | {batch} x {n} | {threshold} to 1, best first |
@@ -166,6 +168,7 @@ def readme_text(
     return README_TEMPLATE.format(
         model=model_name, engine=engine, **commands, h=h, w=w, batch=meta['batch_size'] or 'batch',
         channels=channels, colour='RGB' if channels==3 else 'grey',
+        resized='stretched' if _is_stretched(meta) else 'scaled to fit, in the top left corner',
         n=nms['max_detections'], threshold=nms['score_threshold'])
 
 # %% ../../nbs/export/09_deepstream.ipynb #c1948473

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from ..core.files import atomic_write, check_output_path, readable_disk_errors
+from ..detector.images import resize_options
 from ..detector.nms import NmsOptions
 from ..weights.encryption import resolve_key
 from ..weights.model_file import ModelFile, load_model_file, save_etlt
@@ -154,7 +155,9 @@ def export_mobile(
     options, arch = NmsOptions(**nms_settings), model_file.arch
     meta = build_metadata(model_file.meta, 1) | dict(data_type=data_type, nms=dict(kind='tflite') | nms_settings)
     model, images = model_file.build_model(input_dtype='float32'), None
-    if data_type=='int8': images = calibration_batches(cal_image_dir, arch.image_hw, 1, num_images, arch.channels)
+    if data_type=='int8':
+        images = calibration_batches(cal_image_dir, arch.image_hw, 1, num_images, arch.channels,
+                                     **resize_options(arch))
     network = convert_detector(model, len(mobile_labels(model_file.classes)), data_type, images)
     pixels = verification_pixels(arch)
     difference = check_difference(verify_network(network, model, pixels, meta), TOLERANCES[data_type], path,

@@ -7,7 +7,7 @@ __all__ = ['DUMMY_BATCH', 'METADATA_KEY', 'IMAGE_PREPARATION', 'GRAPH_PASSES', '
            'add_initializer', 'replace_nodes', 'copy_proto', 'infer_tensor_shapes', 'resize_nodes', 'resize_to_gather',
            'remove_noop_reshapes', 'folded_conv', 'fold_batch_norms', 'count_readers', 'fold_normalization',
            'folded_scale', 'follow_chain', 'matmul_nodes', 'head_conv_to_matmul', 'set_batch_dim', 'run_onnx',
-           'set_metadata', 'get_metadata', 'build_metadata', 'padding_from_metadata', 'anchors_from_metadata',
+           'set_metadata', 'get_metadata', 'build_metadata', 'resize_options_from_metadata', 'anchors_from_metadata',
            'get_batch_dim', 'name_by_position', 'model_to_onnx', 'convert_to_onnx']
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #aa0236f1
@@ -323,17 +323,19 @@ def build_metadata(
 )->dict:                 # metadata for a graph without suppression
     "Builds the metadata of an exported network."
     from_model = {name: meta.get(name) for name in ('arch','classes','step','epoch')}
-    padding = (meta.get('arch') or {}).get('pad_rgb', PAD_RGB)
-    preparation = IMAGE_PREPARATION | dict(padding=list(padding))
+    arch = meta.get('arch') or {}
+    preparation = IMAGE_PREPARATION | dict(padding=list(arch.get('pad_rgb', PAD_RGB)))
+    if arch.get('resize')=='stretch': preparation |= dict(resize='stretch')
     return dict(format=1, version=__version__, **from_model, input=preparation, batch_size=batch_size,
                 opset=opset, data_type='fp32', nms=dict(kind='none'))
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #af5ee36d
-def padding_from_metadata(
+def resize_options_from_metadata(
     meta:dict,  # metadata of an exported file
-)->tuple:       # (red, green, blue), 0..255
-    "Returns the colour of the padding that an exported network expects."
-    return tuple(meta.get('input', {}).get('padding', PAD_RGB))
+)->dict:        # `pad_rgb` and `resize`, arguments of the functions that resize images
+    "Returns how an exported network needs its images resized."
+    padding = tuple(meta.get('input', {}).get('padding', PAD_RGB))
+    return dict(pad_rgb=padding, resize=meta['arch'].get('resize', 'letterbox'))
 
 # %% ../../nbs/export/02_onnx_graph.ipynb #4ab7b2f0
 def anchors_from_metadata(

@@ -12,9 +12,9 @@ import hashlib, json, tempfile
 from pathlib import Path
 import numpy as np
 from ..core.files import atomic_write
-from ..detector.images import PAD_RGB, read_letterboxed_batches, to_channels
+from ..detector.images import read_resized_batches, to_channels
 from .onnx_graph import (
-    copy_proto, get_metadata, graph_initializers, padding_from_metadata, set_metadata)
+    copy_proto, get_metadata, graph_initializers, resize_options_from_metadata, set_metadata)
 
 # %% ../../nbs/export/04_quantize.ipynb #cbb8beba
 def convert_to_fp16(
@@ -132,19 +132,19 @@ def calibration_batches(
     batch_size:int=1,   # images per batch
     num_batches:int=10, # number of batches, at most
     channels:int=3,     # channels of the network input: 3 for colour, 1 for grey
-    pad_rgb:tuple=PAD_RGB, # colour of the padding, 0..255
+    **options,          # `pad_rgb` and `resize` of the network
 ):                      # yields [N,H,W,channels] uint8
     "Reads calibration images in batches, in the order of their names."
     files = sorted(path for path in Path(image_dir).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise FileNotFoundError(f'cal_image_dir {image_dir}: no images ({", ".join(IMAGE_SUFFIXES)}) in it or its '
                                 'subfolders. Give a folder of images similar to those that the detector will process')
-    batches = read_letterboxed_batches(files[:batch_size*num_batches], tuple(image_hw), batch_size, pad_rgb=pad_rgb)
+    batches = read_resized_batches(files[:batch_size*num_batches], tuple(image_hw), batch_size, **options)
     return (_stack(batch, channels) for batch in batches)
 
 def _stack(batch, channels):
-    "Stacks a batch of letterboxed images into one array."
-    return to_channels(np.stack([letterboxed.image for _,letterboxed in batch]), channels)
+    "Stacks a batch of resized images into one array."
+    return to_channels(np.stack([resized.image for _,resized in batch]), channels)
 
 # %% ../../nbs/export/04_quantize.ipynb #9fa4b5b7
 PRECISIONS = 'fp32', 'fp16', 'int8'
@@ -182,5 +182,5 @@ def _batches_for(meta, image_dir, num_batches, batch_size):
     graph_batch = meta['batch_size'] or 1
     num_images = (batch_size or graph_batch)*num_batches
     channels, num_batches = meta['arch'].get('channels', 3), -(-num_images//graph_batch)
-    padding = padding_from_metadata(meta)
-    return calibration_batches(image_dir, meta['arch']['image_hw'], graph_batch, num_batches, channels, padding)
+    return calibration_batches(image_dir, meta['arch']['image_hw'], graph_batch, num_batches, channels,
+                               **resize_options_from_metadata(meta))

@@ -22,7 +22,7 @@ from ..weights.encryption import ENCRYPTED_MAGIC, resolve_key
 from ..weights.model_file import check_arch, check_classes, is_onnx, load_etlt, load_model_file
 from ..weights.container import ZIP_MAGIC, reject_unneeded_key, require_file
 from .mobile import create_interpreter, four_outputs, read_tflite_metadata, run_interpreter
-from .onnx_graph import get_metadata, anchors_from_metadata, padding_from_metadata
+from .onnx_graph import get_metadata, anchors_from_metadata, resize_options_from_metadata
 from .onnx_nms import NMS_OUTPUTS, strip_nms
 
 # %% ../../nbs/export/07_runtimes.ipynb #68dea07a
@@ -202,7 +202,7 @@ class ExportedDetector:
                              'its classes and anchors are unknown. Export the .tlt again')
         check_metadata(meta, name)
         self.meta,self.image_hw = meta, tuple(meta['arch']['image_hw'])
-        self.pad_rgb = padding_from_metadata(meta)
+        self.pad_rgb, self.resize = resize_options_from_metadata(meta).values()
         self.classes,self.anchors = ClassTable.from_dict(meta['classes']), anchors_from_metadata(meta)
         self.suppresses_itself = meta['nms']['kind']!='none' if is_fixed is None else is_fixed
         self.nms_options = resolve_nms_options(meta['nms'], nms_changes, self.suppresses_itself)

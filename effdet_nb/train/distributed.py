@@ -165,7 +165,8 @@ class DistributedPredictor:
         strategy:tf.distribute.Strategy, # the replicas
     ):
         self.detector, self.strategy = detector, strategy
-        self.image_hw, self.pad_rgb, self.classes = detector.image_hw, detector.pad_rgb, detector.classes
+        self.image_hw, self.classes = detector.image_hw, detector.classes
+        self.pad_rgb, self.resize = detector.pad_rgb, detector.resize
         self.num_replicas = strategy.num_replicas_in_sync
         self.predict_replicas = tf.function(self._predict_replicas, autograph=False)
 

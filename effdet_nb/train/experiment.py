@@ -40,7 +40,8 @@ def arch_from_spec(
         aspects=tuple(map(tuple, model.aspects)),
         num_scales=model.num_scales,
         anchor_scale=model.anchor_scale if spec.is_set('model_config', 'anchor_scale') else None,
-        channels=data.num_channels)
+        channels=data.num_channels,
+        resize=data.resize)
 
 # %% ../../nbs/train/03_experiment.ipynb #4a12de07
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _pruned_arch(spec, pruned):
     if arch.num_classes != wanted.num_classes:
         raise ValueError(f'{path}: was pruned with num_classes {arch.num_classes}, dataset_config.num_classes is '
                          f'{wanted.num_classes}. Use the same number: the pruned class head has that many channels')
-    return replace(arch, image_hw=tuple(wanted.image_hw))
+    return replace(arch, image_hw=tuple(wanted.image_hw), resize=wanted.resize)
 
 # %% ../../nbs/train/03_experiment.ipynb #f41693fd
 def data_config_from_spec(
@@ -83,6 +84,7 @@ def data_config_from_spec(
         num_classes=data.num_classes,
         image_hw=tuple(data.image_hw),
         pad_rgb=arch_from_spec(spec).pad_rgb,
+        resize=data.resize,
         max_instances=data.max_instances_per_image,
         skip_crowd=data.skip_crowd_during_training,
         skip_corrupt=data.skip_corrupt,
@@ -207,7 +209,7 @@ def resolve_experiment(
 
 # %% ../../nbs/train/03_experiment.ipynb #61003cc6
 FIXED_FIELDS = dict(
-    dataset_config=('num_classes', 'image_size', 'num_channels'),
+    dataset_config=('num_classes', 'image_size', 'num_channels', 'resize'),
     training_config=('pruned_model_path',),
     model_config=('model_name', 'aspect_ratios', 'anchor_scale', 'min_level', 'max_level', 'num_scales',
                   'freeze_blocks', 'freeze_bn'))

@@ -156,9 +156,7 @@ class DatasetConfig:
     num_classes:int = spec_field(
         5, 0, 'Number of categories plus one', 'channels', within(2, 100_000), required_by=TRAIN_EVAL_TASKS)
     image_size:str = spec_field(
-        6, '512,512', 'Input size of the network: "height,width" or "WIDTHxHEIGHT"; images are scaled to fit and '
-        'padded',
-        'pixels', image_size_constraint, required_by=TRAIN_TASKS)
+        6, '512,512', 'Input size of the network: "height,width" or "WIDTHxHEIGHT"', 'pixels', image_size_constraint, required_by=TRAIN_TASKS)
     use_fake_data:bool = spec_field(
         7, False, 'Train on the first batch again and again, to measure the speed without reading files')
     max_instances_per_image:int = spec_field(
@@ -170,6 +168,9 @@ class DatasetConfig:
     num_channels:int = spec_field(
         102, 3, 'Channels of the input: 3 for colour, 1 for greyscale; images of the other kind are converted',
         'channels', one_of(3,1))
+    resize:str = spec_field(
+        103, 'letterbox', 'How images get the input size: "letterbox" scales them to fit and pads them, "stretch" '
+        'scales height and width separately, as MediaPipe does; not in TAO', '', one_of('letterbox', 'stretch'))
 
     @property
     def image_hw(self)->tuple:

@@ -21,6 +21,7 @@ from ..data.augment import crop_resize_pad
 from ..data.pipeline import SampleLoader, make_sample_loader
 from ..data.scan import SplitScan, scan_records
 from ..detector.efficientdet import Arch, arch_anchors
+from ..detector.images import resize_options, resize_scale
 from ..detector.predictor import KerasDetector
 from ..evaluate.evaluate import Metrics, evaluate
 from ..evaluate.ground_truth import samples_from_records
@@ -59,7 +60,7 @@ def fixed_batch(
     for number in numbers:
         image,boxes,classes = loader.read(number, 1.)
         objects = tf.constant(boxes),tf.constant(classes)
-        image,boxes,classes = crop_resize_pad(image, *objects, arch.image_hw, 1., (0.,0.), pad_rgb=arch.pad_rgb)
+        image,boxes,classes = crop_resize_pad(image, *objects, arch.image_hw, 1., (0.,0.), **resize_options(arch))
         rows.append((image, *assign_on_grid(grid, boxes.numpy(), classes.numpy())))
     arrays = map(np.stack, zip(*rows))
     return dict(zip(('images','cls_targets','box_targets','num_positives'), map(tf.constant, arrays)))
@@ -241,7 +242,7 @@ def overfit(
     numbers = _image_numbers(spec, num_images)
     run = _OverfitRun(spec, numbers, key)
     with readable_errors(run.plan, run.arch.image_hw): is_out_of_time = run.run(max_steps, seconds)
-    sizes = _scaled_box_sizes(run.examples, run.arch.image_hw)
+    sizes = _scaled_box_sizes(run.examples, run.arch)
     is_matched = best_size_iou(sizes, anchor_sizes(arch_anchors(run.arch)))>=MATCH_IOU
     metrics = run.metrics if np.isfinite(run.losses[-1]) else None
     return OverfitResult(run.spec.training_config.learning_rate, len(numbers), run.losses, metrics, sizes, is_matched,
@@ -256,11 +257,11 @@ def _image_numbers(spec, num_images):
     raise ValueError(f'{spec.dataset_config.training_file_pattern}: no image has an object to train on. '
                      'Convert the annotations again')
 
-def _scaled_box_sizes(examples, image_hw):
-    "Returns height and width of all boxes [N, 2] after their images are scaled to fit the input."
+def _scaled_box_sizes(examples, arch):
+    "Returns height and width of all boxes [N, 2] in the input."
     sizes = []
     for example in examples:
-        scale = min(np.divide(image_hw, (example['height'],example['width'])))
+        scale,_ = resize_scale((example['height'],example['width']), arch.image_hw, arch.resize)
         sizes.append((example['boxes'][:,2:]-example['boxes'][:,:2])*scale)
     return np.concatenate(sizes)
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from ..core.files import atomic_write
 from ..data.classes import ClassTable
+from ..detector.images import RESIZE_MODES
 from ..detector.nms import NmsOptions
 from .encryption import (CHUNK_SIZE, ENCRYPTED_MAGIC, DamagedFileError, ModelFileError,
                                           decrypting_stream, output_stream)
@@ -81,7 +82,8 @@ ARCH_RULES = {      # entry of `arch` in meta.json -> (what is allowed, function
     'max_level': ('a level from 3 to 8', lambda v: v is None or _is_int(v, 3, 8)),
     'channels': ('1 or 3', lambda v: type(v) is int and v in (1,3)),
     'last_adds': ('true or false', lambda v: type(v) is bool),
-    'pad_rgb': ('three numbers from 0 to 255', lambda v: v is None or _is_list(v, _is_colour, (3,)))}
+    'pad_rgb': ('three numbers from 0 to 255', lambda v: v is None or _is_list(v, _is_colour, (3,))),
+    'resize': (' or '.join(RESIZE_MODES), lambda v: v in RESIZE_MODES)}
 
 def check_arch(
     arch,       # value of `arch` in the metadata
