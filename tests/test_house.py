@@ -29,7 +29,7 @@ LIGHT = ('core', 'detector.boxes', 'detector.images', 'detector.toy_data', 'dete
          'data.anchor_fit', 'evaluate', 'weights.encryption', 'weights.container', 'weights.model_file', 'train.fields',
          'train.spec_text', 'train.spec', 'train.set_fields', 'export', 'app.infer', 'app.bulk', 'app.video',
          'app.video_inference', 'app.html', 'app.model_evaluation', 'app.evaluation_page', 'app.quickstart_settings',
-         'app.options', 'app.command', 'app.demo', 'app.compare', 'app.tile_command', 'app.cli')
+         'app.options', 'app.completion', 'app.command', 'app.demo', 'app.compare', 'app.tile_command', 'app.cli')
 # Keras, never TensorFlow, so that another Keras backend can run them:
 PURE = ('detector', 'train.optim')
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASKS', 'LAUNCHER_WORDS', 'effdet_dataset_convert', 'effdet_check', 'effdet_train', 'effdet_evaluate', 'effdet_prune',
            'effdet_inference', 'effdet_export', 'effdet_gen_trt_engine', 'effdet_quickstart', 'effdet_import',
-           'efficientdet_tf1']
+           'effdet_completion', 'efficientdet_tf1']
 
 # %% ../../nbs/app/11_cli.ipynb #c0a1d005
 import argparse, os, sys
@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from .command import command, fix_hash_seed
 from .demo import effdet_demo, effdet_webpage
 from .compare import effdet_compare
+from .completion import SHELLS, answer_shell, completion_script, task_parser
 from .options import CommandParser, Option, parse_options
 from .tile_command import effdet_tile
 
@@ -538,17 +539,27 @@ def effdet_import(
     skip = spec.training_config.skip_checkpoint_variables
     return import_weights(model_path, output_path, key, arch_from_spec(spec), skip=skip)
 
+# %% ../../nbs/app/11_cli.ipynb #13737708
+@command(example='bash')
+def effdet_completion(
+    shell:Option('Shell to print the script for', choices=list(SHELLS), metavar='SHELL'),
+):
+    "Print the script that makes the Tab key complete commands, options and values."
+    programs = ['effdet', 'efficientdet_tf1', *(f'effdet_{task}' for task in TASKS)]
+    return completion_script(programs, shell)
+
 # %% ../../nbs/app/11_cli.ipynb #526d0d84
 TASKS = {
     'dataset_convert': effdet_dataset_convert, 'check': effdet_check, 'train': effdet_train,
     'evaluate': effdet_evaluate, 'prune': effdet_prune, 'inference': effdet_inference, 'export': effdet_export,
     'gen_trt_engine': effdet_gen_trt_engine, 'quickstart': effdet_quickstart, 'import': effdet_import,
-    'webpage': effdet_webpage, 'demo': effdet_demo,
-    'tile': effdet_tile, 'compare': effdet_compare}
+    'webpage': effdet_webpage, 'demo': effdet_demo, 'tile': effdet_tile, 'compare': effdet_compare,
+    'completion': effdet_completion}
 LAUNCHER_WORDS = ('tao', 'tlt', 'model', 'deploy', 'efficientdet_tf1')
 
 def efficientdet_tf1():
     "Runs the task that is the first argument of the command line, with the options that follow."
+    answer_shell(lambda: task_parser(TASKS))
     program = os.path.splitext(os.path.basename(sys.argv[0]))[0]
     args = list(sys.argv[1:])
     while args and args[0] in LAUNCHER_WORDS: args.pop(0)

@@ -11,7 +11,8 @@ import errno, importlib.abc, importlib.util, os, signal, sys, threading, warning
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, wraps
 from fastcore.script import call_parse
-from .options import parse_options
+from .completion import answer_shell
+from .options import command_parser, parse_options
 from ..core.console import prepare_streams
 from ..core.files import mask_secrets
 from ..core.signals import StopSignal, StopSignalHandler
@@ -282,6 +283,8 @@ def command(
         if code>128 and _owns_process(): _end_process(code)
         if code: sys.exit(code)
     @wraps(run)
-    def main(**options): return run(**options or parse_options(main, sys.argv[1:]))
+    def main(**options):
+        if not options: answer_shell(lambda: command_parser(main))
+        return run(**options or parse_options(main, sys.argv[1:]))
     main.example,main.hints = example, hints or {}
     return main
