@@ -12,7 +12,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from ..core.console import log_message
-from ..detector.images import padding_colour, read_image, read_letterboxed
+from ..detector.images import read_image, read_resized, resize_options
 from ..export.browser import DECODE_JS, VIEWER_JS, model_settings, viewer_html
 from .command import command
 from .infer import check_score_threshold, load_for_inference
@@ -36,12 +36,12 @@ class DemoModel:
         data:bytes, # an image file
     )->dict:        # ready for JSON: detections, best first, and milliseconds
         "Detects the objects in an image."
-        letterboxed = read_letterboxed(data, self.detector.image_hw, 'image', padding_colour(self.detector))
+        resized = read_resized(data, self.detector.image_hw, 'image', **resize_options(self.detector))
         with self.lock:
             start = time.perf_counter()
-            found = self.detector(letterboxed.image[None])[0]
+            found = self.detector(resized.image[None])[0]
             milliseconds = 1000*(time.perf_counter()-start)
-        found = found.to_original(letterboxed, class_table=self.detector.classes).select(self.settings['lowest'])
+        found = found.to_original(resized, class_table=self.detector.classes).select(self.settings['lowest'])
         rows = zip(found.boxes.tolist(), found.scores.tolist(), found.classes.tolist())
         detections = [dict(box=box, score=score, channel=channel) for box,score,channel in rows]
         return dict(detections=detections, milliseconds=milliseconds)
