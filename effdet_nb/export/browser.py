@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.files import atomic_write, check_output_path
 from ..data.classes import ClassTable
 from ..detector.boxes import label_color
-from .onnx_graph import get_metadata, padding_from_metadata
+from .onnx_graph import get_metadata, resize_options_from_metadata
 from .onnx_nms import add_nms
 from .runtimes import OnnxDetector, load_onnx_bytes, model_file_type, strip_trt_plugin
 
@@ -128,8 +128,11 @@ def browser_settings(
 )->dict:       # ready for JSON
     "Collects what a page needs to run a model."
     height,width = meta['arch']['image_hw']
+    resizing = resize_options_from_metadata(meta)
+    if resizing['resize']=='stretch':
+        raise ValueError(f'{name}: its images are stretched, and the page can only letterbox. Use effdet_demo')
     shown = model_settings(name, ClassTable.from_dict(meta['classes']), meta['nms'].get('score_threshold', 0))
-    return shown | dict(height=height, width=width, padding=padding_from_metadata(meta),
+    return shown | dict(height=height, width=width, padding=resizing['pad_rgb'],
                         channels=meta['arch'].get('channels', 3))
 
 # %% ../../nbs/export/10_browser.ipynb #463ef07c
