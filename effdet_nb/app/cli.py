@@ -35,20 +35,26 @@ def _verbose_option(): return Option('Print the traceback of an error', '-v', fl
 def _results_option(help_text): return Option(help_text, '-r', metavar='FOLDER')
 
 # %% ../../nbs/app/11_cli.ipynb #690f5143
-_NO_SPEC_HINT = 'conversion reads no spec. Give the images with -i, the COCO file with -a, the output folder with -o'
+_NO_SPEC_HINT = 'conversion reads no spec. Give the images with -i, the annotations with -a, the output folder with -o'
 _NO_KEY_HINT = 'records are not encrypted. Leave it out'
 
 @command(example='-i images/train -a train.json -o records -t train', hints={
     '-e': _NO_SPEC_HINT, '--experiment_spec_file': _NO_SPEC_HINT, '-d': _NO_SPEC_HINT,
     '--dataset_export_spec': _NO_SPEC_HINT, '--set': _NO_SPEC_HINT, '-k': _NO_KEY_HINT, '--key': _NO_KEY_HINT})
 def effdet_dataset_convert(
-    image_dir:Option('Folder of the images', '-i', required=True, metavar='FOLDER')=None,
-    annotations_file:Option('COCO annotations (.json)', '-a', required=True, metavar='FILE')=None,
+    image_dir:Option('Folder of the images: one for all annotations, or one for each (default: beside the annotations)',
+                     '-i', nargs='+', metavar='FOLDER')=None,
+    annotations_file:Option('COCO file (.json), or a file or folder of Pascal VOC, YOLO, KITTI, LabelMe, VIA or Label '
+                            'Studio labels; several are joined', '-a', required=True, nargs='+', metavar='PATH')=None,
     output_dir:Option('Folder to write the records to', '-o', required=True, metavar='FOLDER')=None,
     tag:Option('Prefix of the file names (default: name of the annotation file)', '-t', metavar='TEXT')=None,
     num_shards:Option('Number of record files (default: 256, at most one per image)', '-s', type=int,
                       metavar='N')=None,
     include_mask:Option('Store the mask of every object', '--include_masks', flag=True)=False,
+    map_classes:Option('Classes to rename, merge or leave out: old=new, old= (leave out), *= (leave out all others), '
+                       'or a file with such lines', nargs='+', metavar='OLD=NEW')=None,
+    label_map:Option('Text file with all class names, one per line, in the order of their ids (default: the order of '
+                     'the annotations)', metavar='FILE')=None,
     clip:Option('Clip boxes that extend beyond their image instead of skipping them', flag=True)=False,
     strict:Option('If any annotation is invalid, list all errors and write nothing', flag=True)=False,
     workers:Option('Number of processes (default: one per core)', type=int, metavar='N')=None,
@@ -59,11 +65,12 @@ def effdet_dataset_convert(
     log_file:_log_option()=None,
     verbose:_verbose_option()=False,
 ):
-    "Convert images and COCO annotations to TFRecord files."
-    from effdet_nb.data.convert import dataset_convert
-    return dataset_convert(
-        image_dir, annotations_file, output_dir, tag, num_shards, include_mask, clip, workers, results_dir, strict,
-        runner, runner_options.split())
+    "Convert images and their annotations, in COCO or another format, to TFRecord files."
+    from effdet_nb.data.sources import convert_sources, parse_class_map
+    return convert_sources(
+        annotations_file, image_dir or (), output_dir, tag, parse_class_map(map_classes or ()), label_map, results_dir,
+        num_shards=num_shards, include_masks=include_mask, clip=clip, workers=workers, strict=strict, runner=runner,
+        runner_options=runner_options.split())
 
 # %% ../../nbs/app/11_cli.ipynb #4ac2e961
 @command(example='-e spec.txt -o data.html')

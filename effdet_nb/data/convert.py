@@ -341,9 +341,11 @@ def run(
     issues:list=(),      # of the annotation file, as `load_coco_lenient` returns them
     run_jobs=run_jobs,   # writes shards: list of `ShardJob` -> (Shard, ConversionReport) of each
     strict:bool=False,   # write nothing if there is any serious issue
+    earlier:ConversionReport=None, # what was left out before the annotation file was written
 )->ConversionResult:
     "Writes all shards to a work folder and, when they are complete, moves them to the target."
     report,shards = report_annotation_issues(issues),[]
+    if earlier: report.merge(earlier)
     for name,path in self.renamed: report.add_note(Fault.NAME_DIFFERS, f'{path} ({name} in the JSON)')
     with ExitStack() as stack:
         stack.enter_context(output_lock(self.output_dir, self.tag))
@@ -388,6 +390,7 @@ def dataset_convert(
     strict:bool=False,         # write nothing if there is any serious fault
     runner:str=None,           # Apache Beam runner: 'local', 'FlinkRunner', 'SparkRunner', ...; None does not use Beam
     runner_options:tuple=(),   # options of the runner, such as '--flink_master=host:8081'
+    earlier:ConversionReport=None, # what was left out before the annotation file was written, for the report
 )->ConversionResult:           # what was written, left out and noticed
     "Converts images and a COCO file to TFRecord shards, with a report of everything left out."
     tag = Path(annotations_file).stem if tag is None else tag
@@ -403,7 +406,7 @@ def dataset_convert(
         names = {category['id']:str(category['name']) for category in coco.categories}
         encoder = RecordEncoder(image_dir, names, include_masks, clip)
         count = choose_num_shards(tag, num_shards, len(coco.images))
-        result = Conversion(coco, encoder, Path(output_dir), tag, count, renamed).run(issues, run, strict)
+        result = Conversion(coco, encoder, Path(output_dir), tag, count, renamed).run(issues, run, strict, earlier)
         status.log_progress(f'Converted {result.num_images} images.', kpi=result.counts)
         return result
 

@@ -97,6 +97,25 @@ class Fault(StrEnum):
                      'if they belong to the turned image, save the file as it was annotated')
     CONVERTED_TO_PNG = 'turned into PNG', '', False
     NOT_RGB = 'instead of RGB, converted when read', '', False
+    # labels in other formats
+    LABELS_DAMAGED = ('labels cannot be read',
+                      'Export them again, or remove the file. Without its labels, the image is left out')
+    UNUSABLE_LABEL = ('label without a class or without coordinates', 'Correct it in the labelling tool, or remove it')
+    NOT_A_FRACTION = ('coordinates beyond 0 to 1',
+                      'YOLO labels are fractions of the image size. Divide pixels by the width and height of the image')
+    ROTATED_BOX = ('rotated box', 'Only upright boxes can be trained. Export boxes without rotation, or polygons')
+    NO_AREA = ('point or line, not a box', 'Draw a box or a polygon around the object')
+    UNSUPPORTED_SHAPE = ('shape that is not supported', 'Draw a box or a polygon around the object')
+    NOT_LABELLED = ('not labelled yet', 'Label the image; an image without objects needs an empty label', False)
+    OTHER_ANNOTATOR = ("of another annotator's version", 'The latest version of the image was used', False)
+    IGNORED_REGION = ('region to ignore, without a class', 'Nothing to do; the detector trains on it as background',
+                      False)
+    CLASS_LEFT_OUT = 'class left out by --map_classes', '', False
+    DIFFICULT = ('marked as difficult, taken as crowd', 'Nothing to do: such objects do not count in evaluation', False)
+    NO_LABEL_FILE = ('no label file: image without objects',
+                     'Nothing to do if these images show no object. Otherwise label them', False)
+    NOT_LABELS = ('not a label file, ignored', '', False)
+    SCORE_IGNORED = ('score of the label ignored', 'These labels are predictions. Check them before you train', False)
     # masks
     MASK_OUTSIDE_BOX = 'masks outside their box (kept)', 'Redraw the mask or the box; training uses only the box'
     NO_MASK = ('no usable mask, an empty one written',

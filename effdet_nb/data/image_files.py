@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXIF_ORIENTATION', 'OutsideFolder', 'image_path', 'EncodedImage', 'probe_image', 'match_orientation', 'SidesSwapped',
-           'image_fault', 'find_image_files']
+           'image_fault', 'upright_size', 'comparable_parts', 'find_image_files']
 
 # %% ../../nbs/data/04_image_files.ipynb #600c8d8a
 import io, os, re, struct, unicodedata, zlib
@@ -154,24 +154,37 @@ def image_fault(
     "Returns the fault for an error raised by `image_path`, `probe_image` or `match_orientation`."
     return next((fault for kind,fault in _FAULTS.items() if isinstance(error, kind)), Fault.FILE_DAMAGED)
 
-# %% ../../nbs/data/04_image_files.ipynb #1881443f
-def _name_parts(name):
+# %% ../../nbs/data/04_image_files.ipynb #fd0e5496
+def upright_size(
+    path, # image file
+)->tuple: # (height, width) of the image as a viewer shows it, pixels
+    "Reads the size of an image from its head; raises the errors of Pillow and of the file system."
+    if os.path.exists(path) and not os.path.isfile(path): raise UnsuitableFile(f'{path}: not an ordinary file')
+    with Image.open(path) as image:
+        is_turned = _orientation(image, 'JPEG' if image.format=='MPO' else image.format) in range(5, 9)
+        return (image.width,image.height) if is_turned else (image.height,image.width)
+
+# %% ../../nbs/data/04_image_files.ipynb #b849e9c9
+def comparable_parts(
+    name:str, # path as written in labels
+)->tuple:     # of text: folders and name, without case, encoding and kind of slash
     "Returns the folders and the name of a file in the form in which they are compared."
     text = unicodedata.normalize('NFC', unquote(name).replace('\\', '/')).casefold()
     return tuple(part for part in text.split('/') if part not in ('','.'))
 
+# %% ../../nbs/data/04_image_files.ipynb #1881443f
 def _files_by_last_part(folder):
     "Groups the files of a folder and its subfolders by their names, as (parts, path)."
     files = defaultdict(list)
     for parent,_,names in os.walk(folder):
         for name in names:
             path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, '/')
-            files[_name_parts(name)[-1:]].append((_name_parts(path), path))
+            files[comparable_parts(name)[-1:]].append((comparable_parts(path), path))
     return files
 
 def _path_on_disk(name, files):
     "Returns the path of the only file that can be meant by a name, or None."
-    parts = _name_parts(name)
+    parts = comparable_parts(name)
     paths = []
     for others,path in files.get(parts[-1:], ()):
         length = min(len(parts), len(others))
