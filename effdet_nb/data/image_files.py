@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXIF_ORIENTATION', 'OutsideFolder', 'image_path', 'EncodedImage', 'probe_image', 'match_orientation', 'SidesSwapped',
-           'image_fault', 'upright_size', 'comparable_parts', 'find_image_files']
+           'image_fault', 'without_upload_prefix', 'upright_size', 'comparable_parts', 'find_image_files']
 
 # %% ../../nbs/data/04_image_files.ipynb #600c8d8a
 import io, os, re, struct, unicodedata, zlib
@@ -154,6 +154,13 @@ def image_fault(
     "Returns the fault for an error raised by `image_path`, `probe_image` or `match_orientation`."
     return next((fault for kind,fault in _FAULTS.items() if isinstance(error, kind)), Fault.FILE_DAMAGED)
 
+# %% ../../nbs/data/04_image_files.ipynb #a2421c02
+def without_upload_prefix(
+    name:str, # of a file
+)->str:
+    "Returns the name that an image had before it was uploaded to Label Studio."
+    return re.sub(r'^[0-9a-f]{8}-(?=.)', '', name)
+
 # %% ../../nbs/data/04_image_files.ipynb #fd0e5496
 def upright_size(
     path, # image file
@@ -184,12 +191,17 @@ def _files_by_last_part(folder):
 
 def _path_on_disk(name, files):
     "Returns the path of the only file that can be meant by a name, or None."
-    parts = comparable_parts(name)
-    paths = []
-    for others,path in files.get(parts[-1:], ()):
+    parts,paths = comparable_parts(name),[]
+    last = parts[-1:] if parts[-1:] in files else tuple(map(without_upload_prefix, parts[-1:]))
+    parts = last if _is_of_another_computer(name) else (*parts[:-1], *last)
+    for others,path in files.get(last, ()):
         length = min(len(parts), len(others))
         if parts[-length:]==others[-length:]: paths.append(path)
     return paths[0] if len(paths)==1 else None
+
+def _is_of_another_computer(name):
+    "Tests for a URL, an absolute path or one that leads upwards, whose folders are those of another computer."
+    return bool(re.match(r'[/\\]|\.\.[/\\]|[a-zA-Z]:[/\\]|\w+://', name))
 
 # %% ../../nbs/data/04_image_files.ipynb #f2f698f0
 def find_image_files(

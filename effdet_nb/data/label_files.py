@@ -44,9 +44,11 @@ class VocFile:
     image_name:str  # as written in the file, or the name of the file
     hw:tuple        # (height, width), pixels; None if missing
     objects:tuple   # of `VocObject`
+    writer:str=''   # name of the owner
 
     def counts_from_0(self)->bool:
-        "Tests whether a corner is 0 or has decimals."
+        "Tests whether a corner is 0 or has decimals, or the file is of Label Studio."
+        if self.writer=='Label Studio': return True
         corners = [as_numbers(o.corners) for o in self.objects if o.corners]
         return any(min(c[:2])==0 or any(number%1 for number in c) for c in corners if c and all(map(math.isfinite, c)))
 
@@ -58,7 +60,8 @@ def read_voc_file(
     if root.tag!='annotation': raise LabelFileError(f'{path}: its root is <{root.tag}>, not <annotation>')
     name = (root.findtext('filename') or '').strip() or (root.findtext('path') or '').strip() or path.stem
     hw = usable_hw(root.findtext('size/height'), root.findtext('size/width'))
-    return VocFile(path, name, hw, tuple(map(_voc_object, root.findall('object'))))
+    objects = tuple(map(_voc_object, root.findall('object')))
+    return VocFile(path, name, hw, objects, (root.findtext('owner/name') or '').strip())
 
 def _voc_object(element):
     "Returns the contents of an <object> element."
@@ -84,8 +87,8 @@ def read_voc(
 
 def _add_voc_file(labels, file, finder, first):
     "Adds the image and the boxes of a VOC file; `first` is the number of the first pixel."
-    path = expected_image(finder, file.image_name, file.path)
-    if not path.exists(): path = expected_image(finder, file.path.stem, file.path)
+    path = finder.find(file.path.stem, file.path)
+    path = finder.find(file.image_name, file.path) or path or expected_image(finder, file.image_name, file.path)
     image = labels.add_image(path, file.hw if path.exists() else None)
     for i,voc_object in enumerate(file.objects, 1):
         label_id = f'{file.path.name}:{i}'

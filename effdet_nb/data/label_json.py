@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ellipse_points', 'add_labelme_shape', 'read_labelme', 'via_class_attribute', 'add_via_region', 'read_via',
-           'label_studio_names', 'add_label_studio_result', 'read_label_studio']
+           'name_in_url', 'add_label_studio_result', 'read_label_studio']
 
 # %% ../../nbs/data/20_label_json.ipynb #9bac3690
 import math, re
@@ -70,9 +70,8 @@ def read_labelme(
         except (CocoError, OSError):
             report_damaged(labels, path, finder)
             continue
-        name = data.get('imagePath')
-        image_path = expected_image(finder, name if isinstance(name, str) and name else path.stem, path)
-        if not image_path.exists(): image_path = expected_image(finder, path.stem, path)
+        name = data['imagePath'] if isinstance(data.get('imagePath'), str) else path.stem
+        image_path = finder.find(name, path) or finder.find(path.stem, path) or expected_image(finder, name, path)
         hw = usable_hw(data.get('imageHeight'), data.get('imageWidth')) if image_path.exists() else None
         image,shapes = labels.add_image(image_path, hw), data.get('shapes')
         if not isinstance(shapes, list): labels.leave_image_out(image, Fault.LABELS_DAMAGED, path.name)
@@ -153,16 +152,13 @@ def _via_regions(entry):
     return regions if isinstance(regions, list) else []
 
 # %% ../../nbs/data/20_label_json.ipynb #30d0e123
-def label_studio_names(
+def name_in_url(
     url:str, # of the image of a task
-)->list:     # names to search for, the most likely first
-    "Lists the file names that the URL of an image can mean."
-    parts = urlsplit(url)
-    path = parse_qs(parts.query).get('d', [parts.path])[0]
-    name = unquote(path)
-    folder,slash,last = name.rpartition('/')
-    uploaded = re.sub(r'^[0-9a-f]{8}-', '', last)
-    return [name.lstrip('/')] if uploaded==last else [name.lstrip('/'), f'{folder}{slash}{uploaded}'.lstrip('/')]
+)->str:      # with folders
+    "Returns the name of the file that a URL means."
+    try: parts = urlsplit(url)
+    except ValueError: return url
+    return unquote(parse_qs(parts.query).get('d', [parts.path])[0]).lstrip('/')
 
 # %% ../../nbs/data/20_label_json.ipynb #24607c23
 def add_label_studio_result(
@@ -207,7 +203,7 @@ def read_label_studio(
         task_id = f'task {task.get("id", i)}'
         versions,url = _versions(task),_image_url(task)
         first = next((r for results in versions for r in results if isinstance(r, dict)), {})
-        image_path = _task_image(url or task_id, finder, path)
+        image_path = expected_image(finder, name_in_url(url or task_id), path)
         hw = usable_hw(first.get('original_height'), first.get('original_width')) if image_path.exists() else None
         image = labels.add_image(image_path, hw)
         if not versions: labels.leave_image_out(image, Fault.NOT_LABELLED, image_path.name)
@@ -236,11 +232,6 @@ def _image_url(task):
     usual = [data[key] for key in ('image','img','url','photo') if key in data]
     texts = [value for value in [*usual, *data.values()] if isinstance(value, str) and '.' in value]
     return texts[0] if texts else None
-
-def _task_image(url, finder, path):
-    "Returns the path of the image of a task."
-    paths = [expected_image(finder, name, path) for name in label_studio_names(url)]
-    return next((found for found in paths if found.exists()), paths[0])
 
 _LABEL_KEYS = ('rectanglelabels','polygonlabels','ellipselabels','brushlabels','keypointlabels','labels')
 _OTHER_TYPES = ('choices','textarea','rating','relation','taxonomy','number','labels') # names of shapes, or of images

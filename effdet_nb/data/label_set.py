@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from PIL import Image
 from .faults import ConversionReport, Fault
-from .image_files import comparable_parts, image_fault, upright_size
+from .image_files import comparable_parts, image_fault, upright_size, without_upload_prefix
 
 # %% ../../nbs/data/18_label_set.ipynb #cae1286a
 IMAGE_ENDINGS = ('.jpg','.jpeg','.jfif','.png','.bmp','.tif','.tiff','.webp','.gif','.ppm','.pgm','.jp2')
@@ -57,7 +57,8 @@ class ImageFinder:
     )->Path:        # path of the image; None if there is none, or if several fit equally well
         "Returns the image that a name in a label file means."
         wanted,label_parts = comparable_parts(name),comparable_parts(str(label_file))
-        candidates = self.by_stem.get(_stem(wanted[-1]), ()) if wanted else ()
+        stem = _stem(wanted[-1]) if wanted else ''
+        candidates = self.by_stem.get(stem) or self.by_stem.get(without_upload_prefix(stem), ())
         scores = [(_common_end(parts, wanted), _common_end(_folder_names(parts), _folder_names(label_parts)))
                   for parts,_ in candidates]
         if not scores or scores.count(max(scores))>1: return None

@@ -190,7 +190,7 @@ def write_coco(
     **info,              # for the entry "info"
 ):
     "Writes labels as a COCO file."
-    with atomic_write(path, 'w') as f: json.dump(dict(info=info, **labels.to_coco(names)), f)
+    with atomic_write(path, 'w') as f: json.dump(dict(info=dict(made_by='effdet_nb', **info), **labels.to_coco(names)), f)
 
 # %% ../../nbs/data/22_sources.ipynb #d145a0b8
 def check_origin(

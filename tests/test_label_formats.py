@@ -1,0 +1,466 @@
+"""Labels of other tools: files written by the tools themselves (fixtures/labels/make.py: supervision 0.31, LabelMe 6.3,
+Label Studio's converter 0.0.59) and files in the published formats of CVAT, Roboflow, VIA, FiftyOne and KITTI."""
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effdet_nb.data.coco import CocoError
+from effdet_nb.data.faults import Fault
+from effdet_nb.data.label_formats import SourceError, find_source
+from effdet_nb.data.label_set import LabelSet
+from effdet_nb.data.sources import convert_sources, map_classes, parse_class_map, read_sources
+
+FIXTURES = Path(__file__).parent/'fixtures'/'labels'
+SIZES = {'a b.jpg': (60, 80), 'c.jpg': (61, 80), 'empty.jpg': (62, 80)}
+EXPECTED = {('a b.jpg', 'car', 10, 5, 20, 20), ('a b.jpg', 'big dog', 40, 20, 30, 30),
+            ('c.jpg', 'big dog', 10, 5, 20, 20)}
+
+
+def draw_images(folder, sizes=SIZES, prefix=''):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i,(name,hw) in enumerate(sizes.items(), 1):
+        Image.new('RGB', hw[::-1], (90, 120, 90)).save(folder/(f'{prefix}{i}-{name}' if prefix else name))
+
+
+def found_boxes(labels):
+    "{(image, class, x, y, width, height)} with whole pixels."
+    names = {image['id']: image['path'].name for image in labels.images}
+    return {(names[a['image_id']], a['class_name'], *(round(v) for v in a['bbox'])) for a in labels.annotations}
+
+
+def num_left_out(report): return sum(map(len, report.dropped_boxes.values()))
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+# --- files that the tools wrote
+
+REAL = ['supervision/yolo', 'supervision/yolo/labels', 'supervision/yolo/data.yaml', 'supervision/voc',
+        'supervision/coco.json', 'labelme', 'label_studio/tasks.json', 'label_studio/coco',
+        'label_studio/coco/result.json', 'label_studio/yolo', 'label_studio/obb', 'label_studio/voc']
+
+
+@pytest.mark.parametrize('place', REAL)
+def test_files_of_the_tools_give_the_boxes_that_were_drawn(place, tmp_path):
+    draw_images(tmp_path/'images')
+    labels = read_sources(FIXTURES/place, tmp_path/'images')
+    assert found_boxes(labels)==EXPECTED and not labels.report.dropped_boxes
+    assert {image['path'].name for image in labels.images} >= {'a b.jpg', 'c.jpg'}
+
+
+@pytest.mark.parametrize('place', ['label_studio/tasks.json', 'label_studio/min/result.json', 'label_studio/coco',
+                                   'label_studio/yolo', 'label_studio/voc'])
+def test_images_under_the_names_of_label_studio_are_found(place, tmp_path):
+    draw_images(tmp_path/'images', prefix='0a1b2c3')
+    labels = read_sources(FIXTURES/place, tmp_path/'images')
+    assert {(name[9:], *rest) for name,*rest in found_boxes(labels)}==EXPECTED
+
+
+@pytest.mark.parametrize('place', ['supervision/yolo', 'supervision/voc', 'labelme', 'label_studio/coco'])
+def test_one_command_converts_them_with_images_beside_the_labels(place, tmp_path):
+    shutil.copytree(FIXTURES/place, tmp_path/'set'/'labels')
+    draw_images(tmp_path/'set'/'images')
+    result = convert_sources(tmp_path/'set', None, tmp_path/'out', num_shards=1, workers=1)
+    assert (result.tag, result.num_images, result.num_boxes)==('set', 3, 3)
+    assert result.boxes_by_name=={'car': 1, 'big dog': 2} and not result.dropped_images
+
+
+# --- published formats
+
+def coco(file_names, first_id=1, **others):
+    "A COCO file of the three boxes; ids and extra keys differ between tools."
+    images = [dict(id=i, file_name=name, height=hw[0], width=hw[1], **others.get('image', {}))
+              for i,(name,hw) in enumerate(zip(file_names, SIZES.values()), first_id)]
+    rows = [(0, 'car', [10, 5, 20, 20]), (0, 'big dog', [40, 20, 30, 30]), (1, 'big dog', [10, 5, 20, 20])]
+    categories = others.get('categories', [dict(id=1, name='car', supercategory=''), dict(id=2, name='big dog')])
+    ids = {c['name']: c['id'] for c in categories}
+    annotations = [dict(id=i, image_id=first_id+n, category_id=ids[name], bbox=box, area=box[2]*box[3], iscrowd=0,
+                        segmentation=[], **others.get('annotation', {})) for i,(n,name,box) in enumerate(rows, 1)]
+    return dict(info={}, licenses=[], categories=categories, images=images, annotations=annotations)
+
+
+COCO_EXPORTS = {
+    # CVAT: annotations/instances_default.json beside images/, attributes in each annotation
+    'annotations/instances_default.json': coco(SIZES, annotation=dict(attributes=dict(occluded=False, rotation=0.0)),
+                                               image=dict(license=0, flickr_url='', coco_url='', date_captured=0)),
+    # Roboflow: one file in the folder of the images, category 0 is the name of the project
+    'images/_annotations.coco.json': coco(SIZES, 0, categories=[
+        dict(id=0, name='animals', supercategory='none'), dict(id=1, name='big dog', supercategory='animals'),
+        dict(id=2, name='car', supercategory='animals')]),
+    # FiftyOne: labels.json beside data/, no supercategory
+    'labels.json': coco(SIZES, categories=[dict(id=0, name='car', supercategory=None),
+                                           dict(id=1, name='big dog', supercategory=None)]),
+    # VIA: file names only, ids as they come
+    'via_export_coco.json': coco(SIZES, annotation=dict(segmentation_type='polygon')),
+}
+
+
+@pytest.mark.parametrize('name', COCO_EXPORTS)
+def test_coco_files_of_labelling_tools_are_converted_as_exported(name, tmp_path):
+    draw_images(tmp_path/'images')
+    path = write_json(tmp_path/name, COCO_EXPORTS[name])
+    for place in (path, tmp_path):
+        result = convert_sources(place, None, tmp_path/'out'/place.name, 'set', num_shards=1, workers=1)
+        assert (result.num_images, result.num_boxes)==(3, 3)
+        assert result.boxes_by_name['car']==1 and not result.dropped_images
+
+
+def via_regions(name):
+    of_image = [(c, box) for n,c,*box in sorted(EXPECTED) if n==name]
+    return [dict(shape_attributes=dict(name='rect', x=x, y=y, width=w, height=h), region_attributes=dict(kind=c))
+            for c,(x,y,w,h) in of_image]
+
+
+@pytest.mark.parametrize('is_project', [False, True])
+@pytest.mark.parametrize('is_version_1', [False, True])
+def test_json_of_via_is_read(is_project, is_version_1, tmp_path):
+    draw_images(tmp_path/'images')
+    entries = {}
+    for name in SIZES:
+        regions = via_regions(name)
+        if is_version_1: regions = {str(i): region for i,region in enumerate(regions)}
+        entries[f'{name}123'] = dict(filename=name, size=123, regions=regions, file_attributes={})
+    content = dict(_via_settings={}, _via_img_metadata=entries, _via_attributes={}) if is_project else entries
+    labels = read_sources(write_json(tmp_path/'via.json', content))
+    assert found_boxes(labels)==EXPECTED and len(labels.images)==3
+
+
+def kitti_line(name, x1, y1, x2, y2):
+    return f'{name} 0.00 0 -10 {x1} {y1} {x2} {y2} -1 -1 -1 -1000 -1000 -1000 -10'
+
+
+def test_kitti_is_read_and_regions_to_ignore_are_reported(tmp_path):
+    draw_images(tmp_path/'image_2')
+    for name in SIZES:
+        rows = [(c.replace(' ', '_'), x, y, x+w, y+h) for n,c,x,y,w,h in EXPECTED if n==name]
+        lines = [kitti_line(*row) for row in rows] + [kitti_line('DontCare', 1, 1, 9, 9)]
+        write(tmp_path/'label_2'/f'{Path(name).stem}.txt', '\n'.join(lines))
+    labels = read_sources(tmp_path/'label_2', tmp_path/'image_2')
+    assert {(n, c.replace('_', ' '), *box) for n,c,*box in found_boxes(labels)}==EXPECTED
+    assert len(labels.report.dropped_boxes[Fault.IGNORED_REGION])==3
+    result = convert_sources(tmp_path, None, tmp_path/'out', 'kitti', num_shards=1, workers=1, strict=True)
+    assert result.num_boxes==3
+
+
+# --- corners of the formats
+
+VOC = '<annotation><filename>{name}</filename>{size}{objects}</annotation>'
+def voc_object(name, x1, y1, x2, y2, more=''):
+    box = f'<bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox>'
+    return f'<object><name>{name}</name>{more}{box}</object>'
+
+
+def voc_boxes(tmp_path, objects, name='c.jpg', size=''):
+    draw_images(tmp_path)
+    write(tmp_path/'c.xml', VOC.format(name=name, size=size, objects=objects))
+    return read_sources(tmp_path)
+
+
+@pytest.mark.parametrize('corners, expected', [
+    ((1, 1, 80, 61), [0, 0, 80, 61]), ((11, 6, 30, 25), [10, 5, 20, 20]),      # from 1, the last pixel belongs to the box
+    ((0, 0, 80, 61), [0, 0, 80, 61]), ((10.5, 5, 30, 25), [10.5, 5, 19.5, 20])])  # from 0
+def test_corners_of_voc_are_counted_from_1_unless_the_file_shows_otherwise(corners, expected, tmp_path):
+    assert voc_boxes(tmp_path, voc_object('car', *corners)).annotations[0]['bbox']==expected
+
+
+@pytest.mark.parametrize('name', ['c.jpg', 'c.png', 'D:\\work\\C.JPG', '/home/x/c.jpeg', 'c', '', 'other.jpg'])
+def test_an_image_of_voc_is_found_by_the_file_name_or_else_by_the_name_of_the_label_file(name, tmp_path):
+    labels = voc_boxes(tmp_path, voc_object('car', 1, 1, 9, 9), name)
+    assert [image['path'].name for image in labels.images]==['c.jpg']
+
+
+@pytest.mark.parametrize('size', ['', '<size><width>0</width><height>0</height></size>', '<size/>'])
+def test_a_missing_size_of_voc_is_that_of_the_image(size, tmp_path):
+    [image] = voc_boxes(tmp_path, voc_object('car', 1, 1, 9, 9), size=size).images
+    assert (image['height'], image['width'])==(61, 80)
+
+
+def test_difficult_objects_are_crowds_and_rotated_or_incomplete_ones_are_reported(tmp_path):
+    objects = (voc_object('car', 1, 1, 9, 9, '<difficult>1</difficult>') + voc_object('car', 1, 1, 'x', 9)
+               + voc_object('', 1, 1, 9, 9) + '<object><name>car</name></object>'
+               + '<object><name>car</name><robndbox><cx>5</cx></robndbox></object>')
+    labels = voc_boxes(tmp_path, objects)
+    assert [a['iscrowd'] for a in labels.annotations]==[1]
+    assert {fault: len(items) for fault,items in labels.report.dropped_boxes.items()}=={
+        Fault.UNUSABLE_LABEL: 3, Fault.ROTATED_BOX: 1}
+
+
+YOLO_LINES = [ # line, class names known, what becomes of it: a box in pixels of an image of 80 x 60, or a fault
+    ('0 .5 .5 .25 .5', [30, 15, 20, 30]), ('1 .5 .5 .25 .5 .87', [30, 15, 20, 30]),
+    ('\t0  .5 .5\t.25 .5 ', [30, 15, 20, 30]),
+    ('0 .25 .25 .5 .25 .375 .5', [20, 15, 20, 15]),                                   # a triangle
+    ('0 .25 .25 .5 .25 .5 .5 .25 .5', [20, 15, 20, 15]),                              # four upright corners
+    ('0 .5 .25 .625 .4166666 .5 .5833333 .375 .4166666', Fault.ROTATED_BOX),          # a square on its corner
+    ('0 .5 .5 .25', Fault.UNUSABLE_LABEL), ('0', Fault.UNUSABLE_LABEL), ('car .5 .5 .1 .1', Fault.UNUSABLE_LABEL),
+    ('0.5 .5 .5 .1 .1', Fault.UNUSABLE_LABEL), ('-1 .5 .5 .1 .1', Fault.UNUSABLE_LABEL),
+    ('0 .2 .2 .3 .3 .4 .4 .5', Fault.UNUSABLE_LABEL), ('2 .5 .5 .1 .1', Fault.UNKNOWN_CATEGORY),
+    ('0 40 30 20 30', Fault.NOT_A_FRACTION), ('0 nan .5 .1 .1', Fault.NOT_FINITE),
+    ('0 1e999 .5 .1 .1', Fault.NOT_FINITE),
+    ('0 .5 .5 0 .1', [40, 27, 0, 6])]                                                 # conversion reports "no size"
+
+
+@pytest.mark.parametrize('line, expected', YOLO_LINES)
+def test_a_line_of_yolo_becomes_a_box_or_is_reported_by_its_number(line, expected, tmp_path):
+    draw_images(tmp_path/'images', {'a.jpg': (60, 80)})
+    write(tmp_path/'labels'/'a.txt', '0 .1 .1 .1 .1\n\n'+line)
+    write(tmp_path/'classes.txt', 'car\nbig dog\n')
+    labels = read_sources(tmp_path)
+    boxes,faults = labels.annotations[1:],labels.report.dropped_boxes
+    if isinstance(expected, list): assert np.allclose(boxes[0]['bbox'], expected, atol=1e-4) and not faults
+    else: assert not boxes and {k: v for k,v in faults.items() if v}=={expected: [(1, 'a.txt:3')]}
+
+
+def test_four_points_are_a_polygon_if_the_dataset_has_other_polygons(tmp_path):
+    draw_images(tmp_path/'images', {'a.jpg': (60, 80)})
+    write(tmp_path/'labels'/'a.txt', '0 .5 .25 .625 .4166666 .5 .5833333 .375 .4166666\n0 .25 .25 .5 .25 .375 .5')
+    write(tmp_path/'classes.txt', 'car\nbig dog\n')
+    labels = read_sources(tmp_path)
+    assert [len(a['segmentation'][0]) for a in labels.annotations]==[8, 6]
+
+
+def test_keypoints_of_a_pose_dataset_are_ignored(tmp_path):
+    draw_images(tmp_path/'images', {'a.jpg': (60, 80)})
+    write(tmp_path/'labels'/'a.txt', '0 .5 .5 .25 .5 .5 .5 2 .4 .4 1')
+    write(tmp_path/'data.yaml', 'names: {0: person}\nkpt_shape: [2, 3]\ntrain: images\n')
+    assert [a['bbox'] for a in read_sources(tmp_path).annotations]==[[30, 15, 20, 30]]
+
+
+def test_classes_of_yolo_without_names_are_numbered_and_reported(tmp_path):
+    draw_images(tmp_path/'images', {'a.jpg': (60, 80)})
+    write(tmp_path/'labels'/'a.txt', '10 .5 .5 .1 .1\n2 .2 .2 .1 .1')
+    labels = read_sources(tmp_path)
+    assert labels.all_names()==['class 2', 'class 10']
+    assert [str(reason) for reason in labels.report.notes]==[str(Fault.CATEGORY_NAME_MISSING)]
+
+
+def test_parts_of_a_yolo_dataset_are_not_mixed_by_accident(tmp_path):
+    for part in ('train', 'valid'):
+        draw_images(tmp_path/part/'images', {'a.jpg': (60, 80)})
+        write(tmp_path/part/'labels'/'a.txt', '0 .5 .5 .1 .1')
+    path = write(tmp_path/'data.yaml', 'names: [car]\ntrain: ../train/images\nval: ../valid/images\n')
+    for place in (tmp_path, path):
+        with pytest.raises(SourceError, match='Convert each part on its own'): find_source(place)
+    for place in (tmp_path/'train', tmp_path/'train'/'images', tmp_path/'train'/'labels'):
+        labels = read_sources(place)
+        assert [image['path'].parts[-3] for image in labels.images]==['train'] and labels.class_names==['car']
+
+
+def test_folders_decide_between_images_of_the_same_name(tmp_path):
+    for part in ('day', 'night'):
+        draw_images(tmp_path/'images'/part, {'a.jpg': (60, 80)})
+        write(tmp_path/'labels'/part/'a.txt', '0 .5 .5 .1 .1')
+    labels = read_sources(tmp_path/'labels'/'night', tmp_path/'images')
+    assert [image['path'].parent.name for image in labels.images]==['night']
+    assert len(read_sources(tmp_path).images)==2
+
+
+def test_images_without_label_files_are_examples_of_background(tmp_path):
+    draw_images(tmp_path/'images')
+    draw_images(tmp_path/'unused', {'other.jpg': (60, 80)})
+    write(tmp_path/'labels'/'c.txt', '0 .5 .5 .1 .1')
+    write(tmp_path/'README.txt', 'About')
+    labels = read_sources(tmp_path)
+    assert len(labels.images)==3
+    assert len(labels.report.notes[next(r for r in labels.report.notes if r.fault==Fault.NO_LABEL_FILE)])==2
+
+
+def test_lists_of_images_select_a_part(tmp_path):
+    draw_images(tmp_path/'images')
+    for name in SIZES: write(tmp_path/'labels'/f'{Path(name).stem}.txt', '0 .5 .5 .1 .1')
+    write(tmp_path/'classes.txt', 'car')
+    path = write(tmp_path/'train.txt', './images/c.jpg\nimages/empty.jpg\n')
+    assert {image['path'].name for image in read_sources(path).images} >= {'c.jpg', 'empty.jpg'}
+    shutil.copytree(FIXTURES/'supervision'/'voc', tmp_path/'voc'/'Annotations')
+    draw_images(tmp_path/'voc'/'JPEGImages')
+    path = write(tmp_path/'voc'/'ImageSets'/'Main'/'train.txt', 'c\nempty\n')
+    assert [image['path'].name for image in read_sources(path).images]==['c.jpg', 'empty.jpg']
+
+
+def test_photos_that_are_turned_by_a_flag_are_labelled_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.new('RGB', (80, 60)).save(tmp_path/'a.jpg', exif=exif)
+    write(tmp_path/'a.txt', '0 .5 .5 .5 .5')
+    assert read_sources(tmp_path).annotations[0]['bbox']==[15, 20, 30, 40]
+    result = convert_sources(tmp_path, None, tmp_path/'out', 'a', num_shards=1, workers=1)
+    assert result.num_boxes==1 and any('upright' in note for note in result.notes)
+
+
+# --- counts and errors
+
+@pytest.mark.parametrize('place', ['supervision/yolo', 'supervision/voc', 'labelme', 'label_studio/tasks.json'])
+def test_no_image_and_no_box_is_lost_if_images_are_missing_or_damaged(place, tmp_path):
+    draw_images(tmp_path/'images')
+    (tmp_path/'images'/'c.jpg').unlink()
+    write(tmp_path/'images'/'empty.jpg', 'no image')
+    labels = read_sources(FIXTURES/place, tmp_path/'images')
+    assert len(labels.annotations)+num_left_out(labels.report)==3
+    result = convert_sources(FIXTURES/place, tmp_path/'images', tmp_path/'out', 'x', num_shards=1, workers=1)
+    assert result.num_images+sum(map(len, result.dropped_images.values()))==3
+    assert result.num_boxes+sum(map(len, result.dropped_boxes.values()))==3
+
+
+def mutate(data, rng):
+    "Changes some bytes of a file: cut, doubled, replaced, removed."
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        i = rng.randrange(len(data)+1)
+        kind = rng.choice(['cut', 'flip', 'insert', 'drop'])
+        if kind=='cut': del data[i:]
+        elif kind=='flip' and i<len(data): data[i] = rng.randrange(256)
+        elif kind=='insert': data[i:i] = rng.choice([b'"', b'-', b'9'*400, b'null', b'\n', b'<', b'\xff', b'[[[', b'e9'])
+        else: del data[i:i+rng.randint(1, 30)]
+    return bytes(data)
+
+
+def check_mutated_files(seeds, tmp_path):
+    draw_images(tmp_path/'images')
+    places = [p for p in sorted(FIXTURES.rglob('*')) if p.is_file() and p.suffix!='.py']
+    for seed in seeds:
+        rng = random.Random(seed)
+        folder = tmp_path/'mutated'
+        shutil.rmtree(folder, ignore_errors=True)
+        original = rng.choice(places)
+        folder.mkdir()
+        for name in ('data.yaml', 'classes.txt'):
+            if (original.parent.parent/name).is_file(): shutil.copy(original.parent.parent/name, folder)
+        (folder/original.name).write_bytes(mutate(original.read_bytes(), rng))
+        try: labels = read_sources(rng.choice([folder, folder/original.name]), tmp_path/'images')
+        except (SourceError, CocoError, FileNotFoundError) as e:
+            assert 10<len(str(e))<1500 and str(e).strip(), seed
+            continue
+        except Exception as e: raise AssertionError(f'seed {seed}, {original.name}: {type(e).__name__}: {e}') from e
+        for box in labels.annotations: assert np.isfinite(box['bbox']).all() and box['class_name'], seed
+        json.dumps(labels.to_coco(), allow_nan=False)
+
+
+def test_damaged_label_files_give_a_sentence_or_a_report(tmp_path): check_mutated_files(range(300), tmp_path)
+
+
+@pytest.mark.slow
+def test_many_damaged_label_files_give_a_sentence_or_a_report(tmp_path): check_mutated_files(range(300, 6000), tmp_path)
+
+
+WRONG_SOURCES = [
+    ({'a.txt': 'hello'}, 'no labels'), ({}, 'no labels'), ({'a.json': '{"x": 1}'}, 'no labels'),
+    ({'a.xml': VOC.format(name='a', size='', objects=''), 'a.txt': '0 .5 .5 .1 .1'}, 'several formats'),
+    ({'a.json': '{"images": []}', 'b.json': '{"images": []}'}, '2 COCO files'),
+    ({'a.json': '{"images": [', 'data.yaml': ''}, 'not valid JSON'),
+    ({'a.txt': '0 .5 .5 .1 .1', 'data.yaml': 'names: ['}, 'not valid YAML (line 1)')]
+
+
+@pytest.mark.parametrize('files, message', WRONG_SOURCES)
+def test_a_path_that_is_not_one_dataset_is_explained(files, message, tmp_path):
+    for name,text in files.items(): write(tmp_path/name, text)
+    with pytest.raises((SourceError, CocoError)) as e: read_sources(tmp_path)
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize('name, text, message', [
+    ('a.xml', '<annotations><image/></annotations>', 'export COCO or Pascal VOC instead'), ('a.xml', '<x', 'a.xml'),
+    ('a.zip', 'x', 'Unpack it'), ('a.yaml', 'nc: 3', 'no class names'), ('a.txt', 'About', 'Give the folder of the labels'),
+    ('a.json', '[{"image_id": 1, "bbox": [1, 2, 3, 4]}]', 'the top level is a list'),
+    ('a.xml', '<!DOCTYPE x [<!ENTITY a SYSTEM "file:///etc/passwd">]><annotation>&a;</annotation>', 'a.xml')])
+def test_a_file_that_is_no_labels_is_explained(name, text, message, tmp_path):
+    with pytest.raises((SourceError, CocoError)) as e: read_sources(write(tmp_path/name, text))
+    assert message in str(e.value)
+
+
+def test_a_name_that_leads_out_of_the_image_folder_is_not_followed(tmp_path):
+    draw_images(tmp_path/'private', {'secret.jpg': (60, 80)})
+    draw_images(tmp_path/'set')
+    shape = dict(label='car', shape_type='rectangle', points=[[1, 1], [5, 5]])
+    for i,name in enumerate(['../private/secret.jpg', str(tmp_path/'private'/'secret.jpg'), '../../../etc/passwd']):
+        write_json(tmp_path/'set'/f'x{i}.json', dict(version='5', shapes=[shape], imagePath=name))
+    labels = read_sources(tmp_path/'set')
+    assert not labels.images and len(labels.report.dropped_images[Fault.FILE_MISSING])==2
+    assert num_left_out(labels.report)==3
+
+
+# --- several sources and class maps
+
+@pytest.fixture
+def two_sources(tmp_path):
+    draw_images(tmp_path/'images')
+    for name,cls in (('c', 'Car'), ('empty', 'Van')):
+        text = VOC.format(name=f'{name}.jpg', size='', objects=voc_object(cls, 31, 31, 50, 50))
+        write(tmp_path/'voc'/f'{name}.xml', text)
+    return [FIXTURES/'supervision'/'yolo', tmp_path/'voc'], tmp_path/'images'
+
+
+def test_an_image_in_two_sources_gets_the_boxes_of_both(two_sources, tmp_path):
+    paths,images = two_sources
+    class_map = parse_class_map(['Car=car', 'Van=car', 'big dog=dog'])
+    labels = read_sources(paths, images, class_map)
+    assert len(labels.images)==3 and labels.all_names()==['car', 'dog']
+    assert sorted(a['class_name'] for a in labels.annotations)==['car']*3 + ['dog']*2
+    result = convert_sources(paths, images, tmp_path/'out', 'both', class_map, num_shards=1, workers=1)
+    assert result.boxes_by_name=={'car': 3, 'dog': 2}
+    contents = json.loads((tmp_path/'out'/'both_coco.json').read_text())
+    assert [c['name'] for c in contents['categories']]==['car', 'dog']
+
+
+@pytest.mark.parametrize('words, names, num_lost', [
+    (['Van='], ['car', 'big dog', 'Car'], 1), (['*='  , 'Car=Car'], ['Car'], 4), (['*=thing'], ['thing'], 0),
+    (['Van=bus', 'Car=bus', 'car=bus'], ['bus', 'big dog'], 0), ([], ['car', 'big dog', 'Car', 'Van'], 0)])
+def test_class_maps_rename_merge_and_leave_out(words, names, num_lost, two_sources):
+    labels = read_sources(*two_sources, parse_class_map(words))
+    assert labels.all_names()==names
+    assert num_left_out(labels.report)==num_lost and len(labels.annotations)==5-num_lost
+
+
+@pytest.mark.parametrize('words, message', [
+    (['cat=car'], 'no class has the name cat. Did you mean car?'), (['Vann='], 'Did you mean Van?'),
+    (['zzzz=a'], 'There are car, big dog, Car, Van'), (['*='], 'leaves out all classes'),
+    (['Van=a', 'Van=b'], 'Van becomes a and b'), (['Van'], 'neither a map such as van=car nor a file')])
+def test_a_wrong_class_map_is_explained(words, message, two_sources):
+    with pytest.raises(SourceError) as e: read_sources(*two_sources, parse_class_map(words))
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize('name, text', [('m.yaml', 'Van: car\nCar: car\n'), ('m.txt', 'Van=car\nCar = car\n'),
+                                        ('m.json', '{"Van": "car", "Car": "car"}')])
+def test_a_class_map_can_be_in_a_file(name, text, two_sources, tmp_path):
+    labels = read_sources(*two_sources, parse_class_map([str(write(tmp_path/name, text))]))
+    assert labels.all_names()==['car', 'big dog']
+
+
+def test_a_list_of_classes_fixes_the_ids(two_sources, tmp_path):
+    paths,images = two_sources
+    names = write(tmp_path/'names.txt', 'Van\nbig dog\nboat\nCar\ncar\n')
+    for i,path in enumerate(paths):
+        convert_sources(path, images, tmp_path/'out', f'set{i}', label_map=names, num_shards=1, workers=1)
+        contents = json.loads((tmp_path/'out'/f'set{i}_coco.json').read_text())
+        assert [c['name'] for c in contents['categories']]==['Van', 'big dog', 'boat', 'Car', 'car']
+    with pytest.raises(SourceError, match='no class has the name big dog. Did you mean big dogs'):
+        convert_sources(paths[0], images, tmp_path/'out', 'x', label_map=write(tmp_path/'n.txt', 'car\nbig dogs'))
+
+
+def test_other_labels_with_the_same_tag_do_not_replace_records(two_sources, tmp_path):
+    paths,images = two_sources
+    options = dict(num_shards=1, workers=1)
+    convert_sources(paths[0], images, tmp_path/'out', 'train', **options)
+    before = {p.name: p.read_bytes() for p in (tmp_path/'out').iterdir()}
+    with pytest.raises(SourceError, match='which would be lost. Choose another tag'):
+        convert_sources(paths[1], images, tmp_path/'out', 'train', **options)
+    damaged = write(tmp_path/'lost'/'c.jpg', 'no image').parent
+    with pytest.raises(ValueError, match='no image can be used'):
+        convert_sources(paths[0], damaged, tmp_path/'out', 'val', **options)
+    (images/'empty.jpg').unlink()
+    with pytest.raises(ValueError, match='--strict allows none'):
+        convert_sources(paths, images, tmp_path/'out', 'val', strict=True, **options)
+    assert {p.name: p.read_bytes() for p in (tmp_path/'out').iterdir() if p.name[0]!='.'}=={
+        name: data for name,data in before.items() if name[0]!='.'}
