@@ -49,8 +49,12 @@ class VocFile:
     def counts_from_0(self)->bool:
         "Tests whether a corner is 0 or has decimals, or the file is of Label Studio."
         if self.writer=='Label Studio': return True
-        corners = [as_numbers(o.corners) for o in self.objects if o.corners]
-        return any(min(c[:2])==0 or any(number%1 for number in c) for c in corners if c and all(map(math.isfinite, c)))
+        return any(_is_from_0(as_numbers(voc_object.corners or ())) for voc_object in self.objects)
+
+def _is_from_0(corners):
+    "Tests for a corner of 0 or with decimals."
+    if not corners or not all(map(math.isfinite, corners)): return False
+    return min(corners[:2])==0 or any(number%1 for number in corners)
 
 def read_voc_file(
     path, # XML file
@@ -139,19 +143,21 @@ def add_yolo_line(
     rules:YoloRules,
 ):
     "Adds the object of a line, or reports why it is left out."
-    words = line.split()
-    numbers = as_numbers(words)
-    fault = None if image['id'] in labels.left_out else _yolo_fault(numbers, rules)
-    if fault or image['id'] in labels.left_out: return labels.leave_box_out(image, label_id, fault)
-    name,values = rules.class_name(int(numbers[0])), numbers[1:]
+    numbers = as_numbers(line.split())
+    if fault := _yolo_fault(numbers, rules): return labels.leave_box_out(image, label_id, fault)
+    if image['id'] in labels.left_out: return labels.leave_box_out(image, label_id, Fault.IMAGE_LEFT_OUT)
+    if len(numbers)==6 and not rules.has_keypoints: labels.report.add_note(Fault.SCORE_IGNORED, label_id)
+    outline = _yolo_outline(numbers[1:], (image['width'],image['height']), rules)
+    labels.add_outline(image, label_id, rules.class_name(int(numbers[0])), outline)
+
+def _yolo_outline(values, image_wh, rules):
+    "Returns the box or the polygon of a line, or its fault."
     if rules.has_keypoints or len(values)<6:
-        x,y,w,h = np.multiply(values[:4], [image['width'],image['height']]*2).tolist()
-        if len(values)==5 and not rules.has_keypoints: labels.report.add_note(Fault.SCORE_IGNORED, label_id)
-        return labels.add_box(image, label_id, name, [x-w/2, y-h/2, w, h])
-    points = np.reshape(values, (-1,2))*[image['width'],image['height']]
-    if len(points)==4 and not rules.has_polygons and is_rotated_rectangle(points):
-        return labels.leave_box_out(image, label_id, Fault.ROTATED_BOX)
-    labels.add_polygon(image, label_id, name, points.ravel().tolist())
+        x,y,w,h = np.multiply(values[:4], image_wh*2).tolist()
+        return [x-w/2, y-h/2, w, h]
+    points = np.reshape(values, (-1,2))*image_wh
+    is_rotated = len(points)==4 and not rules.has_polygons and is_rotated_rectangle(points)
+    return Fault.ROTATED_BOX if is_rotated else points.ravel().tolist()
 
 def _yolo_fault(numbers, rules):
     "Returns why a line is neither a box nor a polygon, or None."

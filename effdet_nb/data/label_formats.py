@@ -144,11 +144,17 @@ def _add_file(files, path):
 def _folder_source(folder):
     "Returns the source of a folder."
     files = _label_files(folder)
-    damaged = files.pop('damaged_json', [])
     found = {name:files[name] for name in FORMATS if files.get(name)}
     if not found and files.get('empty'): found = dict(yolo=files['empty'])
     if not found and folder.name.lower()=='images' and (folder.parent/'labels').is_dir():
         return _folder_source(folder.parent/'labels')
+    _check_one_format(folder, found, files.get('damaged_json'))
+    [(name,paths)] = found.items()
+    if name=='labelme': paths = paths + files.get('damaged_json', [])
+    return _text_source(folder, files) if name in ('yolo','kitti') else Source(folder, name, tuple(paths))
+
+def _check_one_format(folder, found, damaged):
+    "Checks that a folder has labels of one format; `found` has the files of each format."
     if not found and damaged: raise CocoError(damaged[0], ['not valid JSON. Was the file copied completely?'])
     if not found: raise SourceError(f'{folder}: no labels. Give a COCO file (.json), or a folder with labels of '
                                     f'{", ".join(FORMATS.values())}')
@@ -156,11 +162,9 @@ def _folder_source(folder):
         kinds = ', '.join(f'{FORMATS[name]} (such as {paths[0].relative_to(folder)})' for name,paths in found.items())
         raise SourceError(f'{folder}: labels in several formats, {kinds}. Give the folder or the file of one of them')
     [(name,paths)] = found.items()
-    if name in ('coco','via','label_studio') and len(paths)>1:
-        listed = ', '.join(str(path.relative_to(folder)) for path in paths[:4])
-        raise SourceError(f'{folder}: {len(paths)} {FORMATS[name]} files, {listed}. Give the one that you mean')
-    if name=='labelme': paths = paths + damaged
-    return _text_source(folder, files) if name in ('yolo','kitti') else Source(folder, name, tuple(paths))
+    if name not in ('coco','via','label_studio') or len(paths)==1: return
+    listed = ', '.join(str(path.relative_to(folder)) for path in paths[:4])
+    raise SourceError(f'{folder}: {len(paths)} {FORMATS[name]} files, {listed}. Give the one that you mean')
 
 def _text_source(folder, files):
     "Returns the source of a folder with YOLO or KITTI labels."

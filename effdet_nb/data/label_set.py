@@ -224,6 +224,20 @@ def report_damaged(
     image = labels.add_image(expected_image(finder, Path(path).stem, path))
     labels.leave_image_out(image, Fault.LABELS_DAMAGED, Path(path).name)
 
+# %% ../../nbs/data/18_label_set.ipynb #8eee15c1
+@patch
+def add_outline(
+    self:LabelSet,
+    image:dict,      # as `add_image` returns it
+    label_id,        # file and place of the label
+    class_name:str,
+    outline,         # x, y, width, height; or a polygon of three or more points; or the fault of the label
+)->bool:             # whether it was added
+    "Adds a box or a polygon, or reports the fault of the label."
+    if isinstance(outline, Fault): return self.leave_box_out(image, label_id, outline)
+    if len(outline)==4: return self.add_box(image, label_id, class_name, outline)
+    return self.add_polygon(image, label_id, class_name, outline)
+
 # %% ../../nbs/data/18_label_set.ipynb #247ebfe2
 @patch
 def image_dir(self:LabelSet)->Path:

@@ -33,10 +33,13 @@ def read_source(
     image_dir = default_image_dir(source) if image_dir is None else Path(image_dir)
     if not image_dir.is_dir():
         raise FileNotFoundError(f'{image_dir}: no such folder. Set image_dir to the folder with the images')
-    if source.format=='coco': return _read_coco(labels, source.path if source.path.is_file() else source.files[0],
-                                                image_dir, prefix)
+    if source.format=='coco': return _read_coco(labels, source.files[0], image_dir, prefix)
     finder = ImageFinder(image_dir)
     files = [path for path in source.files if not _is_ignored(labels, path, source, finder)]
+    _read_labels(labels, source, files, finder)
+
+def _read_labels(labels, source, files, finder):
+    "Calls the reader of the format of a source."
     if source.format=='voc': read_voc(labels, files, finder)
     elif source.format=='kitti': read_kitti(labels, files, finder)
     elif source.format=='labelme': read_labelme(labels, files, finder)
@@ -68,10 +71,13 @@ def _read_coco(labels, path, image_dir, prefix):
     for info in coco.images:
         image = _add_coco_image(labels, info, image_dir)
         for annotation in coco.annotations[info['id']]:
-            label_id = f'{prefix}{annotation["id"]}' if prefix else annotation['id']
-            if not labels.add_box(image, label_id, names[annotation['category_id']], annotation['bbox'],
-                                  annotation.get('segmentation'), bool(annotation['iscrowd'])): continue
-            if annotation['area'] is not None: labels.annotations[-1]['area'] = annotation['area']
+            _add_coco_annotation(labels, image, annotation, names[annotation['category_id']], prefix)
+
+def _add_coco_annotation(labels, image, annotation, class_name, prefix):
+    label_id = f'{prefix}{annotation["id"]}' if prefix else annotation['id']
+    added = labels.add_box(image, label_id, class_name, annotation['bbox'], annotation.get('segmentation'),
+                           bool(annotation['iscrowd']))
+    if added and annotation['area'] is not None: labels.annotations[-1]['area'] = annotation['area']
 
 def _add_coco_image(labels, info, image_dir):
     "Adds an image of a COCO file; a name that leads out of the folder is reported."
@@ -113,7 +119,7 @@ def _class_map_of_file(path):
 
 # %% ../../nbs/data/22_sources.ipynb #72947400
 def _unknown_class(name, known, where):
-    nearest = get_close_matches(name, known, 1) or get_close_matches(name.lower(), [k.lower() for k in known], 1)
+    nearest = get_close_matches(name, known, 1) or get_close_matches(name.lower(), map(str.lower, known), 1)
     nearest = [k for k in known if k.lower()==nearest[0].lower()][:1] if nearest else []
     shown = ', '.join(known[:10])+(' ...' if len(known)>10 else '')
     advice = f'Did you mean {nearest[0]}?' if nearest else f'There are {shown or "no classes"}'
@@ -190,7 +196,8 @@ def write_coco(
     **info,              # for the entry "info"
 ):
     "Writes labels as a COCO file."
-    with atomic_write(path, 'w') as f: json.dump(dict(info=dict(made_by='effdet_nb', **info), **labels.to_coco(names)), f)
+    contents = dict(info=dict(made_by='effdet_nb', **info), **labels.to_coco(names))
+    with atomic_write(path, 'w') as f: json.dump(contents, f)
 
 # %% ../../nbs/data/22_sources.ipynb #d145a0b8
 def check_origin(
