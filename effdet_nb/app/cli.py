@@ -16,6 +16,7 @@ from .demo import effdet_demo, effdet_webpage
 from .compare import effdet_compare
 from .completion import SHELLS, answer_shell, completion_script, task_parser
 from .options import CommandParser, Option, parse_options
+from .split_command import effdet_split
 from .tile_command import effdet_tile
 
 # %% ../../nbs/app/11_cli.ipynb #fbb1d526
@@ -560,7 +561,7 @@ TASKS = {
     'dataset_convert': effdet_dataset_convert, 'check': effdet_check, 'train': effdet_train,
     'evaluate': effdet_evaluate, 'prune': effdet_prune, 'inference': effdet_inference, 'export': effdet_export,
     'gen_trt_engine': effdet_gen_trt_engine, 'quickstart': effdet_quickstart, 'import': effdet_import,
-    'webpage': effdet_webpage, 'demo': effdet_demo, 'tile': effdet_tile, 'compare': effdet_compare,
+    'webpage': effdet_webpage, 'demo': effdet_demo, 'tile': effdet_tile, 'split': effdet_split, 'compare': effdet_compare,
     'completion': effdet_completion}
 LAUNCHER_WORDS = ('tao', 'tlt', 'model', 'deploy', 'efficientdet_tf1')
 
