@@ -561,8 +561,8 @@ TASKS = {
     'dataset_convert': effdet_dataset_convert, 'check': effdet_check, 'train': effdet_train,
     'evaluate': effdet_evaluate, 'prune': effdet_prune, 'inference': effdet_inference, 'export': effdet_export,
     'gen_trt_engine': effdet_gen_trt_engine, 'quickstart': effdet_quickstart, 'import': effdet_import,
-    'webpage': effdet_webpage, 'demo': effdet_demo, 'tile': effdet_tile, 'split': effdet_split, 'compare': effdet_compare,
-    'completion': effdet_completion}
+    'webpage': effdet_webpage, 'demo': effdet_demo, 'tile': effdet_tile, 'split': effdet_split,
+    'compare': effdet_compare, 'completion': effdet_completion}
 LAUNCHER_WORDS = ('tao', 'tlt', 'model', 'deploy', 'efficientdet_tf1')
 
 def efficientdet_tf1():
