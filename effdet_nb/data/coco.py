@@ -58,11 +58,23 @@ def read_coco_json(
         state = 'is a folder' if path.is_dir() else 'no such file'
         raise FileNotFoundError(f'{path}: {state}. Give the COCO annotation file (.json)')
     try:
-        with _paused_gc(): data = json.loads(_read_text(path), object_hook=object_hook)
+        text = _read_text(path)
+        with _paused_gc(): data = json.loads(text, object_hook=object_hook)
     except (ValueError,RecursionError) as e: raise CocoError(path, [_json_problem(e)]) from None
+    if repeated := _repeated_lists(text):
+        raise CocoError(path, [f'"{repeated[0]}" occurs twice at the top level, and JSON keeps only the last. '
+                               'Join the two lists'])
     if isinstance(data, dict): return data
     raise CocoError(path, [f'the top level is a {type(data).__name__}; '
                            'need an object with images, annotations and categories'])
+
+def _repeated_lists(text):
+    "Returns the names of lists that occur more than once at the top level of a COCO file."
+    candidates = [name for name in REQUIRED_KEYS if text.count(f'"{name}"')>1]     # quick, and nearly always empty
+    outermost = []
+    def keep_names(pairs): outermost[:] = [name for name,_ in pairs]               # the last call is for the top level
+    if candidates: json.loads(text, object_pairs_hook=keep_names)
+    return [name for name in candidates if outermost.count(name)>1]
 
 def _json_problem(error):
     "Describes an error raised while JSON was read."

@@ -7,7 +7,7 @@ __all__ = ['EXIF_ORIENTATION', 'OutsideFolder', 'image_path', 'EncodedImage', 'p
            'image_fault', 'without_upload_prefix', 'upright_size', 'comparable_parts', 'find_image_files']
 
 # %% ../../nbs/data/04_image_files.ipynb #600c8d8a
-import io, os, re, struct, unicodedata, zlib
+import errno, io, os, re, struct, unicodedata, zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
@@ -66,7 +66,7 @@ def _png_pixel_chunks(data):
         position += 12+length
 
 def _check_pixel_stream(data, max_size):
-    "Raises an error if the compressed pixels of a PNG lack their end, which TensorFlow demands and Pillow does not read."
+    "Raises an error if the pixels of a PNG lack their end, which TensorFlow demands and Pillow does not read."
     stream, size = zlib.decompressobj(), 0
     try:
         for chunk in _png_pixel_chunks(data):
@@ -152,6 +152,8 @@ def image_fault(
     error:Exception, # raised by `image_path`, `probe_image` or `match_orientation`
 )->Fault:            # such as file missing, not an image, or damaged
     "Returns the fault for an error raised by `image_path`, `probe_image` or `match_orientation`."
+    is_no_path = isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.ENAMETOOLONG)
+    if is_no_path: return Fault.FILE_MISSING
     return next((fault for kind,fault in _FAULTS.items() if isinstance(error, kind)), Fault.FILE_DAMAGED)
 
 # %% ../../nbs/data/04_image_files.ipynb #a2421c02
