@@ -267,3 +267,20 @@ def test_real_annotation_files_load(shared_dir):
     assert ClassTable.from_categories(bccd.categories).is_identity
     assert ClassTable.from_categories(mini.categories).channel(90) == 79
     assert ClassTable.from_categories(mini.categories, 91).channel(90) == 89
+
+
+@pytest.mark.parametrize('name', ['images', 'annotations', 'categories'])
+@pytest.mark.parametrize('again', [[], None, [1], {}])
+def test_a_list_that_stands_twice_at_the_top_level_is_refused(tmp_path, name, again):
+    text = json.dumps(good())
+    for raw in (f'{text[:-1]}, "{name}": {json.dumps(again)}}}', f'{{"{name}": {json.dumps(again)}, {text[1:]}'):
+        for read in (load_coco_lenient, load_coco):
+            path = tmp_path/'x.json'
+            path.write_text(raw)
+            with pytest.raises(CocoError, match=f'"{name}" occurs twice at the top level'): read(path)
+
+
+def test_the_same_words_inside_an_entry_are_no_second_list(tmp_path):
+    data = good()
+    for entry in data['images']: entry |= dict(annotations=[], images=1, categories='"annotations": []')
+    assert load(tmp_path, data).num_annotations == 4

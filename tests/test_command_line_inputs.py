@@ -4,7 +4,7 @@ import stat
 
 import pytest
 
-from effdet_nb.app.command import format_error
+from effdet_nb.app.command import check_outputs, format_error
 from effdet_nb.app.infer import count_passed_over, output_paths, read_label_map
 from effdet_nb.core.files import match_files
 from effdet_nb.data.faults import Fault
@@ -166,3 +166,24 @@ def test_only_paths_are_expanded():
     spec = Spec().replace(training_config=dict(keep_checkpoint_max=3, num_epochs=2))
     assert spec.training_config.keep_checkpoint_max==3
     assert Spec.parse('training_config { keep_checkpoint_max: 3 checkpoint_period: 2 }').training_config
+
+
+@pytest.mark.parametrize('options', [
+    dict(experiment_spec_file='a', suggest='a'), dict(experiment_spec_file='a', log_file='./a'),
+    dict(model_path=['b', 'a'], output_path='../{}/a'), dict(output_path='a', log_file='link'),
+    dict(annotations_file='a', log_file='a')])
+def test_a_command_does_not_write_to_a_file_that_it_reads(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in 'ab': (tmp_path/name).write_text('kept')
+    (tmp_path/'link').symlink_to('a')
+    options = {k: v.format(tmp_path.name) if isinstance(v, str) else v for k,v in options.items()}
+    with pytest.raises(ValueError, match='is also the file of --.* would be changed'): check_outputs(options)
+
+
+@pytest.mark.parametrize('options', [
+    dict(experiment_spec_file='a', suggest='new'), dict(experiment_spec_file='a', log_file='b'),
+    dict(model_path=['a'], output_path=None, threshold=.4), dict(log_file='b', key='b?'), dict(suggest='', key='')])
+def test_other_outputs_are_allowed(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in 'ab': (tmp_path/name).write_text('kept')
+    check_outputs(options)

@@ -556,7 +556,9 @@ def test_clip_keeps_what_remains_of_a_box_and_strict_accepts_it(toy_dataset):
 
 @pytest.mark.parametrize('kw,message',
                          [(dict(num_shards=0), 'num_shards: 0'), (dict(tag='a/b'), 'tag'), (dict(tag=''), 'tag'),
-                          (dict(tag='a*'), 'tag'), (dict(workers=0), 'workers: 0')])
+                          (dict(tag='a*'), 'tag'), (dict(workers=0), 'workers: 0'), (dict(tag='..'), 'tag'),
+                          (dict(tag='.t'), 'tag'), (dict(num_shards=10_001), 'num_shards: 10001'),
+                          (dict(num_shards=10**9), 'num_shards'), (dict(num_shards=-5), 'num_shards')])
 def test_bad_arguments_are_rejected_before_anything_is_written(toy_dataset, kw, message):
     with pytest.raises(ValueError, match=message): dataset_convert(*toy_dataset, **kw)
     assert not toy_dataset[2].exists()

@@ -228,6 +228,15 @@ def test_hostile_paths_cost_one_image_each(folder):
         convert(folder, ['../secret.jpg'])
 
 
+@pytest.mark.parametrize('links', [{'1.jpg': '1.jpg'}, {'1.jpg': 'x', 'x': '1.jpg'}, {'1.jpg': './x/1.jpg', 'x': '.'}])
+def test_links_that_lead_in_a_circle_are_missing_files(folder, links):
+    (folder/'images'/'1.jpg').unlink(missing_ok=True)
+    for name, target in links.items(): os.symlink(target, folder/'images'/name)
+    result = convert(folder, ['0.jpg', '1.jpg', 'n'*300 + '.jpg'])
+    missing = {name for _,name in result.dropped_images[Fault.FILE_MISSING]}
+    assert missing == {'1.jpg', 'n'*300 + '.jpg'} and result.num_images == 1
+
+
 @pytest.mark.parametrize('name', [b'caf\xe9.jpg', b'\xff\xfe.jpg', b'a\x80b.jpg'])
 def test_names_that_are_not_utf8_are_converted(folder, name):
     os.rename(folder/'images'/'1.jpg', os.path.join(os.fsencode(folder/'images'), name))
