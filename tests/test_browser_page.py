@@ -5,6 +5,7 @@ import json
 import re
 import tarfile
 
+import keras
 import numpy as np
 import pytest
 from conftest import skip_missing
@@ -13,7 +14,7 @@ from PIL import Image
 
 from effdet_nb.detector.detections import predict_image
 from effdet_nb.detector.efficientdet import Arch
-from effdet_nb.detector.images import letterbox, to_channels
+from effdet_nb.detector.images import resize_to_input, to_channels
 from effdet_nb.detector.toy_data import make_toy_image
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.export.browser import (
@@ -39,7 +40,8 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp('browser_model')
     arch = Arch('efficientdet-tiny', image_hw=(128, 160), num_classes=4)
     classes = ClassTable((1, 2, 3), ('round', 'square <b>', 'three & more'), 4)
-    save_detector(folder/'toy.tlt', random_detector(arch), arch, classes)
+    keras.utils.set_random_seed(0)
+    save_detector(folder/'toy.tlt', random_detector(arch, logit_scale=10.), arch, classes)
     raw, _, _ = convert_to_onnx(folder/'toy.tlt')
     (folder/'toy.onnx').write_bytes(add_nms(raw, 'onnx', score_threshold=.01).SerializeToString())
     return folder/'toy.onnx'
@@ -96,10 +98,11 @@ def encode(image, kind, **options):
     return out.getvalue()
 
 
-def found_by_python(model, data, tmp_path):
-    path = tmp_path/'image'
+def found_by_python(model, data, tmp_path, resize='letterbox'):
+    path, detector = tmp_path/'image', load_detector(model)
     path.write_bytes(data)
-    found = predict_image(load_detector(model), path, threshold=0.)
+    detector.resize = resize
+    found = predict_image(detector, path, threshold=0.)
     return np.column_stack([found.boxes, found.scores, found.classes])
 
 
@@ -110,29 +113,30 @@ def textured(height, width, seed=0):
     return np.clip(image+noise, 0, 255).astype(np.uint8)
 
 
-LETTERBOX = """(() => {
+RESIZE = """(() => {
   const bytes = Uint8Array.from(atob(DATA), c => c.charCodeAt(0))
-  const {pixels, scale} = letterbox({data: bytes, width: WIDTH, height: HEIGHT, channels: 3}, SETTINGS)
+  const {pixels, scale} = resizeToInput({data: bytes, width: WIDTH, height: HEIGHT, channels: 3}, SETTINGS)
   return [Array.from(pixels), scale]
 })()"""
 
 def pixels_of_page(browser, image, settings):
     "The pixels of the network input as the page computes them, and the scale."
-    script = LETTERBOX.replace('DATA', json.dumps(base64.b64encode(image.tobytes()).decode()))
+    script = RESIZE.replace('DATA', json.dumps(base64.b64encode(image.tobytes()).decode()))
     script = script.replace('WIDTH', str(image.shape[1])).replace('HEIGHT', str(image.shape[0]))
     pixels, scale = browser.evaluate_js(script.replace('SETTINGS', json.dumps(settings)))
     return np.reshape(pixels, (settings['height'], settings['width'], settings['channels'])), scale
 
 
-def test_pixels_equal_those_of_python(browser, page):
+@pytest.mark.parametrize('resize', ['letterbox', 'stretch'])
+def test_pixels_equal_those_of_python(browser, page, resize):
     "Exactly, except for very tall images, whose two passes new versions of Pillow run in the other order."
     open_page(browser, page)
-    settings = dict(height=64, width=80, padding=(127, 3, 250), channels=3)
+    settings = dict(height=64, width=80, padding=(127, 3, 250), channels=3, resize=resize)
     for hw in ((1, 1), (64, 80), (32, 40), (3, 500), (500, 2), (97, 131), (333, 517), (700, 900), (20, 30), (90, 45)):
         image = np.random.default_rng(hw[0]).integers(0, 256, (*hw, 3), np.uint8)
         pixels, scale = pixels_of_page(browser, image, settings)
-        expected, expected_scale = letterbox(image, (64, 80), settings['padding'])
-        assert scale==expected_scale
+        expected, expected_scale, _ = resize_to_input(image, (64, 80), settings['padding'], resize)
+        assert tuple(scale)==tuple(expected_scale)
         np.testing.assert_allclose(pixels, expected, atol=int(hw[0] > 2*hw[1]), rtol=0, err_msg=str(hw))
         grey, _ = pixels_of_page(browser, image, settings | dict(channels=1))       # ties may be rounded up or down
         np.testing.assert_allclose(grey, to_channels(pixels[None].astype(np.uint8), 1)[0], atol=1, rtol=0)
@@ -152,19 +156,29 @@ def image_files():
 
 def test_boxes_equal_those_of_python(browser, page, model, tmp_path):
     """Both run ONNX Runtime, whose kernels for different processors sum in a different order. That changes scores by
-    about 1e-6 and boxes by 1e-3 pixels here; the tolerance is ten times as large. Decoders of JPEG may differ by 1."""
+    about 1e-5 and boxes by 1e-3 pixels here; the tolerance is ten times as large."""
     open_page(browser, page)
     for name, data in image_files().items():
         drop(browser, {name: data})
         found, expected = found_by_page(browser), found_by_python(model, data, tmp_path)
-        box_tolerance, score_tolerance = (2, .05) if name.endswith('.jpg') else (1e-2, 1e-4)
         assert len(found)==len(expected) > 5, name
-        assert_same_objects(found, expected, box_tolerance, score_tolerance, name)
+        assert_same_objects(found, expected, name)
     assert not browser.errors
     assert {url.partition(':')[0] for url in browser.requested_urls} == {'file', 'blob'}
 
 
-def assert_same_objects(found, expected, box_tolerance, score_tolerance, name):
+def test_boxes_of_stretched_images_equal_those_of_python(browser, page, model, tmp_path):
+    open_page(browser, page)
+    browser.evaluate_js("detectors[0].settings.resize = 'stretch'")
+    for hw in ((300, 100), (90, 250), (128, 160)):
+        data = encode(textured(*hw), 'PNG')
+        drop(browser, {'a.png': data})
+        found, expected = found_by_page(browser), found_by_python(model, data, tmp_path, 'stretch')
+        assert len(found)==len(expected) > 5
+        assert_same_objects(found, expected, str(hw))
+
+
+def assert_same_objects(found, expected, name, box_tolerance=1e-2, score_tolerance=1e-4):
     "Each object has a partner of its class; objects of equal scores may be in another order."
     for row in expected:
         same_class = found[found[:, 5]==row[5]]
