@@ -68,9 +68,11 @@ def read_coco_json(
     raise CocoError(path, [f'the top level is a {type(data).__name__}; '
                            'need an object with images, annotations and categories'])
 
+_LIST_NAMES = 'images', 'annotations', 'categories'
+
 def _repeated_lists(text):
     "Returns the names of lists that occur more than once at the top level of a COCO file."
-    candidates = [name for name in REQUIRED_KEYS if text.count(f'"{name}"')>1]     # quick, and nearly always empty
+    candidates = [name for name in _LIST_NAMES if text.count(f'"{name}"')>1]      # quick, and nearly always empty
     outermost = []
     def keep_names(pairs): outermost[:] = [name for name,_ in pairs]               # the last call is for the top level
     if candidates: json.loads(text, object_pairs_hook=keep_names)
