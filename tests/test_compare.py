@@ -1,6 +1,11 @@
 "Runs side by side: finished, unfinished, damaged, of another version, or no runs at all."
+import importlib.util
 import json
+import os
+import re
 import shlex
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -140,3 +145,36 @@ def test_the_help_ends_with_an_example_that_is_valid():
     assert text.endswith(f'Example: effdet_compare {effdet_compare.example}')
     options = parse_options(effdet_compare, shlex.split(effdet_compare.example))
     assert options['runs']==['runs/first', 'runs/second'] and cli.TASKS['compare'] is effdet_compare
+
+
+def test_the_search_in_the_chapter_runs(tmp_path, monkeypatch, capsys):
+    if not importlib.util.find_spec('optuna'):
+        assert os.environ.get('CI')!='true', 'optuna is missing in CI: see dev_requirements in settings.ini'
+        pytest.skip('optuna is not installed')
+    import optuna
+
+    from effdet_nb.train import fit
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'train-0').touch()
+    (tmp_path/'spec.txt').write_text(
+        'dataset_config { num_classes: 4 image_size: "128,128" training_file_pattern: "train-*" }')
+    rates = []
+
+    def train(spec, model_dir, callbacks):
+        "Reports an AP that is best at a learning rate of 0.05, as a training would."
+        callback, = callbacks
+        callback.set_model(SimpleNamespace(stop_training=False))
+        rates.append(spec.training_config.learning_rate)
+        for epoch in range(4): callback.on_epoch_end(epoch, dict(AP=(epoch+1)*(.2-abs(rates[-1]-.05)), loss=1.))
+        assert Path(model_dir).parent.name=='runs' and spec.eval_config.eval_epoch_cycle==2
+        return [dict(AP=.5-abs(rates[-1]-.05)), dict(loss=1.)]
+
+    monkeypatch.setattr(fit, 'train', train)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    chapter = Path(__file__).resolve().parents[1]/'nbs'/'app'/'10_compare.ipynb'
+    pages = [''.join(cell['source']) for cell in json.loads(chapter.read_text(encoding='utf-8'))['cells']]
+    program, = [block for page in pages for block in re.findall(r'```python\n(.*?)```', page, re.S)]
+    assert 20<len(program.splitlines())<40
+    exec(compile(program, 'search.py', 'exec'), space := {})
+    assert len(rates)==10 and len(set(rates))>5 and space['study'].best_value>.4
+    assert (tmp_path/'sweep.db').is_file() and 'learning_rate' in capsys.readouterr().out

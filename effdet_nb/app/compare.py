@@ -144,6 +144,7 @@ def plot_runs(
         points = [(row['epoch'], row[metric]) for row in run.history if row.get(metric, -1)>=0]
         if points: ax.plot(*zip(*points), marker='.', label=run.name)
     ax.set(xlabel='epoch', ylabel=metric)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     if ax.lines: ax.legend()
 
 # %% ../../nbs/app/10_compare.ipynb #457e90a8
