@@ -50,13 +50,19 @@ def open_video(
     av,source = import_av(), str(source)
     kind,pattern = _CAMERAS.get(sys.platform, _CAMERAS['linux']) if source.isdecimal() else (None, '{}')
     try: container = av.open(pattern.format(source), format=kind, timeout=10 if '://' in source else None)
-    except FileNotFoundError: raise FileNotFoundError(f'{_name(source)}: no such video. Check the path') from None
+    except FileNotFoundError: raise _missing(source) from None
     except (av.error.FFmpegError, ValueError) as e:
         raise ValueError(f'{_name(source)}: not readable as a video ({_reason(e)}). '
                          'Does a video player open it?') from None
     if container.streams.video: return container
     container.close()
     raise ValueError(f'{_name(source)}: contains no video stream, only sound or subtitles. Give a video')
+
+def _missing(source):
+    "Returns the error for a file or a camera that does not exist."
+    if not source.isdecimal(): return FileNotFoundError(f'{source}: no such video. Check the path')
+    return FileNotFoundError(f'camera {source}: no such camera. They are counted from 0; is it connected, and are you '
+                             'allowed to use it?')
 
 def _name(source): return f'camera {source}' if source.isdecimal() else source
 def _reason(error): return getattr(error, 'strerror', None) or str(error).rstrip('.') or type(error).__name__

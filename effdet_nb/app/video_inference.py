@@ -91,7 +91,8 @@ class VideoSummary:
     written_to:list=field(default_factory=list) # files
 
     def __repr__(self):
-        speed = f'{self.num_frames/self.seconds:.3g} frames/s' if self.seconds else ''
+        if not self.seconds: return f'{self.source}: not processed'
+        speed = f'{self.num_frames/self.seconds:.3g} frames/s'
         lines = [f'{self.source}: {self.num_frames:,} frames, {format_duration(self.seconds)}, {speed}']
         lines += [f'  {name:<44}{count:>9,}' for name,count in self.boxes_per_class.most_common(20)]
         return '\n'.join([*lines, *(f'written to {path}' for path in self.written_to)])

@@ -94,14 +94,17 @@ class ImageCutter:
         tiles = [tuple(tile) for tile in self.tiling.boxes(image.shape[:2]).tolist()]
         parts = [boxes_in_tile(boxes, _is_crowd(annotations), tile, self.min_visible) for tile in tiles]
         chosen = choose_tiles([len(kept) for kept,_ in parts], self.empty_share, number)
-        written = [(tiles[i], *parts[i]) for i in chosen]
-        if len(tiles)>1 and self.tiling.whole_image and (len(boxes) or self.empty_share>0):
-            written.append(((0, 0, *image.shape[:2]), np.arange(len(boxes)), boxes))
         cut.num_objects,cut.num_empty = len(annotations), len(tiles)-len(chosen)
+        written = [(tiles[i], *parts[i]) for i in chosen]
+        if len(tiles)>1 and self._adds_whole_image(len(boxes)):
+            written.append(((0, 0, *image.shape[:2]), np.arange(len(boxes)), boxes))
         for tile,kept,inside in written:
             cut.entries.append((tile, [_moved(annotations[i], box) for i,box in zip(kept, inside)]))
-        seen = {i for _,kept,_ in written for i in kept.tolist()}
-        _report_unseen(cut.report, annotations, seen)
+        _report_unseen(cut.report, annotations, [kept for _,kept,_ in written])
+
+    def _adds_whole_image(self, num_boxes):
+        "Whether the whole image is written too; not if it is empty and no empty tiles are kept."
+        return self.tiling.whole_image and (num_boxes>0 or self.empty_share>0)
 
     def _write(self, cut, image, stem, ending):
         "Writes the tiles; entries become (file name, (height, width), annotations)."
@@ -122,8 +125,9 @@ def _read_annotated(image_dir, info):
     image = read_image(encoded.data)
     return image, json_hw if all(json_hw) else image.shape[:2], encoded.file_format=='jpeg'
 
-def _report_unseen(report, annotations, seen):
-    "Reports the annotations whose indices are not among those that a tile shows."
+def _report_unseen(report, annotations, kept):
+    "Reports the annotations that no tile shows; `kept` has the indices of each tile."
+    seen = {*np.concatenate(kept).tolist()} if kept else set()
     unseen = [(a['image_id'], a['id']) for i,a in enumerate(annotations) if i not in seen]
     if unseen: report.dropped_boxes[Fault.IN_NO_TILE] += unseen
 
@@ -193,14 +197,18 @@ def tile_dataset(
     _check_share('empty_share', empty_share)
     coco,issues = load_coco_lenient(annotations_file, drop_masks)
     coco,_ = find_image_files(coco, image_dir)
-    target = Path(output_dir)/(tag or Path(annotations_file).stem)
-    if target.resolve()==Path(image_dir).resolve():
-        raise ValueError(f'{target}: the tiles would be written among the original images. Choose another output_dir')
+    target = _tile_folder(output_dir, tag or Path(annotations_file).stem, image_dir)
     stems = _unique_stems([image['file_name'] for image in coco.images])
     jobs = [(n, image, coco.annotations[image['id']], stem) for n,(image,stem) in enumerate(zip(coco.images, stems))]
     cutter = ImageCutter(str(image_dir), target, tiling, min_visible, empty_share)
     cuts = list(progress_bar(threaded_map(cutter, jobs, workers), len(jobs), 'tiles of images'))
     return _publish(cuts, coco, target, report_annotation_issues(issues))
+
+def _tile_folder(output_dir, tag, image_dir):
+    "Returns the folder for the tiles; raises an error if it has the original images."
+    target = Path(output_dir)/tag
+    if target.resolve()!=Path(image_dir).resolve(): return target
+    raise ValueError(f'{target}: the tiles would be written among the original images. Choose another output_dir')
 
 def _check_share(name, value):
     "Raises if a value is not a share."

@@ -173,6 +173,11 @@ def _detect(detector, inputs, batch_size, workers):
     if not getattr(detector, 'is_parallel', False): return _detect_batches(detector, inputs, batch_size)
     return threaded_map(lambda resized: (resized, detector(resized.image[None])[0]), inputs, workers)
 
+def _tiles_to_detect(image_hw, tiling):
+    "Returns the tiles of an image; the whole image is one more."
+    tiles = tiling.boxes(image_hw)
+    return np.concatenate([tiles, [(0, 0, *image_hw)]]) if tiling.whole_image and len(tiles)>1 else tiles
+
 def detect_tiled(
     detector,                # images uint8 [N, H, W, 3] -> N `Detections`; has `image_hw` and `nms_options`
     image:np.ndarray,        # [H, W, 3] uint8
@@ -184,8 +189,7 @@ def detect_tiled(
     show_progress:bool=False,# show a progress bar
 )->Detections:               # best first, pixels of the image
     "Detects objects in overlapping tiles of an image, and merges the results."
-    tiles = tiling.boxes(image.shape[:2])
-    if tiling.whole_image and len(tiles)>1: tiles = np.concatenate([tiles, [[0, 0, *image.shape[:2]]]])
+    tiles = _tiles_to_detect(image.shape[:2], tiling)
     found = _detect(detector, detector_inputs(image, tiles, detector), batch_size, workers)
     if show_progress: found = progress_bar(found, len(tiles), 'tiles')
     parts = []
