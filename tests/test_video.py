@@ -231,7 +231,8 @@ def test_a_video_is_never_replaced_by_its_copy(tmp_path, monkeypatch, output):
     assert (tmp_path/'a.mp4').read_bytes()==before
 
 
-@pytest.mark.parametrize('source,message', [('7', 'camera 7: no such camera'), ('rtsp://127.0.0.1:9/x', 'not readable as a video')])
+@pytest.mark.parametrize('source,message', [
+    ('7', 'camera 7: no such camera'), ('rtsp://127.0.0.1:9/x', 'not readable as a video')])
 def test_cameras_and_streams_that_are_not_there(source, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message): V.open_video(source)
 
