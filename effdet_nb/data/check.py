@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from ..core.fragments import html_table, html_tag
 from ..core.console import log_message
 from .anchor_fit import MATCH_IOU, anchor_sizes, best_size_iou
 from .coco import images_by_source_id
@@ -21,7 +22,7 @@ from .convert import unique_names
 from .faults import ALMOST_ALL, MANY, describe_issues
 from .pipeline import DataConfig, load_class_table
 from .record_index import Records, explain_no_match
-from .scan import SplitScan, scan_records
+from .scan import SplitScan, scan_records, scan_html
 from .shards import sha256_of
 from .tfrecord import announced_shards, find_record_files, load_sidecar, shards_by_sidecar
 from .validate import load_ground_truth
@@ -332,6 +333,12 @@ class DataCheck:
         if self.problems: summary = f'{len(self.errors)} problems, {len(self.problems)-len(self.errors)} notes'
         scans = [f'{split}: {scan}{_sample_note(scan)}' for split,scan in self.scans.items()]
         return '\n'.join([*scans, *map(str, self.problems), summary])
+
+    def _repr_html_(self):
+        rows = [dict(kind='problem' if p.is_error else 'note', where=p.source, what=p.message) for p in self.problems]
+        parts = [html_table(rows) if rows else html_tag('p', 'no problems')]
+        for split,scan in self.scans.items(): parts += [html_tag('h4', split), scan_html(scan, self.category_names)]
+        return str(html_tag('div', *parts))
 
 def _sample_note(scan):
     "Returns how many records were read, if not all."

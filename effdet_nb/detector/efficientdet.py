@@ -13,6 +13,7 @@ import keras, numpy as np, re
 from dataclasses import asdict, dataclass, field
 from keras import layers, ops
 from math import prod
+from ..core.fragments import html_table
 from .images import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB, LUMA_WEIGHTS, PAD_RGB, neutral_rgb
 from .anchors import ASPECTS, all_anchors
 from .backbone import LayerFactory, backbone
@@ -253,13 +254,20 @@ class EfficientDet(keras.Model):
         costs['all'] = np.sum(list(costs.values()), 0).tolist()
         return [(part, f'{n:,}', f'{macs/1e6:,.1f}', f'{n*4/1e6:,.1f}') for part,(n,macs) in costs.items()]
 
-    def __repr__(self):
+    def summary_title(self)->str:
+        "Name, input, classes and anchors in one line."
         height, width, channels = self.input.shape[1:]
         num_classes, num_anchors = self.output['cls_logits'].shape[-1], self.output['box_deltas'].shape[1]
         colour = 'grey' if channels == 1 else 'colour'
-        title = f'{self.name}, {height}x{width} {colour}, {num_classes} classes, {num_anchors:,} anchors'
+        return f'{self.name}, {height}x{width} {colour}, {num_classes} classes, {num_anchors:,} anchors'
+
+    def _repr_html_(self):
+        columns = 'part', 'parameters', 'multiply-adds, M', 'MB'
+        return str(html_table([dict(zip(columns, row)) for row in self.summary_rows()], self.summary_title()))
+
+    def __repr__(self):
         rows = [('', 'parameters', 'multiply-adds, M', 'MB'), *self.summary_rows()]
-        return '\n'.join([title, *(f'{a:<10}{b:>14}{c:>22}{d:>12}' for a,b,c,d in rows)])
+        return '\n'.join([self.summary_title(), *(f'{a:<10}{b:>14}{c:>22}{d:>12}' for a,b,c,d in rows)])
 
 # %% ../../nbs/detector/08_efficientdet.ipynb #ba2c63ca
 def detector_outputs(
