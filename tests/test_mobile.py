@@ -1,5 +1,6 @@
 "LiteRT files for phones: opened by MediaPipe's own detector and by LiteRT, in three precisions."
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -10,11 +11,13 @@ import pytest
 from PIL import Image
 
 from effdet_nb.data.classes import ClassTable
+from effdet_nb.data.convert import dataset_convert
 from effdet_nb.detector.efficientdet import Arch
-from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_image
+from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_dataset, make_toy_image
 from effdet_nb.export.export import export
-from effdet_nb.export.formats import random_detector
-from effdet_nb.export.mobile import create_interpreter, float_operators, read_tflite
+from effdet_nb.export.formats import create_interpreter, random_detector, silent_conversion
+from effdet_nb.export.mobile import float_operators, read_tflite
+from effdet_nb.export.quantize import record_images
 from effdet_nb.export.runtimes import LiteRtDetector, TrtDetector, load_detector
 from effdet_nb.weights.model_file import save_detector
 
@@ -164,3 +167,63 @@ def test_the_metadata_of_an_engine_is_checked_before_it_is_used(tmp_path, meta):
     (tmp_path/'x.engine').write_bytes(b'engine')
     (tmp_path/'x.engine.json').write_text(meta)
     with pytest.raises(ValueError, match='metadata|description'): TrtDetector(tmp_path/'x.engine')
+
+
+# Calibration with the training records, and a silent converter
+
+@pytest.fixture(scope='module')
+def records(tmp_path_factory):
+    "Twelve toy images as records, and a spec that names them."
+    folder = tmp_path_factory.mktemp('records')
+    make_toy_dataset(folder/'shapes', num_train=12, num_val=1, image_hw=(128, 128))
+    dataset_convert(folder/'shapes'/'train', folder/'shapes'/'train.json', folder, 'train', num_shards=3)
+    (folder/'spec.txt').write_text(f'dataset_config {{ training_file_pattern: "{folder}/train*.tfrecord" num_classes: 4 '
+                                   'image_size: "128,128" } model_config { model_name: "efficientdet-tiny" }')
+    return folder
+
+
+@pytest.mark.parametrize('name', ['a.tflite', 'a.onnx', 'a.etlt'])
+def test_int8_is_calibrated_with_the_training_records(folder, records, tmp_path, name):
+    pattern = f'{records}/train*.tfrecord'
+    export(folder/'m.tlt', tmp_path/name, data_type='int8', cal_records=pattern, batches=12)
+    assert load_detector(tmp_path/name).meta['data_type'] == 'int8'
+    (tmp_path/'images').mkdir()
+    for i, data in enumerate(record_images(pattern, 12)): (tmp_path/'images'/f'{i:02}.png').write_bytes(data)
+    export(folder/'m.tlt', tmp_path/'b'/name, data_type='int8', cal_image_dir=tmp_path/'images', batches=12)
+    image = as_pixels(images_of(folder)[:1])
+    own, other = (load_detector(tmp_path/path)(image)[0] for path in (name, f'b/{name}'))
+    np.testing.assert_array_equal(own.boxes, other.boxes)      # the same images give the same file
+
+
+@pytest.mark.parametrize('count', [1, 5, 12, 100])
+def test_images_are_taken_evenly_from_all_records(records, count):
+    images = record_images(f'{records}/train*.tfrecord', count)
+    assert len(images) == len(set(images)) == min(count, 12)
+
+
+def test_no_images_at_all_is_one_sentence(folder, tmp_path):
+    with pytest.raises(ValueError, match='Give cal_image_dir, a spec with training records, or a cal_cache_file'):
+        export(folder/'m.tlt', tmp_path/'a.tflite', data_type='int8')
+    (tmp_path/'empty').mkdir()
+    for images in (tmp_path/'empty', tmp_path/'missing'):
+        with pytest.raises(FileNotFoundError, match='cal_image_dir .*: no images'):
+            export(folder/'m.tlt', tmp_path/'a.tflite', data_type='int8', cal_image_dir=images)
+    with pytest.raises(FileNotFoundError, match='nothing'):
+        export(folder/'m.tlt', tmp_path/'a.tflite', data_type='int8', cal_records=f'{tmp_path}/nothing*.tfrecord')
+    assert not [*tmp_path.glob('a.*')]
+
+
+def test_the_converter_prints_nothing(folder, records, tmp_path, capfd):
+    for options in (dict(data_type='int8', cal_records=f'{records}/train*.tfrecord'), dict(nms='none')):
+        export(folder/'m.tlt', tmp_path/'a.tflite', **options)
+    out, err = capfd.readouterr()
+    assert 'fully_quantize' not in err and out == ''
+
+
+def test_silence_ends_with_the_conversion(capfd):
+    with pytest.raises(RuntimeError), silent_conversion():
+        os.write(2, b'hidden')
+        print('hidden')
+        raise RuntimeError
+    os.write(2, b'shown')
+    assert capfd.readouterr() == ('', 'shown')

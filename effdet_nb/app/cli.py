@@ -377,7 +377,8 @@ def effdet_export(
     opset:Option('Version of the ONNX operators, 13 to 18', type=int, metavar='N')=17,
     max_batch_size:Option('Fixed number of images per batch (default: any number)', type=int, metavar='N')=None,
     data_type:Option('Precision of the exported file', choices=['fp32','fp16','int8'])='fp32',
-    cal_image_dir:Option('For int8: folder of calibration images', metavar='FOLDER')=None,
+    cal_image_dir:Option('For int8: folder of calibration images (default: training records of the spec)',
+                         metavar='FOLDER')=None,
     cal_cache_file:Option('For int8: file of calibrated ranges, read if it exists, written otherwise',
                           metavar='FILE')=None,
     batch_size:Option('For int8: images per batch (default: max_batch_size)', type=int, metavar='N')=None,
@@ -402,7 +403,8 @@ def effdet_export(
     nms_options = export_nms_settings(spec, nms) if spec else {}
     result = export(
         model_path, output_path, key, nms, opset, max_batch_size, data_type, cal_image_dir=cal_image_dir,
-        cal_cache_file=cal_cache_file, batches=batches, batch_size=batch_size, **nms_options)
+        cal_cache_file=cal_cache_file, batches=batches, batch_size=batch_size,
+        cal_records=spec.dataset_config.training_file_pattern if spec else '', **nms_options)
     print(result, flush=True)
     if data_type!='fp32': print(_quantization_report(spec, model_path, output_path, key), flush=True)
     if deepstream:

@@ -22,7 +22,7 @@ from .formats import (
 from .mobile import complete_network, convert_detector, mobile_labels
 from .onnx_graph import build_metadata, get_metadata, model_to_onnx
 from .onnx_nms import add_nms, check_nms_options
-from .quantize import calibration_batches, check_precision, quantize
+from .quantize import calibration_batches, check_precision, quantize, record_images
 from .verify import (
     NUM_VERIFICATION_IMAGES, TOLERANCES, Agreement, Verification, check_agreement, check_difference, max_difference,
     rounding_noise, verification_images, verification_pixels, verify_ending, verify_export, verify_network)
@@ -147,7 +147,7 @@ def export_mobile(
     model_file:ModelFile, # the model, pruned or not
     path:Path,            # the .tflite file to write
     data_type:str='fp32', # fp32, fp16 or int8
-    cal_image_dir=None,   # int8: folder of calibration images
+    cal_image_dir=None,   # int8: folder of calibration images, or a list of encoded images
     num_images:int=100,   # int8: number of calibration images, at most
     **nms_settings,       # fields of `NmsOptions`
 )->ExportResult:
@@ -190,10 +190,11 @@ def export(
     cal_cache_file=None,       # int8: file of activation ranges; read if it exists, written otherwise
     batches:int=10,            # int8: number of calibration batches, at most
     batch_size:int=None,       # int8: images per calibration batch; None: max_batch_size, or 1
+    cal_records:str='',        # int8: training records whose images are used if there is no cal_image_dir
 )->ExportResult:
     "Exports a model file to ONNX, `.etlt`, LiteRT or a SavedModel, after verifying that its outputs agree."
     check_export_options(output_path, opset, max_batch_size)
-    check_precision(data_type, cal_image_dir, cal_cache_file)
+    check_precision(data_type, cal_image_dir or cal_records, cal_cache_file)
     path, key = Path(output_path), resolve_key(key)
     nms = nms or default_nms(path)
     thresholds = dict(score_threshold=score_threshold, max_detections=max_detections, iou_threshold=iou_threshold)
@@ -201,8 +202,11 @@ def export(
     _check_combination(path, data_type, nms, max_batch_size)
     model_file = load_model_file(model_path, key, ('weights','ema'))
     settings = saved_nms_settings(model_file, nms) | thresholds
+    num_images = batches*(batch_size or max_batch_size or 1)
+    has_images = cal_image_dir or (cal_cache_file and Path(cal_cache_file).is_file())
+    if data_type=='int8' and not has_images: cal_image_dir = record_images(cal_records, num_images)
     if nms=='tflite':
-        return export_mobile(model_file, path, data_type, cal_image_dir, batches*(batch_size or 1), **settings)
+        return export_mobile(model_file, path, data_type, cal_image_dir, num_images, **settings)
     if path.suffix.lower() in ('.pb','.tflite'): return export_tensorflow(model_file, path, max_batch_size, **settings)
     raw, model = model_to_onnx(model_file, max_batch_size, opset)
     raw = quantize(raw, data_type, cal_image_dir, cal_cache_file, batches, batch_size)

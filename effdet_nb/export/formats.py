@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['RAW_OUTPUTS', 'random_detector', 'raw_forward', 'serving_fn', 'write_saved_model', 'run_saved_model',
-           'check_saved_model_path', 'write_tflite', 'run_tflite']
+           'check_saved_model_path', 'silent_conversion', 'write_tflite', 'create_interpreter', 'run_tflite']
 
 # %% ../../nbs/export/01_formats.ipynb #7de1fd95
-import errno, io, os
-from contextlib import redirect_stdout
+import errno, io, os, sys, warnings
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 import numpy as np
 from ..core.files import check_temporary_space
+from ..weights.container import require_file
 
 # %% ../../nbs/export/01_formats.ipynb #1ab0c3d5
 def random_detector(
@@ -94,6 +95,22 @@ def check_saved_model_path(
         raise ValueError(f'output_path {path}: the folder contains other files, and a SavedModel replaces its folder. '
                          'Give a folder that does not exist yet')
 
+# %% ../../nbs/export/01_formats.ipynb #4d528a6c
+@contextmanager
+def silent_conversion():
+    "Discards what a converter prints: paths from Keras, warnings, and C++ messages on the standard error stream."
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with (open(os.devnull, 'w') as nowhere, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()),
+              warnings.catch_warnings()):
+            warnings.simplefilter('ignore')
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
 # %% ../../nbs/export/01_formats.ipynb #4fee83fc
 def write_tflite(
     model,            # a Keras detector that takes float32 pixels
@@ -105,8 +122,28 @@ def write_tflite(
     check_temporary_space(3*4*model.count_params(), 'a LiteRT file')
     inputs = keras.Input(batch_shape=(batch_size, *model.input.shape[1:]), dtype='float32', name='input')
     converter = tf.lite.TFLiteConverter.from_keras_model(keras.Model(inputs, model(inputs)))
-    with redirect_stdout(io.StringIO()): data = converter.convert()   # Keras prints a path
+    with silent_conversion(): data = converter.convert()
     Path(path).write_bytes(data)
+
+# %% ../../nbs/export/01_formats.ipynb #129ec7ab
+def create_interpreter(
+    source,           # path of a .tflite file, or its content as bytes
+    threads:int=None, # number of threads; None: the interpreter's default
+):                    # an interpreter
+    "Opens a LiteRT file with `ai_edge_litert`, or with TensorFlow where that is not installed."
+    try: from ai_edge_litert.interpreter import Interpreter
+    except ImportError: from tensorflow.lite.python.interpreter import Interpreter
+    is_bytes = isinstance(source, bytes)
+    data, name = (source, 'the model') if is_bytes else (require_file(source).read_bytes(), source)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')     # TensorFlow's interpreter announces its removal
+        try: interpreter = Interpreter(model_content=data, num_threads=threads)
+        except (ValueError, RuntimeError) as e:
+            reason = str(e).splitlines()[0][:200]
+            raise ValueError(f'{name}: LiteRT cannot open it ({reason}). Was the file copied completely? '
+                             'Export the .tlt again') from None
+    interpreter.allocate_tensors()
+    return interpreter
 
 # %% ../../nbs/export/01_formats.ipynb #93359dfc
 def run_tflite(
@@ -114,8 +151,7 @@ def run_tflite(
     images:np.ndarray, # [N,H,W,3] float32, 0 to 255
 )->dict:               # {'cls_logits': [N,A,C], 'box_deltas': [N,A,4]}
     "Runs a LiteRT file on images, one batch at a time."
-    import tensorflow as tf
-    runner = tf.lite.Interpreter(model_path=str(path)).get_signature_runner()
+    runner = create_interpreter(path).get_signature_runner()
     batch_size = runner.get_input_details()['input']['shape'][0]
     batches = []
     for start in range(0, len(images), batch_size):

@@ -6,17 +6,16 @@
 __all__ = ['MOBILE_OUTPUTS', 'METADATA_TABLES', 'SCALAR_SLOTS', 'VECTOR_DTYPES', 'LABELS_FILE', 'METADATA_FILE',
            'MAX_METADATA_SIZE', 'read_tflite', 'tflite_bytes', 'convert_detector', 'relative_anchors', 'TfliteGraph',
            'add_postprocess', 'write_table', 'mobile_metadata', 'mobile_labels', 'pack_files', 'complete_network',
-           'create_interpreter', 'run_interpreter', 'read_tflite_metadata', 'four_outputs', 'run_network',
-           'only_ending', 'float_operators']
+           'run_interpreter', 'read_tflite_metadata', 'four_outputs', 'run_network', 'only_ending', 'float_operators']
 
 # %% ../../nbs/export/05_mobile.ipynb #e273fb7c
-import io, json, warnings, zipfile
-from contextlib import redirect_stdout
+import io, json, zipfile
 from pathlib import Path
 import numpy as np
 from ..core.files import check_temporary_space
 from ..data.classes import ClassTable
 from ..detector.nms import NmsOptions
+from .formats import create_interpreter, silent_conversion
 from .onnx_graph import anchors_from_metadata
 from ..weights.container import damaged_file_errors, require_file
 
@@ -55,9 +54,7 @@ def convert_detector(
     if data_type!='fp32': converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if data_type=='fp16': converter.target_spec.supported_types = [tf.float16]
     if data_type=='int8': _set_int8(converter, representative_images)
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():    # Keras prints a path
-        warnings.simplefilter('ignore')
-        return converter.convert()
+    with silent_conversion(): return converter.convert()
 
 def _set_int8(converter, images):
     "Makes a converter quantise to int8, with the ranges that it finds in images."
@@ -284,25 +281,6 @@ def complete_network(
     return pack_files(tflite_bytes(tables), {LABELS_FILE: labels, METADATA_FILE: json.dumps(meta)})
 
 # %% ../../nbs/export/05_mobile.ipynb #cf5139a3
-def create_interpreter(
-    source,           # path of a .tflite file, or its content as bytes
-    threads:int=None, # number of threads; None: the interpreter's default
-):                    # an interpreter
-    "Opens a LiteRT file with `ai_edge_litert`, or with TensorFlow where that is not installed."
-    try: from ai_edge_litert.interpreter import Interpreter
-    except ImportError: from tensorflow.lite.python.interpreter import Interpreter
-    is_bytes = isinstance(source, bytes)
-    data, name = (source, 'the model') if is_bytes else (require_file(source).read_bytes(), source)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')     # TensorFlow's interpreter announces its removal
-        try: interpreter = Interpreter(model_content=data, num_threads=threads)
-        except (ValueError, RuntimeError) as e:
-            reason = str(e).splitlines()[0][:200]
-            raise ValueError(f'{name}: LiteRT cannot open it ({reason}). Was the file copied completely? '
-                             'Export the .tlt again') from None
-    interpreter.allocate_tensors()
-    return interpreter
-
 def run_interpreter(
     interpreter,        # from `create_interpreter`
     *inputs:np.ndarray, # one array per input; of a detector, one image [1,H,W,C], pixels from 0 to 255

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUANTIZER_OPTIONS', 'IMAGE_SUFFIXES', 'PRECISIONS', 'convert_to_fp16', 'collect_activation_ranges', 'BatchReader',
            'weights_fingerprint', 'read_calibration_cache', 'calibrate', 'quantize_int8', 'calibration_batches',
-           'check_precision', 'quantize']
+           'record_images', 'check_precision', 'quantize']
 
 # %% ../../nbs/export/04_quantize.ipynb #b07c93e8
 import hashlib, json, tempfile
@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from ..core.files import atomic_write
 from ..detector.images import read_resized_batches, to_channels
+from ..data.record_index import Records, require_record_files
+from ..data.tfrecord import decode_example
 from .onnx_graph import (
     copy_proto, get_metadata, graph_initializers, resize_options_from_metadata, set_metadata)
 
@@ -127,24 +129,42 @@ def _tensors_data(ranges):
 IMAGE_SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.webp'
 
 def calibration_batches(
-    image_dir,          # folder of images, including its subfolders
+    images,             # folder of images, including its subfolders, or a list of encoded images
     image_hw:tuple,     # (height, width) of the network input, pixels
     batch_size:int=1,   # images per batch
     num_batches:int=10, # number of batches, at most
     channels:int=3,     # channels of the network input: 3 for colour, 1 for grey
     **options,          # `pad_rgb` and `resize` of the network
 ):                      # yields [N,H,W,channels] uint8
-    "Reads calibration images in batches, in the order of their names."
+    "Reads calibration images in batches, those of a folder in the order of their names."
+    sources = images if isinstance(images, list) else _image_files(images)
+    batches = read_resized_batches(sources[:batch_size*num_batches], tuple(image_hw), batch_size, **options)
+    return (_stack(batch, channels) for batch in batches)
+
+def _image_files(image_dir):
+    "Lists the images of a folder; raises an error if there are none."
     files = sorted(path for path in Path(image_dir).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise FileNotFoundError(f'cal_image_dir {image_dir}: no images ({", ".join(IMAGE_SUFFIXES)}) in it or its '
                                 'subfolders. Give a folder of images similar to those that the detector will process')
-    batches = read_resized_batches(files[:batch_size*num_batches], tuple(image_hw), batch_size, **options)
-    return (_stack(batch, channels) for batch in batches)
+    return files
 
 def _stack(batch, channels):
     "Stacks a batch of resized images into one array."
     return to_channels(np.stack([resized.image for _,resized in batch]), channels)
+
+# %% ../../nbs/export/04_quantize.ipynb #c8a96ded
+def record_images(
+    pattern:str,         # files of training records
+    num_images:int=100,  # number of images, at most
+)->list:                 # of encoded images
+    "Reads images from records for calibration, evenly spread."
+    records = Records.from_files(require_record_files(pattern, 'training_file_pattern'))
+    numbers = np.linspace(0, len(records)-1, min(num_images, len(records))).astype(int)
+    images = [decode_example(records.read(i), records.record_name(i))['image'] for i in numbers]
+    if images: return images
+    raise ValueError(f'training_file_pattern {pattern}: contains no records, so there are no images to calibrate with. '
+                     'Give cal_image_dir')
 
 # %% ../../nbs/export/04_quantize.ipynb #9fa4b5b7
 PRECISIONS = 'fp32', 'fp16', 'int8'
@@ -159,13 +179,13 @@ def check_precision(
     has_cache = cal_cache_file and Path(cal_cache_file).is_file()
     if data_type=='int8' and not (cal_image_dir or has_cache):
         raise ValueError('data_type int8: requires calibration images, or the ranges of an earlier calibration. '
-                         'Give cal_image_dir, or a cal_cache_file that exists')
+                         'Give cal_image_dir, a spec with training records, or a cal_cache_file that exists')
 
 # %% ../../nbs/export/04_quantize.ipynb #b56ba535
 def quantize(
     raw_proto,           # onnx.ModelProto, fp32, with outputs cls_logits and box_deltas
     data_type:str,       # fp32, fp16 or int8
-    cal_image_dir=None,  # int8: folder of calibration images
+    cal_image_dir=None,  # int8: folder of calibration images, or a list of encoded images
     cal_cache_file=None, # int8: calibration cache; read if it exists, written otherwise
     num_batches:int=10,  # int8: number of batches, at most
     batch_size:int=None, # int8: images per batch; None: the batch size of the graph, or 1

@@ -21,7 +21,8 @@ from ..detector.nms import NmsOptions, postprocess_batch
 from ..weights.encryption import ENCRYPTED_MAGIC, resolve_key
 from ..weights.model_file import check_arch, check_classes, is_onnx, load_etlt, load_model_file
 from ..weights.container import ZIP_MAGIC, reject_unneeded_key, require_file
-from .mobile import create_interpreter, four_outputs, read_tflite_metadata, run_interpreter
+from .formats import create_interpreter
+from .mobile import four_outputs, read_tflite_metadata, run_interpreter
 from .onnx_graph import get_metadata, anchors_from_metadata, resize_options_from_metadata
 from .onnx_nms import NMS_OUTPUTS, strip_nms
 

@@ -20,8 +20,8 @@ from ..detector.detections import Detections
 from ..detector.images import to_channels
 from ..detector.nms import NmsOptions, postprocess_batch, sigmoid
 from ..detector.toy_data import make_toy_image
-from .formats import RAW_OUTPUTS, raw_forward
-from .mobile import create_interpreter, four_outputs, only_ending, run_interpreter, run_network
+from .formats import RAW_OUTPUTS, create_interpreter, raw_forward
+from .mobile import four_outputs, only_ending, run_interpreter, run_network
 from .onnx_graph import (
     DUMMY_BATCH, anchors_from_metadata, copy_proto, get_metadata, graph_initializers, replace_nodes, run_onnx)
 from .onnx_nms import NMS_OUTPUTS, TRT_TOP_K, efficient_nms_reference, strip_nms
