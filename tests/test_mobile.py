@@ -1,9 +1,12 @@
 "LiteRT files for phones: opened by MediaPipe's own detector and by LiteRT, in three precisions."
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -19,7 +22,7 @@ from effdet_nb.export.formats import create_interpreter, random_detector, silent
 from effdet_nb.export.mobile import float_operators, read_tflite
 from effdet_nb.export.quantize import record_images
 from effdet_nb.export.runtimes import LiteRtDetector, TrtDetector, load_detector
-from effdet_nb.weights.model_file import save_detector
+from effdet_nb.weights.model_file import load_model_file, save_detector
 
 MEDIAPIPE = '''
 import json, sys
@@ -173,12 +176,10 @@ def test_the_metadata_of_an_engine_is_checked_before_it_is_used(tmp_path, meta):
 
 @pytest.fixture(scope='module')
 def records(tmp_path_factory):
-    "Twelve toy images as records, and a spec that names them."
+    "Twelve toy images as records."
     folder = tmp_path_factory.mktemp('records')
     make_toy_dataset(folder/'shapes', num_train=12, num_val=1, image_hw=(128, 128))
     dataset_convert(folder/'shapes'/'train', folder/'shapes'/'train.json', folder, 'train', num_shards=3)
-    (folder/'spec.txt').write_text(f'dataset_config {{ training_file_pattern: "{folder}/train*.tfrecord" num_classes: 4 '
-                                   'image_size: "128,128" } model_config { model_name: "efficientdet-tiny" }')
     return folder
 
 
@@ -227,3 +228,43 @@ def test_silence_ends_with_the_conversion(capfd):
         raise RuntimeError
     os.write(2, b'shown')
     assert capfd.readouterr() == ('', 'shown')
+
+
+# The scripts of the tutorial about a Raspberry Pi
+
+SCRIPTS = Path(__file__).resolve().parents[1]/'nbs'/'tutorials'/'device'
+
+
+def run_script(name, *words):
+    "What a script prints: rows of a label, a score, and left, top, right and bottom in pixels."
+    command = [sys.executable, str(SCRIPTS/name), *map(str, words)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    pattern = re.compile(r'^(\w+) ([\d.]+): left (-?\d+), top (-?\d+), right (-?\d+), bottom (-?\d+)$', re.M)
+    return [(label, *map(float, numbers)) for label, *numbers in pattern.findall(ran.stdout)]
+
+
+@pytest.mark.parametrize(('resize', 'hw'), [('letterbox', (90, 200)), ('stretch', (150, 70))])
+def test_the_script_for_litert_prints_our_detections(folder, tmp_path, resize, hw):
+    pytest.importorskip('ai_edge_litert', reason='needs LiteRT: pip install ai-edge-litert')
+    stored = load_model_file(folder/'m.tlt')
+    save_detector(tmp_path/'m.tlt', stored.build_model(), replace(stored.arch, resize=resize), stored.classes)
+    export(tmp_path/'m.tlt', tmp_path/'m.tflite')
+    Image.fromarray(make_toy_image(seed=3, image_hw=(200, 200)).image[:hw[0], :hw[1]]).save(tmp_path/'a.png')
+    rows = run_script('detect_litert.py', tmp_path/'m.tflite', tmp_path/'a.png', .02)
+    ours = load_detector(tmp_path/'m.tflite')(str(tmp_path/'a.png'), threshold=.02)
+    assert len(ours) > 5
+    matched = 0
+    for box, score, label in zip(ours.boxes, ours.scores, ours.class_names):
+        clipped = [(row, np.clip(row[2:], 0, [hw[1], hw[0], hw[1], hw[0]])) for row in rows if row[0] == label]
+        matched += any(abs(row[1]-score) < .02 and abs(sides-box[[1, 0, 3, 2]]).max() < 2 for row, sides in clipped)
+    assert matched >= .9*len(ours)
+
+
+def test_the_script_for_mediapipe_prints_what_its_detector_finds(folder):
+    pytest.importorskip('mediapipe', reason='needs mediapipe: pip install mediapipe')
+    path = images_of(folder)[0]
+    rows = run_script('detect_mediapipe.py', folder/'int8.tflite', path, .01)
+    found, = mediapipe_detections(folder/'int8.tflite', [path])
+    places = {(label, x, y) for y, x, _, _, _, label in found}
+    assert len(rows) >= 15 and places <= {(label, left, top) for label, _, left, top, *_ in rows}
