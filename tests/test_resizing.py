@@ -14,13 +14,13 @@ from effdet_nb.app.model_evaluation import evaluate_model_file, set_resize
 from effdet_nb.data import augment as A
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.data.pipeline import DataConfig, train_dataset
+from effdet_nb.data.pipeline import train_dataset
 from effdet_nb.data.scan import scan_records
 from effdet_nb.data.record_index import Records
 from effdet_nb.detector.detections import Detections
 from effdet_nb.detector.efficientdet import Arch, arch_from_dict, arch_to_dict
-from effdet_nb.detector.images import (RESIZE_MODES, boxes_to_original, letterbox, read_resized, resize_options,
-                                       resize_scale, resize_to_input)
+from effdet_nb.detector.images import (RESIZE_MODES, boxes_to_original, letterbox, read_image, read_resized,
+                                       resize_options, resize_scale, resize_to_input)
 from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_dataset
 from effdet_nb.evaluate.evaluate import evaluate
 from effdet_nb.evaluate.ground_truth import open_eval_dataset
@@ -90,7 +90,7 @@ def test_a_large_jpeg_is_stretched_like_its_pixels(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 255, (9, 12, 3)).astype(np.uint8)
     for hw in ((801, 1203), (1203, 500), (640, 2000)):
         Image.fromarray(pixels).resize(hw[::-1], Image.Resampling.BICUBIC).save(tmp_path/'a.jpg', quality=95)
-        with Image.open(tmp_path/'a.jpg') as image: full = resize_to_input(np.array(image), (120, 160), resize='stretch')
+        full = resize_to_input(read_image(tmp_path/'a.jpg'), (120, 160), resize='stretch')
         quick = read_resized(tmp_path/'a.jpg', (120, 160), resize='stretch')
         assert quick.scale == full.scale and abs(quick.image.astype(int)-full.image).mean() < 2
 

@@ -193,7 +193,8 @@ def resize_to_input(
     "Resizes an image to the input size of a network."
     original_hw = _check_rgb(image).shape[:2]
     scale,scaled_hw = resize_scale(original_hw, image_hw, resize)
-    return ResizedImage(_resize_and_pad(Image.fromarray(image), image_hw, scale, scaled_hw, pad_rgb), scale, original_hw)
+    resized = _resize_and_pad(Image.fromarray(image), image_hw, scale, scaled_hw, pad_rgb)
+    return ResizedImage(resized, scale, original_hw)
 
 # %% ../../nbs/detector/02_images.ipynb #8a90c551
 def resize_options(

@@ -156,7 +156,8 @@ class DatasetConfig:
     num_classes:int = spec_field(
         5, 0, 'Number of categories plus one', 'channels', within(2, 100_000), required_by=TRAIN_EVAL_TASKS)
     image_size:str = spec_field(
-        6, '512,512', 'Input size of the network: "height,width" or "WIDTHxHEIGHT"', 'pixels', image_size_constraint, required_by=TRAIN_TASKS)
+        6, '512,512', 'Input size of the network: "height,width" or "WIDTHxHEIGHT"', 'pixels',
+        image_size_constraint, required_by=TRAIN_TASKS)
     use_fake_data:bool = spec_field(
         7, False, 'Train on the first batch again and again, to measure the speed without reading files')
     max_instances_per_image:int = spec_field(
