@@ -21,7 +21,7 @@ from effdet_nb.detector.toy_data import make_toy_dataset
 
 BIN = Path(sys.executable).parent
 TASKS = ['dataset_convert', 'check', 'train', 'evaluate', 'prune', 'inference', 'export', 'gen_trt_engine',
-         'quickstart', 'import', 'webpage', 'demo']
+         'quickstart', 'import', 'webpage', 'demo', 'tile', 'split', 'compare', 'completion']
 KEY = 'tl7-geheim'
 ENV = {k: v for k, v in os.environ.items() if k!='EFFDET_KEY'} | dict(OMP_NUM_THREADS='1')
 MODEL = 'run/model.step-3.tlt'    # the model of the `trained` fixture

@@ -12,12 +12,9 @@ import csv, json, math, os
 from dataclasses import dataclass
 from pathlib import Path
 from .command import command
-from .html import TABLE_SORT_JS, chart_figure, figure_row, format_file_size, html_table, write_html_page
-from .model_evaluation import model_display_names
 from .options import Option
 from ..core.console import format_duration
 from ..core.files import to_jsonable
-from ..evaluate.evaluate import format_metric, text_table
 from ..train.fields import format_value
 from ..train.set_fields import field_values
 from ..train.spec import Spec
@@ -93,6 +90,7 @@ def summary_row(
     run:RunRecord,
 )->dict: # column -> value; None if unknown
     "Returns the row of a run in the table of runs."
+    from effdet_nb.app.html import format_file_size
     scored = [row for row in run.history if row.get('AP', -1)>=0]
     best = max(scored, key=lambda row: row['AP'], default={})
     last = run.history[-1] if run.history else {}
@@ -167,6 +165,7 @@ class RunComparison:
 
 def _format_rows(rows):
     "Formats dicts with the same keys as a text table."
+    from effdet_nb.evaluate.evaluate import format_metric, text_table
     cells = [[format_metric(-1 if value is None else value) for value in row.values()] for row in rows]
     return text_table([list(rows[0]), *cells])
 
@@ -174,6 +173,7 @@ def compare_runs(
     model_dirs, # folders of runs
 )->RunComparison:
     "Reads several runs; raises an error if none of them has a history."
+    from effdet_nb.app.model_evaluation import model_display_names
     folders = list(dict.fromkeys(map(os.path.abspath, model_dirs)))
     runs = [read_run(folder, name) for folder,name in zip(folders, model_display_names(folders))]
     if not any(run.history for run in runs):
@@ -189,6 +189,7 @@ def write_comparison_page(
     comparison:RunComparison,
 )->Path:                      # the file
     "Writes a page with the tables and the curves of several runs."
+    from effdet_nb.app.html import TABLE_SORT_JS, chart_figure, figure_row, html_table, write_html_page
     runs = comparison.runs
     charts = [chart_figure(lambda figure, metric=metric: plot_runs(figure, runs, metric), f'{metric} over the epochs')
               for metric in ('loss', 'AP')]

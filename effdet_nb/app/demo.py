@@ -12,10 +12,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from ..core.console import log_message
-from ..detector.images import read_image, read_resized, resize_options
-from ..export.browser import DECODE_JS, VIEWER_JS, model_settings, viewer_html
 from .command import command
-from .infer import check_score_threshold, load_for_inference
 from .options import Option
 
 # %% ../../nbs/app/10b_demo.ipynb #819da1d0
@@ -27,6 +24,7 @@ class DemoModel:
         name:str, # name to show
         detector, # any detector
     ):
+        from effdet_nb.export.browser import model_settings
         self.detector,self.lock = detector, threading.Lock()
         options = getattr(detector, 'nms_options', None)
         lowest = options.score_threshold if options else 0
@@ -36,6 +34,7 @@ class DemoModel:
         data:bytes, # an image file
     )->dict:        # ready for JSON: detections, best first, and milliseconds
         "Detects the objects in an image."
+        from effdet_nb.detector.images import read_resized, resize_options
         resized = read_resized(data, self.detector.image_hw, 'image', **resize_options(self.detector))
         with self.lock:
             start = time.perf_counter()
@@ -72,6 +71,7 @@ def demo_files(
     threshold:float=.5, # score at which the slider starts
 )->dict:             # address -> (type, content)
     "Returns the files of the page of a demo."
+    from effdet_nb.export.browser import DECODE_JS, VIEWER_JS, viewer_html
     settings = [model.settings for model in models]
     title = ', '.join(model['name'] for model in settings)
     lowest = min(model['lowest'] for model in settings)
@@ -163,6 +163,7 @@ def _as_png(data):
     "Converts an image file to PNG."
     from PIL import Image
     out = io.BytesIO()
+    from effdet_nb.detector.images import read_image
     Image.fromarray(read_image(data, 'image')).save(out, 'PNG', compress_level=1)
     return out.getvalue()
 
@@ -191,6 +192,7 @@ def effdet_webpage(
     verbose:_verbose_option()=False,
 ):
     "Write a web page that runs a model in the browser, without a server or a network."
+    from effdet_nb.app.infer import check_score_threshold
     from effdet_nb.export.browser import write_browser_page
     check_score_threshold(threshold)
     path = write_browser_page(model_path, output_dir, key, runtime, title, threshold)
@@ -211,6 +213,7 @@ def effdet_demo(
     verbose:_verbose_option()=False,
 ):
     "Show a local web page where you drop images on a model, or compare several models."
+    from effdet_nb.app.infer import check_score_threshold, load_for_inference
     check_score_threshold(threshold)
     detectors = [load_for_inference(path, key, LOWEST_SCORE) for path in model_path]
     models = [DemoModel(name, detector) for name,detector in zip(short_names(model_path), detectors)]
