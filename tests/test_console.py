@@ -16,7 +16,7 @@ import pytest
 from hypothesis import example, given, strategies as st
 
 from effdet_nb.core import files
-from effdet_nb.core.console import Status, format_duration, log_message, progress_bar, read_status
+from effdet_nb.core.console import Status, format_duration, log_message, printable, progress_bar, read_status
 from effdet_nb.core.files import atomic_write, check_output_path, to_jsonable, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -332,3 +332,16 @@ with open({str(tmp_path/"data")!r}, 'wb') as f:
     (tmp_path/'run.py').write_text(code)
     run = subprocess.run(f'{sys.executable} {tmp_path}/run.py {closed}', shell=True, capture_output=True)
     assert run.returncode == 0 and (tmp_path/'data').read_bytes() == b'data'
+
+
+@pytest.mark.parametrize('name', ['\x1b[2J', '\x1b]0;title\x07', '\r', '\x00', '\x9b31m', '\x7f', 'a\u202eb', '\x08'])
+def test_control_characters_of_a_name_do_not_reach_the_terminal(name, capsys):
+    log_message(f'warning: {name} is missing')
+    out, err = capsys.readouterr()
+    assert name not in err and '\\' in err and err.count('\n') == 1
+    assert all(c.isprintable() or c == '\n' for c in err)
+
+
+@pytest.mark.parametrize('text', ['caf\xe9', '\u767d\u8840', 'a\tb\nc', '\U0001f534', ''])
+def test_other_text_is_printed_as_it_is(text):
+    assert printable(text) == text

@@ -13,7 +13,7 @@ from functools import partial, wraps
 from fastcore.script import call_parse
 from .completion import answer_shell
 from .options import command_parser, parse_options
-from ..core.console import prepare_streams
+from ..core.console import prepare_streams, printable
 from ..core.files import mask_secrets
 from ..core.signals import StopSignal, StopSignalHandler
 
@@ -235,7 +235,7 @@ def _run_command(f, options):
             stack.enter_context(warnings.catch_warnings())
             _set_up(options)
             result = f(**options)
-            if result is not None: print(result, flush=True)
+            if result is not None: print(printable(str(result)), flush=True)
             code = 0
         except KeyboardInterrupt as e: code = _report_signal(f, e)
         except BrokenPipeError: code = _close_stdout()
@@ -263,7 +263,7 @@ def _report_error(f, error, options):
     _print_error(format_error(_command_name(f), error, key))
     return 1
 
-def _print_error(text): print(text, file=sys.stderr, flush=True)
+def _print_error(text): print(printable(text), file=sys.stderr, flush=True)
 
 def _owns_process():
     "Returns whether the process was started as a command of this package, and may be ended at once."
