@@ -225,3 +225,19 @@ def test_a_pattern_that_matches_several_conversions_gets_a_note(names, tags):
     from effdet_nb.data.check import _check_tags
     notes = [str(note) for note in _check_tags([f'/x/{name}' for name in names], 'a*', 'training')]
     assert [tags in note for note in notes]==[True]*len(notes) and len(notes)==(tags is not None)
+
+
+@pytest.mark.parametrize('names, is_wrong', [(['circle', 'square', 'triangle'], False), (['circle', 'square'], False),
+                                             (['square', 'triangle'], True), (['triangle', 'square', 'circle'], True)])
+def test_classes_with_another_id_in_validation_are_an_error(names, is_wrong, toy_dataset, tmp_path):
+    labels = json.loads((toy_dataset/'val.json').read_text())
+    old_ids = {c['name']: c['id'] for c in labels['categories']}
+    new_ids = {old_ids[name]: i for i,name in enumerate(names, 1)}
+    labels['annotations'] = [a | dict(category_id=new_ids[a['category_id']]) for a in labels['annotations']
+                             if a['category_id'] in new_ids]
+    labels['categories'] = [dict(id=i, name=name) for i,name in enumerate(names, 1)]
+    (tmp_path/'val.json').write_text(json.dumps(labels))
+    dataset_convert(toy_dataset/'val', tmp_path/'val.json', tmp_path/'rec', 'val', num_shards=1)
+    more = f'validation_file_pattern: "{tmp_path}/rec/val-*" validation_json_file: "{tmp_path}/val.json"'
+    check = check_spec(make_spec(toy_dataset, more))
+    assert ('have another channel than in training' in problem_text(check))==is_wrong==bool(check.errors)

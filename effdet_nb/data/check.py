@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUM_CLASSES_FIELD', 'MIN_SIDE', 'FEW', 'JSON_FIELD', 'SPLITS', 'DataProblem', 'check_classes', 'pattern_name',
            'check_box_counts', 'check_boxes', 'check_crowds', 'check_anchors', 'check_annotation_file',
-           'check_split_overlap', 'check_shards', 'check_epoch_size', 'DataCheck', 'check_records',
-           'check_before_training']
+           'check_same_classes', 'check_split_overlap', 'check_shards', 'check_epoch_size', 'DataCheck',
+           'check_records', 'check_before_training']
 
 # %% ../../nbs/data/17_check.ipynb #5658a00f
 import os, re
@@ -17,6 +17,7 @@ import numpy as np
 from ..core.fragments import html_table, html_tag
 from ..core.console import log_message
 from .anchor_fit import MATCH_IOU, anchor_sizes, best_size_iou
+from .classes import ClassTable
 from .coco import images_by_source_id
 from .convert import unique_names
 from .faults import ALMOST_ALL, MANY, describe_issues
@@ -225,6 +226,21 @@ def _check_image_ids(scan, coco, file_name):
         yield _error('validation', f'{num_repeated:,} images have the image id of another one. Evaluation would mix '
                                    'them up; make ids unique and convert again')
 
+# %% ../../nbs/data/17_check.ipynb #3164b0ac
+def check_same_classes(
+    train:ClassTable,
+    val:ClassTable,
+):                    # yields problems
+    "Checks that each class has the same channel in both splits."
+    train_channels,val_channels = ({table.class_name(table.channel(k)):table.channel(k) for k in table.ids}
+                                   for table in (train, val))
+    moved = [name for name in train_channels if val_channels.get(name, train_channels[name])!=train_channels[name]]
+    if not moved: return
+    ids = [table.category_id(channels[moved[0]]) for table,channels in ((train, train_channels), (val, val_channels))]
+    yield _error('validation', f'{len(moved)} classes have another channel than in training, such as {moved[0]}, '
+                               f'id {ids[0]} in training and id {ids[1]} in validation. Convert both splits with the '
+                               'same list of classes (--label_map), or split the dataset with effdet_split')
+
 # %% ../../nbs/data/17_check.ipynb #0df92d2c
 def check_split_overlap(
     train:SplitScan,
@@ -399,10 +415,19 @@ def check_records(
     if train and anchors is not None: problems += check_anchors(train, config.image_hw, anchors, config.resize)
     if val and config.validation_json_file: problems += check_annotation_file(val, config.validation_json_file)
     if train and limit is None: problems += check_split_overlap(train, val)
+    if train and val: problems += _check_class_tables(config)
     if train:
         problems += check_epoch_size(train.num_records, val and val.num_records, epoch_size, batch_size, eval_samples)
     errors_first = sorted(dict.fromkeys(problems), key=lambda p: not p.is_error)
     return DataCheck(errors_first, scans, config.image_hw, _category_names(config), anchors, config.resize)
+
+def _check_class_tables(config):
+    "Compares the class tables of both splits; other checks report a table that cannot be used."
+    patterns = [os.path.expanduser(getattr(config, f'{split}_file_pattern')) for split in SPLITS]
+    if not all(map(load_sidecar, patterns)): return []
+    try: train,val = (load_class_table(pattern, config.num_classes) for pattern in patterns)
+    except ValueError: return []
+    return [*check_same_classes(train, val)]
 
 def _check_patterns(config):
     "Returns a problem if no records are named."
