@@ -76,6 +76,17 @@ def test_masks_that_would_break_c_code_are_refused(segmentation):
     assert report.notes[Fault.NO_MASK, ''] == [7]
 
 
+@pytest.mark.parametrize('segmentation, is_reported', [
+    ([[0, 0, 0, 0, 0, 0]], True), ([[5, 5, 9, 9, 5, 5]], True), (dict(counts=[2400], size=[*HW]), True),
+    (dict(counts=[2400, 0], size=[*HW]), True), ([[5, 5, 9, 5, 9, 9]], False),
+    (dict(counts=[5, 1, 2394], size=[*HW]), False), (dict(counts=[0, 2400], size=[*HW]), False)])
+def test_a_mask_without_a_pixel_is_reported(segmentation, is_reported):
+    report = ConversionReport()
+    annotation = dict(id=7, category_id=1, bbox=[1, 2, 30, 20], area=600, iscrowd=0, segmentation=segmentation)
+    RecordEncoder('', {1: 'cat'}, include_masks=True).encode_objects([annotation], HW, 3, report)
+    assert ((Fault.NO_MASK, '') in report.notes) == is_reported
+
+
 def test_a_polygon_that_leaves_the_image_is_cut_at_its_edge():
     rle = mask_rle([[-500, 10, 500, 10, 500, 20, -500, 20]], HW)
     mask = pixels_of(mask_png(rle))

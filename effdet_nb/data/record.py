@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from .faults import ConversionReport, Fault
 from .image_files import image_fault, image_path, match_orientation, probe_image
 from ..detector.images import MAX_PIXELS
-from .masks import empty_rle, mask_exceeds_box, mask_png, mask_rle
+from .masks import empty_rle, mask_exceeds_box, mask_png, mask_rle, run_lengths
 from .tfrecord import make_example
 from .validate import validate_box
 
@@ -32,6 +32,7 @@ def _mask(annotation, hw, image_id, report):
         rle = mask_rle(segmentation or None, hw)
         if isinstance(segmentation, list) and any(len(points)<6 for points in segmentation):
             report.add_note(Fault.SHORT_POLYGON, annotation['id'])
+        elif not run_lengths(rle)[1::2].any(): report.add_note(Fault.NO_MASK, annotation['id'])  # without a pixel
     except (ValueError, TypeError, OverflowError):
         report.add_note(Fault.NO_MASK, annotation['id'])
         rle = empty_rle(hw)
