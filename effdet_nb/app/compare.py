@@ -73,17 +73,24 @@ def read_run(
     name:str,  # short name
 )->RunRecord:
     "Reads history, settings, scores and size of a run."
-    folder, note, settings = Path(model_dir), '', {}
+    folder = Path(model_dir)
     if not folder.is_dir(): raise FileNotFoundError(f'{folder}: there is no such folder. Give the --model_dir of a run')
     history = read_history(folder)
+    settings, note = _read_settings(folder/'spec.txt', name)
     if not history: note = f'{name}: history.csv is missing or empty: no epoch was finished, or this is no training run'
-    if (folder/'spec.txt').is_file():
-        try: settings = field_values(Spec.load(folder/'spec.txt'))
-        except ValueError as e: note = f'{name}: its settings cannot be compared: {str(e).splitlines()[0]}'
+    return RunRecord(name, history, settings, read_class_scores(folder), _model_size(folder), note)
+
+def _read_settings(path, name):
+    "Returns the values of all fields and an empty note, or none and why they cannot be read."
+    if not path.is_file(): return {}, ''
+    try: return field_values(Spec.load(path)), ''
+    except ValueError as e: return {}, f'{name}: its settings cannot be compared: {str(e).splitlines()[0]}'
+
+def _model_size(folder):
+    "Returns the size of the best model, else of the newest checkpoint, in bytes; None if there is none."
     checkpoints = sorted(folder.glob('model.step-*.tlt'), key=os.path.getmtime)
     models = [p for p in (folder/'model.best.tlt', *checkpoints[-1:]) if p.is_file()]
-    size = models[0].stat().st_size if models else None
-    return RunRecord(name, history, settings, read_class_scores(folder), size, note)
+    return models[0].stat().st_size if models else None
 
 # %% ../../nbs/app/10_compare.ipynb #b7fc4a5c
 def summary_row(
@@ -91,15 +98,20 @@ def summary_row(
 )->dict: # column -> value; None if unknown
     "Returns the row of a run in the table of runs."
     from effdet_nb.app.html import format_file_size
-    scored = [row for row in run.history if row.get('AP', -1)>=0]
-    best = max(scored, key=lambda row: row['AP'], default={})
     last = run.history[-1] if run.history else {}
     seconds = sum(row.get('seconds', 0) for row in run.history)
-    return {'run': run.name, 'state': run.state(), 'best AP': best.get('AP'), 'AP50': best.get('AP50'),
-            'at epoch': int(best['epoch']) if best else None, 'last AP': scored[-1]['AP'] if scored else None,
-            'last loss': last.get('loss'), 'time': format_duration(seconds) if seconds else None,
-            'images/s': last.get('images_per_second'),
-            'model': None if run.model_bytes is None else format_file_size(run.model_bytes)}
+    size = None if run.model_bytes is None else format_file_size(run.model_bytes)
+    return {'run': run.name, 'state': run.state()} | _best_scores(run.history) | {
+        'last loss': last.get('loss'), 'time': format_duration(seconds) if seconds else None,
+        'images/s': last.get('images_per_second'), 'model': size}
+
+def _best_scores(history):
+    "Returns the best AP with its AP50 and epoch, and the last AP."
+    scored = [row for row in history if row.get('AP', -1)>=0]
+    if not scored: return dict.fromkeys(('best AP', 'AP50', 'at epoch', 'last AP'))
+    best = max(scored, key=lambda row: row['AP'])
+    return {'best AP': best['AP'], 'AP50': best.get('AP50'), 'at epoch': int(best['epoch']),
+            'last AP': scored[-1]['AP']}
 
 # %% ../../nbs/app/10_compare.ipynb #1d9d229a
 def different_settings(

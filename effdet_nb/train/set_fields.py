@@ -65,7 +65,7 @@ def set_fields(
     "Returns a spec with fields of the command line set; raises a SpecError that lists all errors."
     values, positions, problems = {}, {}, []
     for text in assignments:
-        position = f'--set {text if len(text)<=80 else text[:77]+"..."}'
+        position = _position(text)
         try: where, value = parse_assignment(text)
         except ValueError as e:
             problems.append(f'{e} ({position})')
@@ -75,6 +75,10 @@ def set_fields(
         values[where], positions[where] = value, position
     if problems: raise SpecError(spec.name, problems)
     return with_values(spec, values, positions)
+
+def _position(text):
+    "Returns the option with its argument, shortened, for messages."
+    return f'--set {text if len(text)<=80 else text[:77]+"..."}'
 
 # %% ../../nbs/train/14_set_fields.ipynb #1f262da9
 def load_spec(
