@@ -243,7 +243,7 @@ def test_a_run_does_not_continue_with_another_way():
 @pytest.mark.parametrize('value', ['"crop"', '"STRETCH"', '""'])
 def test_a_wrong_value_in_a_spec_is_named_with_the_allowed_ones(value):
     with pytest.raises(ValueError, match='resize: .*must be "letterbox" or "stretch"'):
-        Spec.parse(f'dataset_config {{ num_classes: 4 resize: {value} }}', 'evaluate')
+        Spec.parse(f'dataset_config {{ num_classes: 4 resize: {value} }}', task='evaluate')
 
 
 def test_evaluating_as_the_client_sees_images(folder):
