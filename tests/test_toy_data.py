@@ -88,3 +88,14 @@ def test_edge_cases_can_be_left_out(tmp_path):
 def test_a_crowd_is_large_and_has_few_other_shapes():
     sample, mask = make_crowd_image(3)
     assert mask.shape == (128, 128) and mask.sum() > 400 and 1 <= len(sample.boxes) <= 2
+
+
+def test_seeds_are_flat_as_numpy_2_5_demands(tmp_path, monkeypatch):
+    default_rng = np.random.default_rng
+
+    def flat_rng(seed):
+        assert np.ndim(seed)<2 and all(np.ndim(part)==0 for part in np.atleast_1d(np.asarray(seed, object)))
+        return default_rng(seed)
+
+    monkeypatch.setattr(np.random, 'default_rng', flat_rng)
+    for seed in (0, 7): make_toy_dataset(tmp_path/str(seed), 12, 6, (128, 128), seed=seed, edge_cases=True)

@@ -199,7 +199,7 @@ def make_crowd_image(
     num_circles:int=14,       # circles in the crowd
 )->tuple:                     # a `ToyImage` with one or two ordinary shapes, and the crowd's mask `[H, W]` bool
     "Draws an image with a group of small circles that form one crowd."
-    sample,rng = make_toy_image(seed, image_hw, (1,2), (.09,.16)), np.random.default_rng([seed,1])
+    sample,rng = make_toy_image(seed, image_hw, (1,2), (.09,.16)), np.random.default_rng([*np.atleast_1d(seed), 1])
     image,side = sample.image.astype(np.float32), min(image_hw)
     center = _free_position(rng, sample.boxes, image_hw, .3*side)
     mask = np.zeros(image_hw, bool)
