@@ -17,7 +17,8 @@ setuptools.setup(
     long_description=open('README.md', encoding='utf-8').read(), long_description_content_type='text/markdown',
     zip_safe=False,
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers',
-                 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Image Recognition'],
+                 'Programming Language :: Python :: 3', 'Programming Language :: Python :: 3.11',
+                 'Programming Language :: Python :: 3.12', 'Topic :: Scientific/Engineering :: Image Recognition'],
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )
