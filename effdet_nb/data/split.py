@@ -192,7 +192,11 @@ class SplitResult:
         return [f'effdet_dataset_convert -i {_quoted(self.image_dir)} -a {_quoted(path)} -o records -t {name}'
                 for name,path in self.files.items()]
 
-def _quoted(path): return f"'{path}'" if re.search(r'[^\w./~-]', str(path)) else str(path)
+def _quoted(path):
+    "Returns a path for a command line, relative if it is below the current folder."
+    relative = os.path.relpath(path)
+    text = str(path) if relative.startswith('..') else relative
+    return f"'{text}'" if re.search(r'[^\w./~-]', text) else text
 
 # %% ../../nbs/data/24_split.ipynb #c731d85b
 NEAR_DUPLICATES = ('together', 'report', 'skip') # keep them in one part; only count those in different parts; no search
