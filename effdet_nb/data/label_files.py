@@ -116,8 +116,9 @@ def is_rotated_rectangle(
     lengths = np.hypot(*sides.T)
     if lengths.min()<1: return False
     cosines = [abs(sides[i]@sides[i-1])/(lengths[i]*lengths[i-1]) for i in range(4)]
-    is_rectangle = max(cosines)<.05 and np.abs(sides+np.roll(sides, -2, 0)).max()<max(1., .02*lengths.max())
-    return bool(is_rectangle and np.abs(sides).min(1).max()>1)
+    return bool(max(cosines)<.05 and _is_parallelogram(sides, lengths) and np.abs(sides).min(1).max()>1)
+
+def _is_parallelogram(sides, lengths): return np.abs(sides+np.roll(sides, -2, 0)).max()<max(1., .02*lengths.max())
 
 # %% ../../nbs/data/19_label_files.ipynb #e7f8655b
 @dataclass(frozen=True)
@@ -167,8 +168,9 @@ def _yolo_fault(numbers, rules):
     if is_polygon and len(coordinates)%2: return Fault.UNUSABLE_LABEL
     if not all(map(math.isfinite, numbers)): return Fault.NOT_FINITE
     if rules.class_name(int(numbers[0])) is None: return Fault.UNKNOWN_CATEGORY
-    is_fraction = min(coordinates)>=-FRACTION_SLACK and max(coordinates)<=1+FRACTION_SLACK
-    return None if is_fraction else Fault.NOT_A_FRACTION
+    return None if _are_fractions(coordinates) else Fault.NOT_A_FRACTION
+
+def _are_fractions(numbers): return min(numbers)>=-FRACTION_SLACK and max(numbers)<=1+FRACTION_SLACK
 
 # %% ../../nbs/data/19_label_files.ipynb #a0798c31
 def read_yolo(
@@ -180,8 +182,7 @@ def read_yolo(
 ):
     "Reads YOLO label files."
     lines_of,used = {path:read_label_lines(path) for path in files},set()
-    counts = {len(line.split()) for lines in lines_of.values() if lines for line in lines.values()}
-    rules = YoloRules(tuple(class_names), has_keypoints, any(n>6 and n%2 and n!=9 for n in counts))
+    rules = YoloRules(tuple(class_names), has_keypoints, _have_polygons(lines_of.values()))
     labels.add_class_names(class_names)
     for path,lines in lines_of.items():
         image_path = expected_image(finder, path.stem, path)
@@ -190,6 +191,11 @@ def read_yolo(
         else: _add_yolo_file(labels, path, image_path, lines, rules)
     if not class_names: _report_unnamed_classes(labels)
     _add_unlabelled(labels, finder, used)
+
+def _have_polygons(files):
+    "Tests whether a line of some files is a polygon of three or more than four points."
+    counts = {len(line.split()) for lines in files if lines for line in lines.values()}
+    return any(count>6 and count%2 and count!=9 for count in counts)
 
 def _report_unnamed_classes(labels):
     "Lists the classes by number and reports that they have no names."

@@ -32,9 +32,12 @@ def json_format(
     if head[:1]=='[': return 'label_studio' if _TASK_KEYS.search(head) and '"bbox"' not in head else None
     if '"_via_' in head: return 'via'
     if re.search(r'"(shapes|imagePath)"\s*:', head) and '"images"' not in head: return 'labelme'
-    has_list = len(start)==4096 or re.search(r'"(images|annotations)"', head)    # unlike notes.json of Label Studio
-    if first_key and first_key[1] in _COCO_KEYS: return 'coco' if has_list else None
+    if first_key and first_key[1] in _COCO_KEYS: return 'coco' if _has_coco_list(head) else None
     return _format_of_contents(read_coco_json(path))
+
+def _has_coco_list(head):
+    "Tests for a list of images or annotations, which notes.json of Label Studio lacks."
+    return len(head)>4000 or re.search(r'"(images|annotations)"', head)
 
 def _format_of_contents(data):
     "Finds the format from the keys of an object."
@@ -116,10 +119,14 @@ def find_class_names(
         for path in sorted([*parent.glob('*.yaml'), *parent.glob('*.yml')]):
             data = read_yaml(path)
             if yaml_names(data): return yaml_names(data), data
-        lists = [parent/'classes.txt', parent/'_darknet.labels', *sorted(parent.glob('*.names'))]
-        found = next((path for path in lists if path.is_file()), None)
-        if found: return tuple(map(str.strip, (read_label_lines(found) or {}).values())), {}
+        if names := _names_in_list(parent): return names, {}
     return (), {}
+
+def _names_in_list(folder):
+    "Returns the class names in a text file of a folder, empty if there is none."
+    lists = [folder/'classes.txt', folder/'_darknet.labels', *sorted(folder.glob('*.names'))]
+    found = next((path for path in lists if path.is_file()), None)
+    return tuple(map(str.strip, (read_label_lines(found) or {}).values())) if found else ()
 
 # %% ../../nbs/data/21_label_formats.ipynb #31107d41
 def _label_files(folder):
@@ -190,10 +197,12 @@ def _yaml_parts(folder, data):
         value = data.get(name)
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str): continue
-            candidates = base/text, Path(folder)/text, Path(folder)/re.sub(r'^(\.\./)+', '', text)
-            existing = next((path for path in candidates if path.exists()), None)
-            if existing: parts.setdefault(name, existing)
+            if existing := _existing_part(base, Path(folder), text): parts.setdefault(name, existing)
     return parts
+
+def _existing_part(base, folder, text):
+    candidates = base/text, folder/text, folder/re.sub(r'^(\.\./)+', '', text)
+    return next((path for path in candidates if path.exists()), None)
 
 def _several_parts(path, parts):
     listed = ', '.join(f'{name} ({os.path.relpath(folder)})' for name,folder in parts.items())
@@ -211,13 +220,14 @@ def find_source(
         raise FileNotFoundError(f'{path}: no such file or folder. Give the COCO annotation file (.json), or a folder '
                                 'with labels of another format')
     ending = path.suffix.lower()
-    if ending in ('.zip','.tar','.gz','.7z','.rar'):
-        raise SourceError(f'{path}: an archive. Unpack it and give its folder')
+    if ending in _ARCHIVES: raise SourceError(f'{path}: an archive. Unpack it and give its folder')
     if ending=='.xml': return _xml_source(path)
     if ending in ('.yaml','.yml'): return _yaml_source(path)
     if ending=='.txt' and path.is_file(): return _list_source(path)
     if ending!='.json': return Source(path, 'coco', (path,))
     return Source(path, _checked_json_format(path), (path,))
+
+_ARCHIVES = ('.zip','.tar','.gz','.7z','.rar')
 
 def _checked_json_format(path):
     found = json_format(path)

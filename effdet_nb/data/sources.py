@@ -68,6 +68,9 @@ def _read_coco(labels, path, image_dir, prefix):
     for name,found in renamed: labels.report.add_note(Fault.NAME_DIFFERS, f'{found} ({name} in the JSON)')
     names = {category['id']:str(category['name']) for category in coco.categories}
     labels.add_class_names(names[k] for k in sorted(names))
+    _add_coco_entries(labels, coco, names, image_dir, prefix)
+
+def _add_coco_entries(labels, coco, names, image_dir, prefix):
     for info in coco.images:
         image = _add_coco_image(labels, info, image_dir)
         for annotation in coco.annotations[info['id']]:
@@ -161,6 +164,10 @@ def _as_list(paths):
     "Returns a list of paths; one path may be given without a list."
     return [paths] if isinstance(paths, (str,os.PathLike)) else list(paths or ())
 
+def _read_each(labels, sources, image_dirs):
+    for source,image_dir in zip(sources, image_dirs):
+        read_source(labels, source, image_dir, f'{source.path.name}:' if len(sources)>1 else '')
+
 def read_sources(
     paths,               # file or folder with labels, or a list of them
     image_dirs=None,     # folder of the images: None (beside the labels), one, or a list with one for each path
@@ -171,10 +178,8 @@ def read_sources(
     if len(image_dirs) not in (0, 1, len(paths)):
         raise SourceError(f'--image_dir: {len(image_dirs)} folders for {len(paths)} annotation files. '
                           'Give one folder for all of them, or one for each')
-    image_dirs = image_dirs*len(paths) if len(image_dirs)==1 else image_dirs or [None]*len(paths)
     labels,sources = LabelSet(),list(map(find_source, paths))
-    for source,image_dir in zip(sources, image_dirs):
-        read_source(labels, source, image_dir, f'{source.path.name}:' if len(sources)>1 else '')
+    _read_each(labels, sources, image_dirs*len(paths) if len(image_dirs)==1 else image_dirs or [None]*len(paths))
     if class_map: map_classes(labels, class_map)
     return labels
 
