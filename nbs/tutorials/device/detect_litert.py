@@ -23,7 +23,9 @@ _, height, width, _ = entry['shape']
 image = Image.open(photo).convert('RGB')
 if settings['resize'] == 'stretch': scale_y, scale_x = height/image.height, width/image.width
 else: scale_y = scale_x = min(height/image.height, width/image.width)
-small = image.resize((max(1, int(image.width*scale_x+1e-6)), max(1, int(image.height*scale_y+1e-6))), Image.BILINEAR)
+new_width, new_height = max(1, int(image.width*scale_x+1e-6)), max(1, int(image.height*scale_y+1e-6))
+part = 0, 0, min(new_width/scale_x, image.width), min(new_height/scale_y, image.height)   # what fills whole pixels
+small = image.resize((new_width, new_height), Image.BILINEAR, part)
 pixels = np.full((1, height, width, 3), settings['padding'], np.uint8)
 pixels[0, :small.height, :small.width] = small
 
