@@ -128,6 +128,14 @@ def _unknown_class(name, known, where):
     advice = f'Did you mean {nearest[0]}?' if nearest else f'There are {shown or "no classes"}'
     return SourceError(f'{where}: no class has the name {name}. {advice}')
 
+def _rename_annotations(labels, new_names):
+    "Gives annotations their new class names, and reports those of classes that are left out."
+    annotations,labels.annotations = labels.annotations,[]
+    for annotation in annotations:
+        name = new_names[annotation['class_name']]
+        if name: labels.annotations.append(annotation | dict(class_name=name))
+        else: labels.report.dropped_boxes[Fault.CLASS_LEFT_OUT].append((annotation['image_id'], annotation['id']))
+
 def map_classes(
     labels:LabelSet, # changed in place
     class_map:dict,  # old name -> new name, empty to leave the class out; '*' is all others
@@ -138,11 +146,7 @@ def map_classes(
         if name!='*' and name not in known: raise _unknown_class(name, known, '--map_classes')
     new_names = {name:class_map.get(name, name if rest is None else rest) for name in known}
     if not any(new_names.values()): raise SourceError('--map_classes: leaves out all classes. Keep at least one')
-    annotations,labels.annotations = labels.annotations,[]
-    for annotation in annotations:
-        name = new_names[annotation['class_name']]
-        if name: labels.annotations.append(annotation | dict(class_name=name))
-        else: labels.report.dropped_boxes[Fault.CLASS_LEFT_OUT].append((annotation['image_id'], annotation['id']))
+    _rename_annotations(labels, new_names)
     labels.class_names = [name for name in dict.fromkeys(new_names[name] for name in labels.class_names) if name]
 
 # %% ../../nbs/data/22_sources.ipynb #644a1c49
@@ -255,11 +259,15 @@ def convert_sources(
         status.log_progress(f'Converted {result.num_images} images.', kpi=result.counts)
         return result
 
-def _convert_labels(paths, image_dirs, output_dir, tag, class_map, label_map, options):
-    "Writes labels as a COCO file and converts it."
+def _checked_tag(tag, paths):
+    "Returns the tag, or the default one of a single path."
     if tag is None and len(paths)>1:
         raise SourceError('--tag: several annotation files need a name. Give one, such as --tag train')
-    tag = default_tag(paths[0]) if tag is None else tag
+    return default_tag(paths[0]) if tag is None else tag
+
+def _convert_labels(paths, image_dirs, output_dir, tag, class_map, label_map, options):
+    "Writes labels as a COCO file and converts it."
+    tag = _checked_tag(tag, paths)
     check_target(output_dir, tag, options.get('num_shards'))
     labels = read_sources(paths, image_dirs, class_map)
     if not labels.images:

@@ -47,8 +47,10 @@ def image_signature(
             small = np.asarray(grey.resize((9,8), Image.Resampling.BOX), np.int16)
             thumbnail = np.asarray(grey.resize((16,16), Image.Resampling.BOX), np.int16)
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError): return None
-    bits = int.from_bytes(np.packbits(small[:,:-1]<small[:,1:]).tobytes())
-    return Signature(hashlib.sha256(data).hexdigest(), bits, thumbnail - np.int16(round(float(thumbnail.mean()))))
+    mean = np.int16(round(float(thumbnail.mean())))
+    return Signature(hashlib.sha256(data).hexdigest(), _difference_bits(small), thumbnail-mean)
+
+def _difference_bits(small): return int.from_bytes(np.packbits(small[:,:-1]<small[:,1:]).tobytes())
 
 # %% ../../nbs/data/24_split.ipynb #56b6c587
 def near_duplicates(
@@ -69,7 +71,10 @@ def _near_pairs(members, signatures):
     for i in members:
         original = unique.setdefault(signatures[i].sha256, i)
         if original!=i: yield original, i
-    candidates = list(unique.values())
+    yield from _near_different_pairs(list(unique.values()), signatures)
+
+def _near_different_pairs(candidates, signatures):
+    "Yields the near pairs among images of different files."
     bits = np.array([signatures[i].bits for i in candidates], np.uint64)
     for n,i in enumerate(candidates[:-1]):
         is_similar = np.bitwise_count(bits[n+1:] ^ bits[n])<=MAX_BITS
@@ -173,11 +178,13 @@ class SplitResult:
     num_apart:int            # of these, pairs whose images are in different parts
     report:ConversionReport  # labels that were left out
 
-    def __repr__(self):
-        names = list(self.files)
+    def _table(self):
         rows = [('images', list(self.num_images.values())), *self.boxes.items()]
-        lines = [f'{"":<24}' + ''.join(f'{name:>10}' for name in names)]
-        lines += [f'{label[:23]:<24}' + ''.join(f'{count:>10,}' for count in counts) for label,counts in rows]
+        lines = [f'{"":<24}' + ''.join(f'{name:>10}' for name in self.files)]
+        return lines + [f'{label[:23]:<24}' + ''.join(f'{count:>10,}' for count in counts) for label,counts in rows]
+
+    def __repr__(self):
+        lines = self._table()
         lines += [f'{part} has no {label}: only {count} group{"s" if count!=1 else ""} of images with it'
                   for label,part,count in self.absent]
         if self.duplicates: lines.append(self._duplicates_line())
