@@ -70,7 +70,9 @@ def _add_labelme_file(labels, path, data, finder):
     name = data['imagePath'] if isinstance(data.get('imagePath'), str) else path.stem
     image_path = finder.find(name, path) or finder.find(path.stem, path) or expected_image(finder, name, path)
     hw = usable_hw(data.get('imageHeight'), data.get('imageWidth')) if image_path.exists() else None
-    image = labels.add_image(image_path, hw)
+    _add_labelme_shapes(labels, labels.add_image(image_path, hw), path, data)
+
+def _add_labelme_shapes(labels, image, path, data):
     for i,shape in enumerate(data['shapes'], 1):
         shape = shape if isinstance(shape, dict) else {}
         labels.add_outline(image, f'{path.name}:{i}', shape.get('label'), labelme_outline(shape))
@@ -132,12 +134,16 @@ def read_via(
     regions_of = {key:_via_regions(entry) for key,entry in entries.items()}
     attribute = via_class_attribute([region for regions in regions_of.values() for region in regions])
     for key,regions in regions_of.items():
-        name = _attributes(entries, key).get('filename')
-        if not isinstance(name, str) or not name: name = re.sub(r'-?\d+$', '', key) or key
+        name = _via_file_name(entries, key)
         image = labels.add_image(expected_image(finder, name, path))
         for i,region in enumerate(regions, 1):
             outline = via_outline(_attributes(region, 'shape_attributes'))
             labels.add_outline(image, f'{name}:{i}', _via_class(region, attribute), outline)
+
+def _via_file_name(entries, key):
+    "Returns the name of an image; keys are a name and the size of the file."
+    name = _attributes(entries, key).get('filename')
+    return name if isinstance(name, str) and name else re.sub(r'-?\d+$', '', key) or key
 
 def _via_regions(entry):
     "Returns the regions of an image as a list; VIA 1 wrote a dict."

@@ -309,10 +309,12 @@ def _split_result(labels, files, names, part_of_image, groups, duplicates):
         groups_of[annotation['class_name']].add(group)
     absent = _absent_classes(boxes, list(files), groups_of)
     num_images = {name:part_of_image.count(part) for part,name in enumerate(files)}
-    pairs = [(images[i]['path'].name, images[j]['path'].name) for i,j in duplicates]
+    pairs = _names_of_pairs(images, duplicates)
     num_apart = sum(part_of_image[i]!=part_of_image[j] for i,j in duplicates)
     return SplitResult(files, labels.image_dir(), num_images, boxes, absent, max(groups)+1, pairs, num_apart,
                        labels.report)
+
+def _names_of_pairs(images, pairs): return [(images[i]['path'].name, images[j]['path'].name) for i,j in pairs]
 
 def _absent_classes(boxes, parts, groups_of):
     "Returns (class name, part, groups of images with this class) of the classes that a part lacks."
