@@ -53,7 +53,7 @@ def test_the_settings_are_those_of_the_file(tmp_path, add_nms, batch):
     config.read(folder/'nvinfer_config.txt')
     settings = config['property']
     shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
-    assert settings['infer-dims'].split(';') == [str(n) for n in shape[1:]] and settings['network-input-order'] == '1'
+    assert settings['infer-dims'].split(';') == [str(n) for n in (shape[3], *shape[1:3])] and settings['network-input-order'] == '1'
     assert settings['output-blob-names'].split(';') == [o.name for o in proto.graph.output]
     assert settings['onnx-file'] == 'a.onnx' and int(settings['batch-size']) == (4 if batch == 4 else 1)
     default = .5 if add_nms is add_trt_nms else .3
@@ -84,7 +84,7 @@ def test_a_grey_network_gets_grey_frames(channels, color_format):
     meta = get_metadata(add_trt_nms(toy_onnx_model(image_hw=(128, 256))))
     meta['arch']['channels'] = channels
     settings = nvinfer_config(meta, 'a.onnx').splitlines()
-    assert f'infer-dims=128;256;{channels}' in settings and f'model-color-format={color_format}' in settings
+    assert f'infer-dims={channels};128;256' in settings and f'model-color-format={color_format}' in settings
     assert f'128 x 256 x {channels} |' in readme_text(meta, 'a.onnx', False)
 
 
