@@ -25,7 +25,7 @@ model-engine-file={engine}
 labelfile-path=labels.txt
 batch-size={batch}
 network-mode={mode}
-infer-dims={h};{w};{channels}
+infer-dims={channels};{h};{w}
 network-input-order=1
 model-color-format={color_format}
 net-scale-factor=1.0
@@ -62,10 +62,15 @@ def nvinfer_config(
     model_setting = f'onnx-file={model_path}' if can_build_engine(meta, model_path) else NEEDS_ENGINE
     return NVINFER_CONFIG.format(
         model=model_path, model_setting=model_setting,
-        engine=model_path.with_suffix('.engine').name, h=height, w=width, batch=meta['batch_size'] or 1,
+        engine=_engine_name(meta, model_path), h=height, w=width, batch=meta['batch_size'] or 1,
         channels=channels, color_format=COLOR_FORMATS[channels], keep_aspect_ratio=int(not _is_stretched(meta)),
         version=meta['version'], mode=NETWORK_MODES[meta['data_type']], num_classes=meta['arch']['num_classes'],
         threshold=_shown_scores(nms) if score_threshold is None else score_threshold)
+
+def _engine_name(meta, model_path):
+    "Returns the name under which DeepStream saves the engine it builds, or that of `effdet_gen_trt_engine`."
+    if not can_build_engine(meta, model_path): return model_path.with_suffix('.engine').name
+    return f'{model_path}_b{meta["batch_size"] or 1}_gpu0_{meta["data_type"]}.engine'
 
 def _is_stretched(meta): return meta['arch'].get('resize')=='stretch'
 
@@ -136,7 +141,7 @@ CHECK_CUSTOM_PARSE_FUNC_PROTOTYPE(NvDsInferParseEffdetNb);
 BUILD_COMMAND = ('g++ -shared -fPIC -O2 -std=c++17 -I/opt/nvidia/deepstream/deepstream/sources/includes '
                  '-I/usr/local/cuda/include nvdsinfer_effdet_nb.cpp -o libnvdsinfer_effdet_nb.so')
 RUN_COMMAND = ('gst-launch-1.0 uridecodebin uri=file://$PWD/video.mp4 ! m.sink_0 nvstreammux name=m batch-size=1 '
-               'width={w} height={h} ! nvinfer config-file-path=nvinfer_config.txt ! nvvideoconvert ! nvdsosd ! '
+               'width=1920 height=1080 ! nvinfer config-file-path=nvinfer_config.txt ! nvvideoconvert ! nvdsosd ! '
                'nveglglessink')
 README_TEMPLATE = '''## {model} in DeepStream
 
@@ -144,6 +149,7 @@ README_TEMPLATE = '''## {model} in DeepStream
 2. Build the output parser once: `{build_command}`
 3. Set `config-file-path` of `nvinfer` to `nvinfer_config.txt`, for example:
    `{run_command}`
+   `width` and `height` of `nvstreammux` are those of your video; others distort the frames.
 
 | tensor | type | shape | content |
 |---|---|---|---|
@@ -164,7 +170,7 @@ def readme_text(
     (h, w), nms = meta['arch']['image_hw'], meta['nms']
     engine = f' Build its engine here: `effdet_gen_trt_engine -m {model_name}`.' if has_engine else ''
     channels = meta['arch'].get('channels', 3)
-    commands = dict(build_command=BUILD_COMMAND, run_command=RUN_COMMAND.format(h=h, w=w))
+    commands = dict(build_command=BUILD_COMMAND, run_command=RUN_COMMAND)
     return README_TEMPLATE.format(
         model=model_name, engine=engine, **commands, h=h, w=w, batch=meta['batch_size'] or 'batch',
         channels=channels, colour='RGB' if channels==3 else 'grey',
