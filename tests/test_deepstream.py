@@ -53,7 +53,8 @@ def test_the_settings_are_those_of_the_file(tmp_path, add_nms, batch):
     config.read(folder/'nvinfer_config.txt')
     settings = config['property']
     shape = [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim]
-    assert settings['infer-dims'].split(';') == [str(n) for n in (shape[3], *shape[1:3])] and settings['network-input-order'] == '1'
+    channels_first = [str(n) for n in (shape[3], *shape[1:3])]
+    assert settings['infer-dims'].split(';') == channels_first and settings['network-input-order'] == '1'
     assert settings['output-blob-names'].split(';') == [o.name for o in proto.graph.output]
     assert settings['onnx-file'] == 'a.onnx' and int(settings['batch-size']) == (4 if batch == 4 else 1)
     default = .5 if add_nms is add_trt_nms else .3

@@ -341,7 +341,7 @@ def test_files_carry_the_names_of_their_modules():
         module = exported_module(path)
         if not module: continue
         folder, name = module.split('.')
-        assert re.fullmatch(rf'{folder}/\d\d[a-z]?_{name}\.ipynb', path.relative_to(NBS).as_posix())
+        assert re.fullmatch(rf'{folder}/\d\d_{name}\.ipynb', path.relative_to(NBS).as_posix())
 
 
 def test_packaging_has_one_source():
