@@ -196,19 +196,22 @@ def compare_runs(
 CLASS_ADVICE = ('No run was evaluated. effdet_evaluate -e RUN/spec.txt -m RUN/model.best.tlt -r RUN/evaluation adds '
                 'the AP of each class to this page.')
 
+def _run_chart(runs, metric):
+    "The curves of one metric, as a figure of the page."
+    from effdet_nb.app.html import chart_figure
+    return chart_figure(lambda figure: plot_runs(figure, runs, metric), f'{metric} over the epochs')
+
 def write_comparison_page(
     path,                     # the file, usually .html
     comparison:RunComparison,
 )->Path:                      # the file
     "Writes a page with the tables and the curves of several runs."
-    from effdet_nb.app.html import TABLE_SORT_JS, chart_figure, figure_row, html_table, write_html_page
+    from effdet_nb.app.html import TABLE_SORT_JS, figure_row, html_table, write_html_page
     runs = comparison.runs
-    charts = [chart_figure(lambda figure, metric=metric: plot_runs(figure, runs, metric), f'{metric} over the epochs')
-              for metric in ('loss', 'AP')]
     settings, classes = setting_rows(runs), class_score_rows(runs)
     sections = {
         'Runs': [html_table(list(map(summary_row, runs)), sortable=True), *comparison.notes()],
-        'Curves': [figure_row(*charts)],
+        'Curves': [figure_row(_run_chart(runs, 'loss'), _run_chart(runs, 'AP'))],
         'Settings that differ': [html_table(settings) if settings else 'All known settings are the same.'],
         'AP of each class': [html_table(classes, sortable=True) if classes else CLASS_ADVICE]}
     return write_html_page(path, 'Comparison of runs', sections, ', '.join(run.name for run in runs), TABLE_SORT_JS)

@@ -41,9 +41,12 @@ class DemoModel:
             found = self.detector(resized.image[None])[0]
             milliseconds = 1000*(time.perf_counter()-start)
         found = found.to_original(resized, class_table=self.detector.classes).select(self.settings['lowest'])
-        rows = zip(found.boxes.tolist(), found.scores.tolist(), found.classes.tolist())
-        detections = [dict(box=box, score=score, channel=channel) for box,score,channel in rows]
-        return dict(detections=detections, milliseconds=milliseconds)
+        return dict(detections=_json_rows(found), milliseconds=milliseconds)
+
+def _json_rows(found):
+    "Lists detections as dictionaries, ready for JSON."
+    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.classes.tolist())
+    return [dict(box=box, score=score, channel=channel) for box,score,channel in rows]
 
 # %% ../../nbs/app/15_demo.ipynb #025bf773
 REMOTE_JS = """

@@ -232,14 +232,15 @@ def check_same_classes(
     val:ClassTable,
 ):                    # yields problems
     "Checks that each class has the same channel in both splits."
-    train_channels,val_channels = ({table.class_name(table.channel(k)):table.channel(k) for k in table.ids}
-                                   for table in (train, val))
+    train_channels,val_channels = _channels_by_name(train), _channels_by_name(val)
     moved = [name for name in train_channels if val_channels.get(name, train_channels[name])!=train_channels[name]]
     if not moved: return
     ids = [table.category_id(channels[moved[0]]) for table,channels in ((train, train_channels), (val, val_channels))]
     yield _error('validation', f'{len(moved)} classes have another channel than in training, such as {moved[0]}, '
                                f'id {ids[0]} in training and id {ids[1]} in validation. Convert both splits with the '
                                'same list of classes (--label_map), or split the dataset with effdet_split')
+
+def _channels_by_name(table): return {table.class_name(table.channel(k)): table.channel(k) for k in table.ids}
 
 # %% ../../nbs/data/17_check.ipynb #0df92d2c
 def check_split_overlap(

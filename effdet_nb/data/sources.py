@@ -217,12 +217,16 @@ def check_origin(
     folder = Path(path).parent.resolve()
     origin = [Path(os.path.relpath(Path(source).resolve(), folder)).as_posix() for source in paths]
     if not Path(path).is_file(): return origin
-    info = read_coco_json(path).get('info')
-    earlier = info.get('sources') if isinstance(info, dict) else None
+    earlier = _recorded_sources(path)
     if earlier==origin: return origin
     contents = f'the labels of {", ".join(map(str, earlier))}' if isinstance(earlier, list) else 'other labels'
     raise SourceError(f'{path}: has {contents}, which would be lost. Choose another tag with --tag or another '
                       'output_dir, or remove it')
+
+def _recorded_sources(path):
+    "Returns the sources that a COCO file names; None if it names none."
+    info = read_coco_json(path).get('info')
+    return info.get('sources') if isinstance(info, dict) else None
 
 # %% ../../nbs/data/22_sources.ipynb #7fc860ef
 @contextmanager

@@ -54,12 +54,15 @@ def predictions_to_coco(
     "Collects predictions for many images in the format of a COCO annotation file."
     images,annotations = [],[]
     for image_id,p in enumerate(predictions, 1):
-        height,width = p.image_hw
-        images.append(dict(id=image_id, file_name=str(p.path), height=height, width=width))
+        images.append(_image_entry(image_id, p))
         annotations += p.detections.to_coco(image_id)
     for n,a in enumerate(annotations, 1): a.update(id=n, area=round(a['bbox'][2]*a['bbox'][3], 3), iscrowd=0)
     categories = [dict(id=k, name=name) for k,name in zip(class_table.ids, class_table.names)]
     return dict(images=images, categories=categories, annotations=annotations)
+
+def _image_entry(image_id, prediction):
+    height,width = prediction.image_hw
+    return dict(id=image_id, file_name=str(prediction.path), height=height, width=width)
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #7dc70ef3
 class AnnotationIds:

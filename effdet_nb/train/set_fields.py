@@ -23,10 +23,14 @@ def find_named_field(
     if name in SPEC_SECTIONS:
         first = next(iter(section_fields(name)))
         raise ValueError(f'{name}: is a section. Add one of its fields, such as {name}.{first}')
-    places = {field: (section, field) for section in SPEC_SECTIONS for field in section_fields(section)}
-    places |= {alias: place for (_,alias),place in FIELD_ALIASES.items()}
+    places = _field_places()
     if name in places: return places[name]
     raise ValueError(f'{name[:60]}: no such field. {_suggest_place(name, places)}')
+
+def _field_places():
+    "Returns the section and the field of every name that is clear without its section."
+    places = {field: (section, field) for section in SPEC_SECTIONS for field in section_fields(section)}
+    return places | {alias: place for (_,alias),place in FIELD_ALIASES.items()}
 
 def _suggest_place(name, places):
     "Suggests section and field for a name that no section has."
