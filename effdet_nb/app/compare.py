@@ -120,7 +120,8 @@ def different_settings(
     "Returns the fields of the spec whose values are not the same in all runs."
     known = [run for run in runs if run.settings]
     fields = dict.fromkeys(field for run in known for field in run.settings)
-    rows = [{'field': field} | {run.name: run.settings.get(field) for run in known} for field in fields]
+    def row(field): return {'field': field} | {run.name: run.settings.get(field) for run in known}
+    rows = map(row, fields)
     return [row for row in rows if len(set(map(repr, list(row.values())[1:])))>1]
 
 # %% ../../nbs/app/14_compare.ipynb #a4e79e87
@@ -128,8 +129,9 @@ def setting_rows(
     runs:list, # of `RunRecord`
 )->list:       # a row per field: field, then the name of each run -> text
     "Formats the settings that differ for a table."
-    return [{name: value if name=='field' else format_value(value) for name,value in row.items()}
-            for row in different_settings(runs)]
+    return list(map(_setting_texts, different_settings(runs)))
+
+def _setting_texts(row): return {name: value if name=='field' else format_value(value) for name,value in row.items()}
 
 # %% ../../nbs/app/14_compare.ipynb #aed23b22
 def class_score_rows(
@@ -138,9 +140,12 @@ def class_score_rows(
     "Returns the AP of each class in the runs that were evaluated."
     evaluated = [run for run in runs if run.class_scores]
     names = dict.fromkeys(name for run in evaluated for name in run.class_scores)
-    scores = [{run.name: run.class_scores.get(name, -1) for run in evaluated} for name in names]
-    return [{'class': name} | {run: None if AP==-1 else AP for run,AP in row.items()}
-            for name,row in zip(names, scores)]
+    return [{'class': name} | _scores_of_class(name, evaluated) for name in names]
+
+def _scores_of_class(name, runs):
+    "Returns the AP of a class in each run; -1 marks a class without objects."
+    scores = {run.name: run.class_scores.get(name, -1) for run in runs}
+    return {run: None if AP==-1 else AP for run,AP in scores.items()}
 
 # %% ../../nbs/app/14_compare.ipynb #76f59fe4
 def plot_runs(
@@ -178,8 +183,8 @@ class RunComparison:
 def _format_rows(rows):
     "Formats dicts with the same keys as a text table."
     from effdet_nb.evaluate.evaluate import format_metric, text_table
-    cells = [[format_metric(-1 if value is None else value) for value in row.values()] for row in rows]
-    return text_table([list(rows[0]), *cells])
+    def cells(row): return [format_metric(-1 if value is None else value) for value in row.values()]
+    return text_table([list(rows[0]), *map(cells, rows)])
 
 def compare_runs(
     model_dirs, # folders of runs

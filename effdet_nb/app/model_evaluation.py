@@ -157,7 +157,8 @@ class EvaluationResults(list):
         return lines
 
     def _comparison(self, format_table):
-        resized = [f'Resizing: {resize}' for resize in sorted({e.resize for e in self if e.resize})]
+        ways = {e.resize for e in self if e.resize}
+        resized = [f'Resizing: {resize}' for resize in sorted(ways)]
         parts = [evaluation_summary(self), *resized, format_table(self.summary_table())]
         parts += ['AP of each class', format_table(self.per_class_table())]
         lines = self.difference_lines()

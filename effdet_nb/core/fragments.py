@@ -66,9 +66,9 @@ def html_table(
     "Returns an HTML table of rows of values."
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = html_tag('tr', *[_heading_cell(rows, column) for column in columns])
-    body = [html_tag('tr', *[_body_cell(row.get(column)) for column in columns]) for row in rows]
+    def body_row(row): return html_tag('tr', *[_body_cell(row.get(column)) for column in columns])
     caption = html_tag('caption', title) if title else None
-    sections = caption, html_tag('thead', head), html_tag('tbody', *body)
+    sections = caption, html_tag('thead', head), html_tag('tbody', *map(body_row, rows))
     return html_tag('div', html_tag('table', *sections, class_='sortable' if sortable else None), class_='scroll')
 
 def _heading_cell(rows, column):

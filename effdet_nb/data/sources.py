@@ -147,7 +147,8 @@ def map_classes(
     new_names = {name:class_map.get(name, name if rest is None else rest) for name in known}
     if not any(new_names.values()): raise SourceError('--map_classes: leaves out all classes. Keep at least one')
     _rename_annotations(labels, new_names)
-    labels.class_names = [name for name in dict.fromkeys(new_names[name] for name in labels.class_names) if name]
+    renamed = dict.fromkeys(new_names[name] for name in labels.class_names)
+    labels.class_names = [name for name in renamed if name]
 
 # %% ../../nbs/data/22_sources.ipynb #644a1c49
 def ordered_names(

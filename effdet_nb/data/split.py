@@ -10,6 +10,7 @@ __all__ = ['MAX_BITS', 'MAX_GREY', 'NEAR_DUPLICATES', 'Signature', 'image_signat
 import hashlib, io, os, re
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 import numpy as np
 from PIL import Image
@@ -180,8 +181,8 @@ class SplitResult:
 
     def _table(self):
         rows = [('images', list(self.num_images.values())), *self.boxes.items()]
-        lines = [f'{"":<24}' + ''.join(f'{name:>10}' for name in self.files)]
-        return lines + [f'{label[:23]:<24}' + ''.join(f'{count:>10,}' for count in counts) for label,counts in rows]
+        def line(label, counts): return f'{label[:23]:<24}' + ''.join(f'{count:>10,}' for count in counts)
+        return [f'{"":<24}' + ''.join(f'{name:>10}' for name in self.files), *starmap(line, rows)]
 
     def __repr__(self):
         lines = self._table()
