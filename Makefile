@@ -55,8 +55,10 @@ docs: $(DEV)  ## the site, offline, into _docs/
 pytest: $(DEV)  ## the tests in tests/; all of them with MARK=
 	@TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m pytest -n $(WORKERS) $(DIST) -m '$(MARK)' --durations=20 $(ARGS)
 
+# Those that need arguments are listed in bench/README.md; the others run here.
+NEED_ARGUMENTS := interleave peer_effdet peer_learning own_learning learning recipe mobile inference parity
 bench: $(DEV)  ## speed and memory, beside other implementations
-	@for script in $(filter-out bench/interleave.py, $(wildcard bench/*.py)); do echo "# $$script"; TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python $$script; done
+	@for script in $(filter-out $(NEED_ARGUMENTS:%=bench/%.py), $(wildcard bench/*.py)); do echo "# $$script"; TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python $$script; done
 
 clean:  ## remove what was built, but not .venv and not your runs
 	@rm -rf _docs _proc _shots jupyter_execute build dist .pytest_cache .hypothesis nbs/nbdev.yml nbs/sidebar.yml

