@@ -97,7 +97,7 @@ def test_a_jpeg_decoded_at_reduced_size_gives_the_same_image(size):
     data = encode(smooth_image(481, 643), 'jpeg', quality=95)
     full,scale = letterbox(read_image(data), size)
     quick = read_resized(data, size)
-    assert (quick.scale, quick.original_hw) == (scale, (481,643))
+    assert (quick.scale, quick.original_hw) == ((scale,scale), (481,643))
     assert np.abs(full.astype(int)-quick.image).mean() < 2
 
 
