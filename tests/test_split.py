@@ -1,6 +1,9 @@
 "Splitting: shares, classes, groups and near copies, for random datasets."
 import json
 import random
+import shlex
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +13,11 @@ from PIL import Image
 
 from effdet_nb.data.coco import load_coco
 from effdet_nb.data.convert import dataset_convert
+from effdet_nb.data.faults import ConversionReport
 from effdet_nb.data.label_formats import SourceError
 from effdet_nb.data.split import (
     assign_groups,
+    SplitResult,
     image_signature,
     join_groups,
     near_duplicates,
@@ -137,12 +142,14 @@ def test_the_search_by_quarters_finds_what_comparing_all_pairs_finds():
     base = photo(0)
     signature = image_signature_of(base)
     signatures = []
-    for i in range(120):
+    for _ in range(120):
         bits = signature.bits
         for bit in rng.sample(range(64), rng.randint(0, 5)): bits ^= 1<<bit
-        signatures.append(type(signature)(f'{i}', bits, signature.thumbnail))
+        signatures.append(type(signature)(bits, signature.thumbnail))
     every = [(i, j) for i in range(120) for j in range(i+1, 120) if signatures[i].is_near(signatures[j])]
-    assert near_duplicates(signatures)==every and 0<len(every)<120*119/2
+    found = near_duplicates(signatures)
+    assert join_groups(120, found)==join_groups(120, every) and 0<len(every)<120*119/2
+    assert {*found}<={*every} and len(found)==119-max(join_groups(120, every))
 
 
 def image_signature_of(image, path=None):
@@ -189,3 +196,105 @@ def test_two_images_make_two_parts_and_one_does_not(tmp_path):
     assert sorted(split(tmp_path).num_images.values())==[1, 1]
     make_dataset(tmp_path, ['a'], lambda i: [1])
     with pytest.raises(SourceError, match='1 images in 1 groups'): split(tmp_path)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32-1), st.integers(2, 40), st.integers(1, 4))
+def test_pairs_join_the_groups_of_all_near_pairs(seed, count, num_scenes):
+    "Chains of images, each near to the one before, with unreadable images between them."
+    rng = random.Random(seed)
+    scenes = [image_signature_of(photo(i)) for i in range(num_scenes)]
+    signatures = []
+    for _ in range(count):
+        base = rng.choice(scenes)
+        bits = base.bits
+        for bit in rng.sample(range(64), rng.randint(0, 3)): bits ^= 1<<bit
+        signatures.append(rng.choice([None, type(base)(bits, base.thumbnail)]))
+    near = [(i, j) for j in range(count) for i in range(j)
+            if signatures[i] and signatures[j] and signatures[i].is_near(signatures[j])]
+    found = near_duplicates(signatures)
+    assert {*found}<={*near} and join_groups(count, found)==join_groups(count, near)
+    assert len(found)==count-1-max(join_groups(count, near))
+
+
+def test_a_camera_that_does_not_move_takes_no_quadratic_time_or_memory():
+    signature = image_signature_of(photo(0))
+    rng = random.Random(0)
+    signatures = [type(signature)(signature.bits ^ 1<<rng.randrange(3), signature.thumbnail) for _ in range(3000)]
+    start = time.process_time()
+    assert len(near_duplicates(signatures))==2999
+    assert time.process_time()-start<10                     # comparing 4.5 million pairs one by one takes 30 seconds
+
+
+@pytest.mark.parametrize('part, as_list', [('train', False), ('val', True), ('test', True)])
+def test_a_part_is_not_split_into_its_own_place(part, as_list, tmp_path):
+    make_dataset(tmp_path, [f'{i}' for i in range(12)], lambda i: [1])
+    files = split(tmp_path, val=.3, test=.3, near='skip').files
+    before = {path: path.read_bytes() for path in files.values()}
+    path = tmp_path/'x'/'..'/'out'/f'{part}.json'
+    (tmp_path/'x').mkdir()
+    with pytest.raises(SourceError, match='is to be split'):
+        split_dataset([path] if as_list else str(path), tmp_path/'images', tmp_path/'out', near='skip')
+    assert before=={path: path.read_bytes() for path in files.values()}
+    assert split_dataset(path, tmp_path/'images', tmp_path/'out2', near='skip').num_images['train']>0
+
+
+def test_a_new_split_leaves_no_part_of_an_earlier_one(tmp_path):
+    make_dataset(tmp_path, [f'{i:02}' for i in range(20)], lambda i: [1])
+    earlier = split(tmp_path, test=.2, near='skip').files
+    result = split(tmp_path, near='skip')
+    assert sorted(path.name for path in (tmp_path/'out').iterdir())==['train.json', 'val.json']
+    assert not earlier['test'].exists() and sum(result.num_images.values())==20
+
+
+@pytest.mark.parametrize('kept', [
+    '{"images": []}', '{"info": {"made_by": "effdet_nb", "sources": ["a"]}, "images": []}'])
+def test_a_file_that_is_no_part_stays(tmp_path, kept):
+    make_dataset(tmp_path, ['a', 'b', 'c'], lambda i: [1])
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'test.json').write_text(kept)
+    split(tmp_path, near='skip')
+    assert (tmp_path/'out'/'test.json').read_text()==kept
+    (tmp_path/'out'/'val.json').write_text(kept)
+    with pytest.raises(SourceError, match='was not written by this command'): split(tmp_path, near='skip')
+
+
+@pytest.mark.parametrize('first, second', [({}, {}), (dict(test=.2), {}), ({}, dict(test=.2))])
+def test_an_interrupted_split_leaves_no_parts_that_share_images(tmp_path, monkeypatch, first, second):
+    from effdet_nb.data import split as module
+    make_dataset(tmp_path, [f'{i:02}' for i in range(20)], lambda i: [1])
+    split(tmp_path, near='skip', **first)
+    write = module.write_coco
+    def write_one(path, *args, **info):
+        if path.name!='train.json': raise KeyboardInterrupt
+        write(path, *args, **info)
+    monkeypatch.setattr(module, 'write_coco', write_one)
+    with pytest.raises(KeyboardInterrupt): split(tmp_path, near='skip', seed=5, **second)
+    assert [path.name for path in (tmp_path/'out').iterdir()]==['train.json']
+
+
+@pytest.mark.parametrize('options', [dict(class_map={'clas 1': ''}), dict(near='skip', pattern='video'), dict(val=2)])
+def test_wrong_settings_leave_an_earlier_split_as_it_is(tmp_path, options):
+    make_dataset(tmp_path, [f'{i}' for i in range(9)], lambda i: [1])
+    before = {path: path.read_bytes() for path in split(tmp_path, test=.2, near='skip').files.values()}
+    with pytest.raises(SourceError): split(tmp_path, **options)
+    assert before=={path: path.read_bytes() for path in (tmp_path/'out').iterdir()}
+
+
+@pytest.mark.parametrize('name', ["it's", '~x', 'a b', 'plain', '$HOME', 'a"b', 'x;y', 'naïve'])
+def test_the_next_commands_can_be_pasted_into_a_shell(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = SplitResult(dict(train=Path(name)/'train.json'), Path(name), dict(train=1), {}, [], 1, [], 0,
+                         ConversionReport())
+    command = repr(result).splitlines()[-1]
+    assert '-i ~' not in command
+    assert shlex.split(command)==['effdet_dataset_convert', '-i', name, '-a', f'{name}/train.json', '-o', 'records',
+                                  '-t', 'train']
+
+
+def test_labels_without_a_usable_image_say_why(tmp_path):
+    for folder in ('labels', 'images'): (tmp_path/folder).mkdir()
+    for name in 'abc': (tmp_path/'labels'/f'{name}.txt').write_text('0 .5 .5 .1 .1\n')
+    with pytest.raises(SourceError, match='(?s)no image can be used.*file missing: 3, such as a'):
+        split_dataset(tmp_path/'labels', tmp_path/'images', tmp_path/'out')
+    assert not (tmp_path/'out').exists()

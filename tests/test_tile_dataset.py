@@ -8,6 +8,7 @@ from PIL import Image
 
 from effdet_nb.app.tile_command import effdet_tile
 from effdet_nb.data.convert import dataset_convert
+from effdet_nb.data.shards import output_lock
 from effdet_nb.data.tile_dataset import ImageCutter, boxes_in_tile, choose_tiles, tile_dataset
 from effdet_nb.detector.tiles import Tiling
 
@@ -155,7 +156,8 @@ def test_tiles_are_converted_without_a_remark(tmp_path):
 
 @pytest.mark.parametrize('options,message', [
     (dict(min_visible=2), 'from 0 to 1'), (dict(empty_share=-1), 'from 0 to 1'),
-    (dict(output_dir='.', tag='in'), 'among')])
+    (dict(output_dir='.', tag='in'), 'among'), (dict(tag='../../escaped'), 'escaped'), (dict(tag='..'), 'tag'),
+    (dict(tag='a/b'), 'tag')])
 def test_settings_that_cannot_be_used(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     source = write_dataset(tmp_path, [(64, 64)], [])
@@ -179,3 +181,84 @@ def test_a_cutter_can_be_used_for_one_image(tmp_path):
     cutter = ImageCutter(str(image_dir), tmp_path/'out', Tiling((64, 64), 0, whole_image=False), empty_share=0)
     cut = cutter((0, contents['images'][0], contents['annotations'], 'one'))
     assert [name for name, *_ in cut.entries]==['one_y0_x0.png'] and cut.num_empty==1
+
+
+@pytest.mark.parametrize('tag', [None, 'truth', 'other'])
+def test_a_file_of_another_origin_is_not_replaced(tmp_path, tag):
+    source = write_dataset(tmp_path, [(64, 64)], [(0, 5, 5, 9, 9, 0)])
+    (tmp_path/'other.json').write_text('{"images": [], "annotations": [], "info": {"made_by": "me"}}')
+    before = {path: path.read_bytes() for path in tmp_path.glob('*.json')}
+    with pytest.raises(ValueError, match='would be replaced.*--tag'):
+        tile_dataset(*source, tmp_path, Tiling((64, 64)), tag=tag)
+    assert before=={path: path.read_bytes() for path in tmp_path.glob('*.json')} and not (tmp_path/'truth').exists()
+
+
+def test_tiles_replace_earlier_tiles_but_not_those_they_are_cut_from(tmp_path):
+    source = write_dataset(tmp_path, [(64, 128)], [(0, 5, 5, 9, 9, 0)])
+    first = tile_dataset(*source, tmp_path/'out', Tiling((64, 64), 0))
+    again = tile_dataset(*source, tmp_path/'out', Tiling((32, 32), 0), empty_share=1)
+    assert again.num_tiles==len(list(read_tiles(again)))!=first.num_tiles
+    again.image_dir.rename(tmp_path/'moved')
+    with pytest.raises(ValueError, match='would be replaced'):
+        tile_dataset(tmp_path/'moved', again.annotations_file, tmp_path/'out', Tiling((32, 32)))
+
+
+@pytest.mark.parametrize('names', [
+    ['a.jpg', 'a.png', 'a_0.jpg', 'b.png', 'b_y0_x0.png'], ['a_1.png', 'a.png', 'a.bmp', 'a_2.png', 'a_1.bmp'],
+    ['c/b_y0_x0.png', 'b_y0_x0.png', 'b_y0_x0_y0_x0.png', 'b.png', '../b.png'],
+    ['b_y0_x0_1.png', 'b_y0_x0.png', 'b.png', 'b_y0_x64.png', 'b_y0_x0.bmp']])
+def test_no_tile_overwrites_another(tmp_path, names):
+    "Every image has one object, at a place of its own, and is wider than a tile."
+    boxes = [(i, 3+7*i, 2+9*i, 6, 6, 0) for i in range(len(names))]
+    image_dir, truth = write_dataset(tmp_path/'x', [(64, 128)]*len(names), boxes)
+    (image_dir/'c').mkdir()
+    contents = json.loads(truth.read_text())
+    for i, name in enumerate(names):
+        Image.open(image_dir/f'{i}.png').save(image_dir/name, quality=95)
+        contents['images'][i]['file_name'] = name
+    truth.write_text(json.dumps(contents))
+    result = tile_dataset(image_dir, truth, tmp_path/'out', Tiling((64, 64), 0), empty_share=1, min_visible=1)
+    left_out = sum(map(len, result.report.dropped_images.values()))             # ../b.png is outside of the folder
+    tiles = list(read_tiles(result))
+    assert len({image['file_name'] for *_, image in tiles})==len(tiles)==3*(len(names)-left_out)
+    for pixels, found, _ in tiles:
+        assert (pixels>200).any()==bool(found)
+        for x, y, w, h in np.array(found).astype(int).reshape(-1, 4): assert pixels[y:y+h, x:x+w].min()>200
+
+
+@pytest.mark.parametrize('stop_at', [0, 1, 2])
+def test_an_interrupted_run_leaves_no_file_with_boxes_of_other_tiles(tmp_path, monkeypatch, stop_at):
+    source = write_dataset(tmp_path, [(64, 128)]*3, [(i, 5, 5, 9, 9, 0) for i in range(3)])
+    first = tile_dataset(*source, tmp_path/'out', Tiling((64, 64), 0))
+    cut = ImageCutter.__call__
+    def stop(cutter, job):
+        if job[0]==stop_at: raise KeyboardInterrupt
+        return cut(cutter, job)
+    monkeypatch.setattr(ImageCutter, '__call__', stop)
+    with pytest.raises(KeyboardInterrupt): tile_dataset(*source, tmp_path/'out', Tiling((48, 48), 0), workers=1)
+    assert not first.annotations_file.exists() and not list((tmp_path/'out').glob('.*'))
+
+
+def test_earlier_tiles_stay_if_no_image_can_be_read(tmp_path):
+    source = write_dataset(tmp_path, [(64, 128)], [(0, 5, 5, 9, 9, 0)])
+    path = tile_dataset(*source, tmp_path/'out', Tiling((64, 64), 0)).annotations_file
+    before = path.read_bytes()
+    (source[0]/'0.png').write_text('x')
+    with pytest.raises(ValueError, match='no tile was written'): tile_dataset(*source, tmp_path/'out', Tiling((48, 48)))
+    assert path.read_bytes()==before
+
+
+def test_two_runs_at_once_do_not_mix_their_tiles(tmp_path):
+    source = write_dataset(tmp_path, [(64, 128)], [(0, 5, 5, 9, 9, 0)])
+    with output_lock(tmp_path/'out', 'truth'):
+        with pytest.raises(ValueError, match='another process'): tile_dataset(*source, tmp_path/'out', Tiling((64, 64)))
+
+
+@pytest.mark.parametrize('name', ['', '/', '.', '..', '//', 'in/..'])
+def test_an_entry_without_a_file_name_is_left_out_alone(tmp_path, name):
+    image_dir, truth = write_dataset(tmp_path, [(64, 64)]*2, [(i, 5, 5, 9, 9, 0) for i in range(2)])
+    contents = json.loads(truth.read_text())
+    contents['images'][1]['file_name'] = name
+    truth.write_text(json.dumps(contents))
+    result = tile_dataset(image_dir, truth, tmp_path/'out', Tiling((64, 64)))
+    assert (result.num_tiles, result.num_objects)==(1, 1) and sum(map(len, result.report.dropped_images.values()))==1
