@@ -94,17 +94,49 @@ def test_our_evaluation_reads_the_results_too(images, tmp_path):
     assert {truth.image_id: len(detections) for truth, detections in loaded}=={100: 5, 101: 0, 102: 0}
 
 
-def test_ids_of_a_model_are_used_where_names_differ(tmp_path):
-    truth = annotation_file(tmp_path/'truth.json', ['Katze', 'Hund'], ['a.jpg'])
-    same_ids = ClassTable.from_categories([dict(id=50, name='cat'), dict(id=51, name='dog')])
-    assert AnnotationIds(truth).category_ids(same_ids)=={50: 50, 51: 51}
-    other_ids = ClassTable.from_categories([dict(id=1, name='cat'), dict(id=51, name='dog')])
-    with pytest.raises(ValueError, match='are not those of the model'): AnnotationIds(truth).category_ids(other_ids)
+def class_table(**ids): return ClassTable.from_categories([dict(id=k, name=name) for name, k in ids.items()])
+
+
+@pytest.mark.parametrize('names,model,expected,warns', [
+    (['Katze', 'Hund'], dict(cat=50, dog=51), {50: 50, 51: 51}, True),
+    (['person', 'car'], dict(person=50, vehicle=51), {50: 50, 51: 51}, True),           # one was renamed
+    (['person', 'car', 'bus'], dict(car=1, bus=2), {1: 51, 2: 52}, False),
+    (['person', 'car'], dict(person=51, car=50), {51: 50, 50: 51}, False)])
+def test_ids_of_a_model_are_used_with_a_warning_where_names_differ(tmp_path, capsys, names, model, expected, warns):
+    truth = annotation_file(tmp_path/'truth.json', names, ['a.jpg'])
+    assert AnnotationIds(truth).category_ids(class_table(**model))==expected
+    assert ('Check that these are the same classes' in capsys.readouterr().err)==warns
+
+
+@pytest.mark.parametrize('names,model', [
+    (['Katze', 'Hund'], dict(cat=1, dog=51)), (['dog', 'person', 'bird'], dict(cat=50, dog=51)),
+    (['person', 'car', 'bus'], dict(bus=50, van=51)), (['b', 'a'], dict(a=50, b=51, c=52))])
+def test_ids_of_other_classes_are_refused(tmp_path, names, model):
+    truth = annotation_file(tmp_path/'truth.json', names, ['a.jpg'])
+    with pytest.raises(ValueError, match='are not those of the model'):
+        AnnotationIds(truth).category_ids(class_table(**model))
+
+
+@pytest.mark.parametrize('listed,paths,image_ids,warning', [
+    (['train/a.jpg'], ['in/train/a.jpg', 'in/val/a.jpg'], [100], '1 of 2 images are not in'),
+    (['a.jpg'], ['day1/a.jpg', 'day2/a.jpg'], [100, 100], 'day1/a.jpg and day2/a.jpg are both image 100'),
+    (['d/a.jpg', 'b.jpg'], ['d/a.jpg', 'x/b.jpg'], [100, 101], None)])
+def test_an_image_of_the_same_name_in_another_folder_does_not_pass_silently(tmp_path, capsys, listed, paths, image_ids,
+                                                                           warning):
+    truth = annotation_file(tmp_path/'truth.json', ['x'], listed)
+    table = class_table(x=50)
+    predictions = [SimpleNamespace(path=path, detections=Detections([[0, 0, 9, 9]], [.5], [0], class_table=table))
+                   for path in paths]
+    results = coco_result_list(predictions, table, AnnotationIds(truth))
+    assert [r['image_id'] for r in results]==image_ids
+    printed = capsys.readouterr().err
+    assert warning in printed if warning else printed==''
 
 
 @pytest.mark.parametrize('path,found', [
     ('day1/a.jpg', 100), ('/data/x/day2/a.jpg', 101), ('./day2/../day2/a.jpg', 101), ('elsewhere/a.jpg', None),
-    ('day2\\a.jpg', 101), ('other/c.jpg', 102), ('C.jpg', None)])
+    ('day2\\a.jpg', 101), ('c.jpg', 102), ('./c.jpg', 102), ('/data/day3/c.jpg', 102), ('a.jpg', None),
+    ('other/c.jpg', None), ('/c.jpg', 102), ('day1/c.jpg', None), ('3/c.jpg', None), ('C.jpg', None)])
 def test_images_are_found_by_the_end_of_their_path(tmp_path, path, found):
     ids = AnnotationIds(annotation_file(tmp_path/'t.json', ['x'], ['day1/a.jpg', 'day2/a.jpg', 'day3/c.jpg']))
     assert ids.image_id(path)==found

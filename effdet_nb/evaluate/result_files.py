@@ -84,19 +84,26 @@ class AnnotationIds:
         parts = _parts(path)
         for start in range(len(parts)):
             if parts[start:] in self.by_path: return self.by_path[parts[start:]]
-        return self.by_name.get(parts[-1:])
+        return self.by_name.get(parts)                              # of a path without folders
 
     def category_ids(self,
         class_table:ClassTable, # of the model
     )->dict:                    # category id of the model -> category id of the file
         "Finds the category ids by the names of the classes, or takes those of the model if the file has them."
         by_name = {name: k for k,name in self.categories.items()}
-        if set(class_table.names)<=by_name.keys():
-            return {k: by_name[name] for k,name in zip(class_table.ids, class_table.names)}
-        if set(class_table.ids)<=self.categories.keys(): return {k: k for k in class_table.ids}
+        pairs = list(zip(class_table.ids, class_table.names))
+        if set(class_table.names)<=by_name.keys(): return {k: by_name[name] for k,name in pairs}
+        if all(k in self.categories and by_name.get(name, k)==k for k,name in pairs): return self._same_ids(pairs)
         names = ', '.join(self.categories.values())
         raise ValueError(f'{self.path}: its categories ({names[:200]}) are not those of the model '
                          f'({", ".join(class_table.names)[:200]}). Give the annotation file of the same classes')
+
+    def _same_ids(self, pairs):
+        "Returns the ids of (id, name) pairs unchanged, with a warning of a name that the file lacks."
+        k,name = next((k, name) for k,name in pairs if self.categories[k]!=name)
+        log_message(f'warning: {self.path}: no category is named {name}, so categories are found by their ids, and '
+                    f'{name} becomes {self.categories[k]} (id {k}). Check that these are the same classes')
+        return {k: k for k,_ in pairs}
 
 def _parts(path):
     "The folders and the name of a path, without . and .."
@@ -110,15 +117,27 @@ def coco_result_list(
     ids:AnnotationIds,      # of the annotation file
 )->list:                    # dicts of image_id, category_id, bbox (left, top, width, height) and score
     "Lists detections as COCO results; images that the annotation file does not list are left out with a warning."
-    category_ids,results,unlisted = ids.category_ids(class_table), [], []
-    for p in predictions:
-        image_id = ids.image_id(p.path)
-        if image_id is None: unlisted.append(p.path)
-        else: results += [r | dict(category_id=category_ids[r['category_id']]) for r in p.detections.to_coco(image_id)]
-    if unlisted:
-        log_message(f'warning: {len(unlisted):,} of {len(predictions):,} images are not in {ids.path}, such as '
-                    f'{unlisted[0]}; their detections are left out of the results')
+    category_ids,results = ids.category_ids(class_table), []
+    image_ids = [ids.image_id(p.path) for p in predictions]
+    for image_id,p in zip(image_ids, predictions):
+        if image_id is None: continue
+        results += [r | dict(category_id=category_ids[r['category_id']]) for r in p.detections.to_coco(image_id)]
+    if predictions: _warn_of_images([p.path for p in predictions], image_ids, ids.path)
     return results
+
+def _warn_of_images(paths, image_ids, annotations_file):
+    "Prints a warning for images that the annotation file does not list, and one for images of the same id."
+    unlisted = [path for path,image_id in zip(paths, image_ids) if image_id is None]
+    if unlisted:
+        log_message(f'warning: {len(unlisted):,} of {len(paths):,} images are not in {annotations_file}, such as '
+                    f'{unlisted[0]}; their detections are left out of the results. The names in this file must be the '
+                    'ends of the paths')
+    first = {}
+    for path,image_id in zip(paths, image_ids):
+        if image_id is None or first.setdefault(image_id, path)==path: continue
+        log_message(f'warning: {first[image_id]} and {path} are both image {image_id} of {annotations_file}, so this '
+                    'image gets the detections of both. Run inference on the images of this file only')
+        break
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #443fec23
 RESULT_FORMATS = 'kitti', 'json', 'csv', 'coco'
