@@ -3,6 +3,7 @@ Label Studio's converter 0.0.59) and files in the published formats of CVAT, Rob
 import json
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from PIL import Image
 
 from effdet_nb.data.coco import CocoError
 from effdet_nb.data.faults import Fault
-from effdet_nb.data.label_formats import SourceError, find_source
+from effdet_nb.data.label_formats import SourceError, find_source, text_format
+from effdet_nb.data.label_json import labelme_outline
+from effdet_nb.data.label_set import LabelSet
 from effdet_nb.data.sources import convert_sources, parse_class_map, read_sources
 
 FIXTURES = Path(__file__).parent/'fixtures'/'labels'
@@ -388,6 +391,194 @@ def test_a_name_that_leads_out_of_the_image_folder_is_not_followed(tmp_path):
     labels = read_sources(tmp_path/'set')
     assert not labels.images and len(labels.report.dropped_images[Fault.FILE_MISSING])==2
     assert num_left_out(labels.report)==3
+
+
+# --- names and places of images
+
+@pytest.mark.parametrize('stem', ['a_jpg.rf.0a1b2c3d', 'frame.000017', 'v1.2.final', 'Scan 1.5 mm'])
+@pytest.mark.parametrize('ending', ['.jpg', '.PNG'])
+def test_a_name_with_dots_finds_its_image_and_no_other(stem, ending, tmp_path):
+    draw_images(tmp_path/'images', {f'{stem}{ending}': (60, 80), 'a_jpg.jpg': (60, 80), 'v1.2.jpg': (60, 80)})
+    write(tmp_path/'yolo'/f'{stem}.txt', '0 .5 .5 .25 .5')
+    write(tmp_path/'voc'/f'{stem}.xml', VOC.format(name=stem, size='', objects=voc_object('car', 31, 16, 50, 45)))
+    for folder in ('yolo', 'voc'):
+        labels = read_sources(tmp_path/folder, tmp_path/'images')
+        [box] = labels.annotations
+        assert [image['path'].name for image in labels.images if image['id']==box['image_id']]==[f'{stem}{ending}']
+        assert box['bbox']==[30, 15, 20, 30] and not labels.report.dropped_images
+
+
+@pytest.mark.parametrize('name', ['a.heic', 'C:\\x\\A.DNG', 'a.jpeg'])
+def test_an_ending_from_before_conversion_is_ignored(name, tmp_path):
+    draw_images(tmp_path, {'a.jpg': (60, 80)})
+    shape = dict(label='car', shape_type='rectangle', points=[[1, 1], [5, 5]])
+    write_json(tmp_path/'x.json', dict(version='5', shapes=[shape], imagePath=name))
+    assert found_boxes(read_sources(tmp_path))=={('a.jpg', 'car', 1, 1, 4, 4)}
+
+
+def notes_of(labels): return {reason.fault: sorted(items) for reason,items in labels.report.notes.items()}
+
+
+@pytest.mark.parametrize('listed, boxes, background', [
+    ('images/a.jpg', 1, []), ('images/a.jpg\nimages/none.jpg\n', 1, ['none.jpg']),
+    ('./images/my photo.jpg\nimages/b.png', 2, []), ('images/my photo.jpg\nimages/none.jpg\nimages/gone.jpg', 1,
+                                                    ['none.jpg'])])
+@pytest.mark.parametrize('is_absolute', [False, True])
+def test_a_list_of_images_has_its_images_and_no_others(listed, boxes, background, is_absolute, tmp_path, monkeypatch):
+    draw_images(tmp_path/'images', dict.fromkeys(('a.jpg', 'b.png', 'my photo.jpg', 'none.jpg', 'v.jpg'), (60, 80)))
+    for stem in ('a', 'b', 'my photo', 'v'): write(tmp_path/'labels'/f'{stem}.txt', '0 .5 .5 .1 .1')
+    write(tmp_path/'data.yaml', 'names: [car]\ntrain: train.txt\n')
+    path = write(tmp_path/'train.txt', listed)
+    monkeypatch.chdir(tmp_path)
+    for place in (path if is_absolute else Path('train.txt'), tmp_path/'data.yaml'):
+        labels = read_sources(place)
+        names = [Path(line).name for line in listed.splitlines() if "gone" not in line]
+        assert [image['path'].name for image in labels.images]==names and len(labels.annotations)==boxes
+        assert notes_of(labels)==({Fault.NO_LABEL_FILE: background} if background else {})
+        assert len(labels.report.dropped_images[Fault.FILE_MISSING])==listed.count('gone')
+
+
+def test_a_list_in_a_folder_of_its_own_finds_its_images(tmp_path):
+    draw_images(tmp_path/'images', {'a.jpg': (60, 80), 'v.jpg': (60, 80)})
+    write(tmp_path/'labels'/'a.txt', '0 .5 .5 .1 .1')
+    path = write(tmp_path/'lists'/'day.txt', '../images/a.jpg')
+    assert [image['path'].name for image in read_sources(path).images]==['a.jpg']
+    (tmp_path/'labels'/'a.txt').unlink()
+    with pytest.raises(SourceError, match='none of its images has a label file'): find_source(path)
+
+
+def test_a_single_label_file_is_one_image(tmp_path):
+    draw_images(tmp_path, {'a.b.jpg': (60, 80), 'c.jpg': (60, 80)})
+    labels = read_sources(write(tmp_path/'a.b.txt', '0 .5 .5 .1 .1'))
+    assert [image['path'].name for image in labels.images]==['a.b.jpg'] and len(labels.annotations)==1
+
+
+@pytest.mark.parametrize('place', ['train.txt', 'sets/train.txt', 'ImageSets/Main/train.txt'])
+def test_a_relative_list_of_voc_finds_annotations_and_images(place, tmp_path, monkeypatch):
+    shutil.copytree(FIXTURES/'supervision'/'voc', tmp_path/'Annotations')
+    draw_images(tmp_path/'JPEGImages')
+    write(tmp_path/place, 'c\nempty\n')
+    monkeypatch.chdir(tmp_path)
+    assert [image['path'].name for image in read_sources(Path(place)).images]==['c.jpg', 'empty.jpg']
+    monkeypatch.chdir((tmp_path/place).parent)
+    assert [image['path'].name for image in read_sources('train.txt').images]==['c.jpg', 'empty.jpg']
+
+
+@pytest.mark.parametrize('part', ['train', 'val', 'train/day'])
+def test_a_folder_of_images_has_its_labels_beside_it(part, tmp_path, monkeypatch):
+    for name in ('train', 'val', 'train/day'):
+        draw_images(tmp_path/'images'/name, {'a.jpg': (60, 80), f'{Path(name).name}.jpg': (60, 80)})
+        write(tmp_path/'labels'/name/'a.txt', '0 .5 .5 .1 .1')
+    write(tmp_path/'data.yaml', 'names: [car]\ntrain: images/train\nval: images/val\n')
+    monkeypatch.chdir(tmp_path)
+    for place in (tmp_path/'images'/part, Path('images')/part):
+        labels = read_sources(place)
+        assert labels.class_names==['car'] and len(labels.annotations)==(2 if part=='train' else 1)
+        folders = {image['path'].parent.resolve() for image in labels.images}
+        assert folders=={tmp_path/'images'/part, *([tmp_path/'images/train/day'] if part=='train' else [])}
+        assert len(labels.images)==2*len(labels.annotations)
+    with pytest.raises(SourceError, match=r'train \(images/train\), val \(images/val\)'): find_source(Path('data.yaml'))
+
+
+@pytest.mark.parametrize('labels_at', ['proj/labels', 'proj', 'proj/labels/train'])
+def test_images_of_another_dataset_are_not_taken(labels_at, tmp_path):
+    draw_images(tmp_path/'holiday', {'0001.png': (60, 80)})
+    write(tmp_path/labels_at/'0001.txt', '0 .5 .5 .1 .1')
+    labels = read_sources(tmp_path/labels_at)
+    assert not labels.images and len(labels.report.dropped_images[Fault.FILE_MISSING])==1
+    draw_images(tmp_path/'proj'/'photos', {'0001.png': (60, 80)})
+    assert [image['path'].parent.name for image in read_sources(tmp_path/labels_at).images]==['photos']
+
+
+@pytest.mark.parametrize('link', ['images', 'labels', 'both'])
+def test_folders_behind_links_are_searched_once(link, tmp_path):
+    draw_images(tmp_path/'disk'/'images', {'a.jpg': (60, 80)})
+    write(tmp_path/'disk'/'labels'/'a.txt', '0 .5 .5 .1 .1')
+    (tmp_path/'set').mkdir()
+    for name in ('images', 'labels'):
+        if link in (name, 'both'): (tmp_path/'set'/name).symlink_to(tmp_path/'disk'/name)
+        else: shutil.copytree(tmp_path/'disk'/name, tmp_path/'set'/name)
+    (tmp_path/'set'/'images'/'loop').symlink_to(tmp_path/'set')
+    labels = read_sources(tmp_path/'set')
+    assert [image['path'].parent.name for image in labels.images]==['images'] and len(labels.annotations)==1
+    path = write_json(tmp_path/'set'/'coco.json', coco(['A.JPG']))
+    result = convert_sources(path, None, tmp_path/'out', num_shards=1, workers=1)
+    assert (result.num_images, result.num_boxes)==(1, 2)
+
+
+# --- class names in YAML
+
+@pytest.mark.parametrize('text, names', [
+    ('names: [on, off, no]', ['on', 'off', 'no']), ('names: [1.0, 2024-01-01, 0x10]', ['1.0', '2024-01-01', '0x10']),
+    ('names: {0: yes, 2: y}', ['yes', 'class 1', 'y']), ('names:\n  - car\n  -\n', ['car', 'class 1']),
+    ('names: {"0": car}\nval:\ntest:\npath:\nkpt_shape:\n', ['car'])])
+def test_class_names_are_texts_as_written(text, names, tmp_path):
+    draw_images(tmp_path/'images', {'a.jpg': (60, 80)})
+    write(tmp_path/'labels'/'a.txt', '0 .5 .5 .25 .5')
+    path = write(tmp_path/'data.yaml', text)
+    for place in (tmp_path, path):
+        labels = read_sources(place)
+        assert labels.class_names==names and [a['class_name'] for a in labels.annotations]==names[:1]
+        assert labels.annotations[0]['bbox']==[30, 15, 20, 30]
+
+
+@pytest.mark.parametrize('text', ['a: &a [x]\nnames: [*a, *a]', 'names: {car: 0}', 'names: {0: {a: b}}', 'names: 3'])
+def test_names_that_are_no_list_of_texts_are_refused(text, tmp_path):
+    path = write(tmp_path/'data.yaml', text)
+    with pytest.raises(SourceError, match='no class names'): find_source(path)
+
+
+@pytest.mark.parametrize('text, class_map', [('on: light\nno:\n', dict(on='light', no='')),
+                                             ('1: one\n1.0: float\ncar: ~\n', {'1': 'one', '1.0': 'float', 'car': ''}),
+                                             ('"null": no\nvan: null\n', dict(null='no', van=''))])
+def test_a_class_map_has_texts_and_empty_entries(text, class_map, tmp_path):
+    assert parse_class_map([str(write(tmp_path/'map.yaml', text))])==class_map
+
+
+@pytest.mark.parametrize('text', ['Role: !Ref Name', 'a: 1\n---\nb: 2', 'names_of: [', None])
+@pytest.mark.parametrize('levels', [0, 1, 3])
+def test_yaml_files_of_other_programs_are_not_read(text, levels, tmp_path):
+    folder = tmp_path/'a'/'b'/'c'
+    draw_images(folder, {'a.jpg': (60, 80)})
+    write(folder/'a.txt', '0 .5 .5 .25 .5')
+    other = [folder, *folder.parents][levels]/'conf.yaml'
+    if text is None: other.mkdir()
+    else: write(other, text)
+    write(tmp_path/'zoo.yaml', 'names: [cat]')
+    assert [a['class_name'] for a in read_sources(folder).annotations]==['cat']
+
+
+def test_only_the_first_line_of_a_large_text_file_is_read(tmp_path):
+    path = tmp_path/'log.txt'
+    for head,found in ((b'\n \n0 .5 .5 .1 .1\n', 'yolo'), (b'start\n', None), (b'\xff\n', None), (b'', 'empty')):
+        path.write_bytes(head)
+        assert text_format(path)==found
+    path.write_bytes(b'started\n'+b'x'*30_000_000)
+    tracemalloc.start()
+    assert text_format(path) is None
+    assert tracemalloc.get_traced_memory()[1]<2_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize('points, expected', [
+    ([[10, 5], [30, 5], [30, 25], [10, 25]], [10, 5, 20, 20]),
+    ([[30, 25], [10, 25], [10, 5], [30, 5]], [10, 5, 20, 20]),
+    ([[10, 5], [30, 25]], [10, 5, 20, 20]), ([[20, 5], [30, 15], [20, 25], [10, 15]], Fault.ROTATED_BOX),
+    ([[10, 5], [30, 5], [30, 25]], Fault.UNUSABLE_LABEL), ([], Fault.UNUSABLE_LABEL)])
+def test_a_rectangle_of_labelme_has_two_or_four_corners(points, expected):
+    assert labelme_outline(dict(shape_type='rectangle', points=points))==expected
+
+
+def test_an_image_left_out_later_takes_its_boxes_with_it(tmp_path):
+    draw_images(tmp_path, {'a.jpg': (60, 80), 'b.jpg': (60, 80)})
+    labels = LabelSet()
+    a,b,gone = (labels.add_image(tmp_path/name) for name in ('a.jpg', 'b.jpg', 'gone.jpg'))
+    for image in (a, b, gone, a): labels.add_box(image, f'{image["id"]}', 'car', [1, 1, 5, 5])
+    labels.leave_image_out(a, Fault.LABELS_DAMAGED, 'a.txt')
+    assert [image['id'] for image in labels.images]==[b['id']] and len(labels.annotations)==1
+    assert labels.report.dropped_boxes[Fault.IMAGE_LEFT_OUT]==[(3, '3'), (1, '1'), (1, '1')]
+    assert dict(labels.report.dropped_images)=={Fault.FILE_MISSING: [(3, 'gone.jpg')],
+                                                Fault.LABELS_DAMAGED: [(1, 'a.txt')]}
 
 
 # --- several sources and class maps

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXIF_ORIENTATION', 'OutsideFolder', 'image_path', 'EncodedImage', 'probe_image', 'match_orientation', 'SidesSwapped',
-           'image_fault', 'without_upload_prefix', 'upright_size', 'comparable_parts', 'find_image_files']
+           'image_fault', 'without_upload_prefix', 'upright_size', 'comparable_parts', 'walk_folders',
+           'find_image_files']
 
 # %% ../../nbs/data/04_image_files.ipynb #600c8d8a
 import errno, io, os, re, struct, unicodedata, zlib
@@ -181,11 +182,24 @@ def comparable_parts(
     text = unicodedata.normalize('NFC', unquote(name).replace('\\', '/')).casefold()
     return tuple(part for part in text.split('/') if part not in ('','.'))
 
+# %% ../../nbs/data/04_image_files.ipynb #1881443e
+def walk_folders(
+    folder, # to search
+):
+    "Yields (folder, subfolders, file names) as `os.walk`, also behind links, but each folder only once."
+    seen = set()
+    for parent,folders,names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen: folders.clear()
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(parent, name)), name))
+        if real not in seen: yield parent, folders, names
+        seen.add(real)
+
 # %% ../../nbs/data/04_image_files.ipynb #1881443f
 def _files_by_last_part(folder):
     "Groups the files of a folder and its subfolders by their names, as (parts, path)."
     files = defaultdict(list)
-    for parent,_,names in os.walk(folder):
+    for parent,_,names in walk_folders(folder):
         for name in names:
             path = os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, '/')
             files[comparable_parts(name)[-1:]].append((comparable_parts(path), path))

@@ -179,18 +179,20 @@ def read_yolo(
     finder:ImageFinder,       # of the images
     class_names:tuple=(),     # in the order of their numbers; empty if unknown
     has_keypoints:bool=False, # of a pose dataset
+    images:tuple=(),          # paths of the images of the files; empty searches them, and adds those without a file
 ):
     "Reads YOLO label files."
     lines_of,used = {path:read_label_lines(path) for path in files},set()
     rules = YoloRules(tuple(class_names), has_keypoints, _have_polygons(lines_of.values()))
     labels.add_class_names(class_names)
-    for path,lines in lines_of.items():
-        image_path = expected_image(finder, path.stem, path)
+    for path,name in zip(files, images or files):
+        image_path = name if images and name.is_file() else expected_image(finder, _image_name(name, path), path)
         used.add(image_path)
-        if lines is None: report_damaged(labels, path, finder)
-        else: _add_yolo_file(labels, path, image_path, lines, rules)
+        _add_yolo_file(labels, path, image_path, lines_of[path], rules)
     if not class_names: _report_unnamed_classes(labels)
-    _add_unlabelled(labels, finder, used)
+    if not images: _add_unlabelled(labels, finder, used)
+
+def _image_name(name, path): return path.stem if name==path else str(name)
 
 def _have_polygons(files):
     "Tests whether a line of some files is a polygon of three or more than four points."
@@ -205,7 +207,12 @@ def _report_unnamed_classes(labels):
 
 def _add_yolo_file(labels, path, image_path, lines, rules):
     image = labels.add_image(image_path)
-    for number,line in lines.items(): add_yolo_line(labels, image, f'{path.name}:{number}', line, rules)
+    if lines is None and path.exists(): labels.leave_image_out(image, Fault.LABELS_DAMAGED, path.name)
+    elif lines is None: _note_unlabelled(labels, image)
+    for number,line in (lines or {}).items(): add_yolo_line(labels, image, f'{path.name}:{number}', line, rules)
+
+def _note_unlabelled(labels, image):
+    if image['id'] not in labels.left_out: labels.report.add_note(Fault.NO_LABEL_FILE, image['path'].name)
 
 def read_label_lines(
     path, # text file
@@ -219,9 +226,7 @@ def _add_unlabelled(labels, finder, used):
     "Adds the images without a label file that are beside images with one."
     folders = {path.parent for path in used}
     for path in finder.paths:
-        if path in used or path.parent not in folders: continue
-        image = labels.add_image(path)
-        if image['id'] not in labels.left_out: labels.report.add_note(Fault.NO_LABEL_FILE, path.name)
+        if path not in used and path.parent in folders: _note_unlabelled(labels, labels.add_image(path))
 
 # %% ../../nbs/data/19_label_files.ipynb #c08e39b4
 def read_kitti(

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'OWN_MARK', 'json_format', 'is_own_file', 'text_format', 'SourceError', 'Source', 'read_yaml', 'yaml_names',
-           'find_class_names', 'read_yaml_of', 'find_source', 'default_image_dir']
+           'find_class_names', 'read_yaml_of', 'with_labels', 'find_source', 'default_image_dir']
 
 # %% ../../nbs/data/21_label_formats.ipynb #107d45b1
 import json, os, re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from .coco import CocoError, read_coco_json
+from .image_files import walk_folders
 from .label_files import LabelFileError, read_label_lines, read_xml
-from .label_set import IMAGE_ENDINGS, as_numbers
+from .label_set import IMAGE_ENDINGS, ROLE_FOLDERS, as_numbers
 
 # %% ../../nbs/data/21_label_formats.ipynb #b561cfe0
 FORMATS = dict(coco='COCO', voc='Pascal VOC', yolo='YOLO', kitti='KITTI', labelme='LabelMe', via='VIA',
@@ -63,13 +64,18 @@ def text_format(
     path, # text file
 )->str:   # 'yolo', 'kitti', 'empty', or None if the first line is no label
     "Finds the labelling format of a text file by its first line."
-    lines = read_label_lines(path)
-    if lines is None: return None
-    if not lines: return 'empty'
-    words = next(iter(lines.values())).split()
+    try: line = _first_line(path)
+    except (OSError, UnicodeDecodeError): return None
+    if not line: return 'empty'
+    words = line.split()
     if len(words)>=5 and as_numbers(words) is not None: return 'yolo'
     is_kitti = len(words)>=15 and as_numbers(words[1:8]) is not None and as_numbers(words[:1]) is None
     return 'kitti' if is_kitti else None
+
+def _first_line(path):
+    "Returns the beginning of the first line that is not empty, or ''; large files are not read to their end."
+    with open(path, encoding='utf-8-sig') as f:
+        return next((line for line in iter(lambda: f.readline(2**16), '') if line.strip()), '')
 
 # %% ../../nbs/data/21_label_formats.ipynb #c4063623
 class SourceError(ValueError): "Raised for a path that is no labelled dataset, or more than one."
@@ -83,6 +89,7 @@ class Source:
     doubtful:frozenset=frozenset() # those that are labels only if there is an image of this name
     class_names:tuple=()     # of YOLO, in the order of their numbers
     has_keypoints:bool=False # of YOLO
+    images:tuple=()          # of YOLO: the image of each file if they were listed; they need not exist, nor need files
 
     def __repr__(self):
         count = f'{len(self.files):,} files' if len(self.files)!=1 else '1 file'
@@ -92,9 +99,12 @@ class Source:
 def read_yaml(
     path, # YAML file
 )->dict:  # its contents; empty if it is not a mapping
-    "Reads a YAML file; the error for an invalid one names the line."
+    "Reads a YAML file with texts and `None`; the error for an invalid one names the line."
     import yaml
-    try: data = yaml.safe_load(Path(path).read_text(encoding='utf-8-sig'))
+    class TextLoader(yaml.SafeLoader):                       # `on`, `no`, `1` and `1.0` are texts as well
+        yaml_implicit_resolvers = {k:[(tag,rule) for tag,rule in rules if tag.endswith(':null')]
+                                   for k,rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    try: data = yaml.load(Path(path).read_text(encoding='utf-8-sig'), TextLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as e:
         mark = getattr(e, 'problem_mark', None)
         place = f' (line {mark.line+1})' if mark else ''
@@ -107,20 +117,39 @@ def yaml_names(
 )->tuple:      # class names in the order of their numbers; empty if there are none
     "Returns the class names in the YAML file of a YOLO dataset."
     names = data.get('names')
-    if isinstance(names, dict) and all(isinstance(k, int) and 0<=k<10_000 for k in names):
-        return tuple(str(names.get(i, f'class {i}')) for i in range(max(names, default=-1)+1))
-    return tuple(map(str, names)) if isinstance(names, list) else ()
+    if isinstance(names, list): names = dict(enumerate(names))
+    if not isinstance(names, dict) or not all(map(_is_class_entry, names.items())): return ()
+    names = {int(k):name for k,name in names.items()}
+    return tuple(str(names.get(i) or f'class {i}') for i in range(max(names, default=-1)+1))
+
+def _is_class_entry(entry):
+    "Tests for the number of a class and its name, which may be missing."
+    number,name = entry
+    is_number = str(number).isdecimal() and int(number)<10_000
+    return is_number and (name is None or isinstance(name, (str,int,float)))
 
 def find_class_names(
     folder, # with label files
 )->tuple:   # (class names, contents of the YAML file), both empty if there are none
     "Searches the class names of YOLO labels in their folder and the three above it."
     for parent in [Path(folder), *Path(folder).absolute().parents[:3]]:
-        for path in sorted([*parent.glob('*.yaml'), *parent.glob('*.yml')]):
-            data = read_yaml(path)
-            if yaml_names(data): return yaml_names(data), data
+        data = read_yaml_of(parent)
+        if data: return yaml_names(data), data
         if names := _names_in_list(parent): return names, {}
     return (), {}
+
+def read_yaml_of(
+    folder, # with a data.yaml
+)->dict:    # empty if there is none
+    "Returns the contents of the YAML file with class names in a folder."
+    paths = sorted([*Path(folder).glob('*.yaml'), *Path(folder).glob('*.yml')])
+    found = [read_yaml(path) for path in paths if _has_names(path)]
+    return next((data for data in found if yaml_names(data)), {})
+
+def _has_names(path):
+    "Tests for a file with a line `names:`; other YAML files need not be readable."
+    try: return re.search(rb'^[{ ]*["\']?names["\']?\s*:', path.read_bytes(), re.M) is not None
+    except OSError: return False
 
 def _names_in_list(folder):
     "Returns the class names in a text file of a folder, empty if there is none."
@@ -132,8 +161,8 @@ def _names_in_list(folder):
 def _label_files(folder):
     "Groups the label files of a folder by format; None has text files that may be no labels."
     files = defaultdict(list)
-    for parent,folders,names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name[0] not in '._')
+    for parent,folders,names in walk_folders(folder):
+        folders[:] = [name for name in folders if name[0] not in '._']
         for name in sorted(names):
             path = Path(parent)/name
             if path.suffix.lower() in ('.xml','.json','.txt') and not name.startswith('.'): _add_file(files, path)
@@ -153,12 +182,23 @@ def _folder_source(folder):
     files = _label_files(folder)
     found = {name:files[name] for name in FORMATS if files.get(name)}
     if not found and files.get('empty'): found = dict(yolo=files['empty'])
-    if not found and folder.name.lower()=='images' and (folder.parent/'labels').is_dir():
-        return _folder_source(folder.parent/'labels')
+    beside = None if found else _labels_beside(folder)
+    if beside: return replace(_folder_source(beside), path=folder)
     _check_one_format(folder, found, files.get('damaged_json'))
     [(name,paths)] = found.items()
     if name=='labelme': paths = paths + files.get('damaged_json', [])
     return _text_source(folder, files) if name in ('yolo','kitti') else Source(folder, name, tuple(paths))
+
+def _labels_beside(folder):
+    "Returns the folder of the labels of a folder of images: its last `images` becomes `labels`."
+    other = with_labels(folder.absolute())
+    return other if other!=folder.absolute() and other.is_dir() else None
+
+def with_labels(path):
+    "Replaces the last folder `images` of a path by `labels`."
+    parts = list(path.parts)
+    i = next((i for i in reversed(range(len(parts))) if parts[i].lower()=='images'), None)
+    return path if i is None else Path(*parts[:i], 'labels', *parts[i+1:])
 
 def _check_one_format(folder, found, damaged):
     "Checks that a folder has labels of one format; `found` has the files of each format."
@@ -181,12 +221,9 @@ def _text_source(folder, files):
     class_names,data = find_class_names(paths[0].parent)
     parts = _yaml_parts(folder, read_yaml_of(folder))
     if len(parts)>1: raise SourceError(_several_parts(folder, parts))
-    return Source(folder, name, tuple(paths), frozenset(files.get(None, ())), class_names, 'kpt_shape' in data)
+    return Source(folder, name, tuple(paths), frozenset(files.get(None, ())), class_names, _has_keypoints(data))
 
-def read_yaml_of(folder):
-    "Returns the contents of the YAML file with class names in a folder, empty if there is none."
-    found = [read_yaml(path) for path in sorted([*Path(folder).glob('*.yaml'), *Path(folder).glob('*.yml')])]
-    return next((data for data in found if yaml_names(data)), {})
+def _has_keypoints(data): return data.get('kpt_shape') is not None
 
 def _yaml_parts(folder, data):
     "Returns the parts of a YOLO dataset that exist, name -> folder or list of images."
@@ -196,7 +233,7 @@ def _yaml_parts(folder, data):
     for name in ('train','val','test'):
         value = data.get(name)
         for text in value if isinstance(value, list) else [value]:
-            if not isinstance(text, str): continue
+            if not isinstance(text, str) or not text: continue
             if existing := _existing_part(base, Path(folder), text): parts.setdefault(name, existing)
     return parts
 
@@ -249,38 +286,65 @@ def _yaml_source(path):
     if len(parts)>1: raise SourceError(_several_parts(path, parts))
     place = next(iter(parts.values()), path.parent)
     source = _list_source(place) if place.is_file() else _folder_source(place)
-    return Source(path, 'yolo', source.files, source.doubtful, yaml_names(data), 'kpt_shape' in data)
+    return replace(source, path=path, format='yolo', class_names=yaml_names(data), has_keypoints=_has_keypoints(data))
 
 def _list_source(path):
     "Returns the source of a list of images, or of a single text label."
-    lines = [line.split()[0] for line in (read_label_lines(path) or {}).values()]
-    voc = [path.parents[min(2, len(path.parents)-1)]/'Annotations'/f'{name}.xml' for name in lines]
-    if lines and voc[0].is_file(): return Source(path, 'voc', tuple(voc))
-    if lines and lines[0].lower().endswith(IMAGE_ENDINGS):
-        files = [_label_of_image(path.parent, name) for name in lines]
-        class_names,data = find_class_names(path.parent)
-        return Source(path, 'yolo', tuple(files), frozenset(), class_names, 'kpt_shape' in data)
+    names = list(map(_listed_name, (read_label_lines(path) or {}).values()))
+    if voc := _listed_voc(path, names): return Source(path, 'voc', voc)
+    if names and names[0].lower().endswith(IMAGE_ENDINGS): return _listed_yolo(path, names)
     found = text_format(path)
-    if found not in ('yolo','kitti'):
-        raise SourceError(f'{path}: neither labels of YOLO or KITTI, nor a list of images. '
-                          'Give the folder of the labels')
-    return Source(path, found, (path,), frozenset(), find_class_names(path.parent)[0] if found=='yolo' else ())
+    if found=='kitti': return Source(path, found, (path,))
+    if found!='yolo': raise SourceError(f'{path}: neither labels of YOLO or KITTI, nor a list of images. '
+                                        'Give the folder of the labels')
+    class_names,data = find_class_names(path.parent)
+    image = path.absolute().with_suffix('')
+    return Source(path, found, (path,), frozenset(), class_names, _has_keypoints(data), (image,))
 
-def _label_of_image(folder, name):
-    "Returns the YOLO label file of an image: the last folder `images` becomes `labels`."
-    parts = list((folder/name).with_suffix('.txt').parts)
-    if 'images' in parts: parts[len(parts)-1-parts[::-1].index('images')] = 'labels'
-    label = Path(*parts)
-    return label if label.exists() else (folder/name).with_suffix('.txt')
+def _listed_name(line):
+    "Returns the name of an image in a line, which may have blanks; other words may follow a name without an ending."
+    return line.strip() if line.strip().lower().endswith(IMAGE_ENDINGS) else line.split()[0]
+
+def _listed_voc(path, names):
+    "Returns the files of a list of Pascal VOC, in the folder `Annotations` beside it or up to two above."
+    for folder in path.absolute().parents[:3]:
+        files = tuple(folder/'Annotations'/f'{name}.xml' for name in names)
+        if files and files[0].is_file(): return files
+
+def _listed_yolo(path, names):
+    "Returns the source of a list of images of YOLO; images without a label file are background."
+    images = tuple(path.absolute().parent/name for name in names)
+    files = tuple(map(_label_of_image, images))
+    if not any(file.exists() for file in files):
+        raise SourceError(f'{path}: none of its images has a label file, such as {files[0]}. Copy the labels there')
+    class_names,data = find_class_names(path.parent)
+    return Source(path, 'yolo', files, frozenset(), class_names, _has_keypoints(data), images)
+
+def _label_of_image(image):
+    "Returns the YOLO label file of an image: in the folder `labels` instead of `images`, or beside the image."
+    beside = image.with_suffix('.txt')
+    label = with_labels(beside)
+    return label if label.exists() else beside
 
 # %% ../../nbs/data/21_label_formats.ipynb #e68d28f2
 def default_image_dir(
     source:Source,
 )->Path:           # folder to search for the images
     "Finds the folder with the images of a source: that of its labels, or one of the two above that has images."
-    start = source.path if source.path.is_dir() else source.path.parent
-    if source.path.suffix=='.txt' and source.format=='voc': start = source.path.parents[2]
-    start = start if str(start) else Path('.')
-    for folder in [start, *start.absolute().parents[:2]]:
-        if any(name.lower().endswith(IMAGE_ENDINGS) for _,_,names in os.walk(folder) for name in names): return folder
-    return start
+    path = source.path.absolute()
+    start = path if path.is_dir() else path.parent
+    if path.suffix=='.txt' and source.format=='voc': start = source.files[0].parent
+    return next(filter(_has_images, [start, *_folders_above(start)]), start)
+
+_UPWARDS = ROLE_FOLDERS-{'data'} # many folders named `data` have several datasets
+
+def _folders_above(start):
+    "Yields up to two folders above a folder of labels that can belong to the same dataset."
+    for folder,above in zip([start, start.parent], start.parents[:2]):
+        is_beside = folder==start and any((above/name).is_dir() for name in ('images','JPEGImages'))
+        is_named = {folder.name.lower(), above.name.lower()} & _UPWARDS
+        if above==above.parent or not (is_beside or is_named): return
+        yield above
+
+def _has_images(folder):
+    return any(name.lower().endswith(IMAGE_ENDINGS) for _,_,names in walk_folders(folder) for name in names)

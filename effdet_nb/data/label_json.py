@@ -12,6 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 from .coco import CocoError, read_coco_json
 from .faults import Fault
+from .label_files import is_rotated_rectangle
 from .label_set import (
     ImageFinder, LabelSet, as_numbers, expected_image, polygon_xywh, report_damaged, usable_hw)
 
@@ -38,9 +39,14 @@ def labelme_outline(
     if kind in _LINE_SHAPES: return Fault.NO_AREA
     if kind=='polygon': return _polygon_outline(points)
     if kind not in ('rectangle','circle','mask'): return Fault.UNSUPPORTED_SHAPE
+    if kind=='rectangle' and points and len(points)==8: return _four_corners(points)
     if points is None or len(points)!=4: return Fault.UNUSABLE_LABEL
     if kind=='circle': return ellipse_points(points[:2], [math.dist(points[:2], points[2:])]*2)
     return polygon_xywh(points)
+
+def _four_corners(points):
+    "Returns the box of a rectangle with all four corners, as X-AnyLabeling writes it, or its fault."
+    return Fault.ROTATED_BOX if is_rotated_rectangle(np.reshape(points, (4,2))) else polygon_xywh(points)
 
 def _polygon_outline(points):
     "Returns the points of a polygon, or its fault."

@@ -14,14 +14,17 @@ from pathlib import Path
 from fastcore.basics import patch
 from PIL import Image
 from .faults import ConversionReport, Fault
-from .image_files import comparable_parts, image_fault, upright_size, without_upload_prefix
+from .image_files import (
+    comparable_parts, image_fault, upright_size, walk_folders, without_upload_prefix)
 
 # %% ../../nbs/data/18_label_set.ipynb #cae1286a
 IMAGE_ENDINGS = ('.jpg','.jpeg','.jfif','.png','.bmp','.tif','.tiff','.webp','.gif','.ppm','.pgm','.jp2')
 ROLE_FOLDERS = {'images','image','img','imgs','jpegimages','data','labels','label','label_2','image_2','annotations',
                 'annotation','xml','xmls','txt','json','obj_train_data'} # folders named after what is in them
 
-def _stem(name): return os.path.splitext(name)[0]
+_NAME_ENDINGS = (*IMAGE_ENDINGS,'.heic','.heif','.avif','.dng') # of names in labels, also of images before conversion
+
+def _stem(name): return os.path.splitext(name)[0] if name.endswith(_NAME_ENDINGS) else name
 
 def _folder_names(parts):
     "Returns the folders of a path, without those named after what is in them."
@@ -41,8 +44,7 @@ class ImageFinder:
     ):
         self.folder,self.paths = Path(folder), []
         self.by_stem = defaultdict(list) # stem -> (parts of the path, path)
-        for parent,folders,names in os.walk(folder):
-            folders.sort()
+        for parent,_,names in walk_folders(folder):
             for name in sorted(names):
                 if name.lower().endswith(IMAGE_ENDINGS): self._add(Path(parent)/name)
 
@@ -110,8 +112,13 @@ def add_image(
     self.by_path[key] = image
     try: image['height'],image['width'] = hw or upright_size(path)
     except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as e:
-        self.leave_image_out(image, image_fault(e) if os.path.exists(path) else Fault.FILE_MISSING)
+        self._report_image(image, image_fault(e) if os.path.exists(path) else Fault.FILE_MISSING)
     return image
+
+@patch
+def _report_image(self:LabelSet, image, fault, name=None):
+    self.left_out.add(image['id'])
+    self.report.dropped_images[fault].append((image['id'], name or image['path'].name))
 
 @patch
 def leave_image_out(
@@ -122,8 +129,7 @@ def leave_image_out(
 ):
     "Reports an image that cannot be used, and all of its boxes, also those that are added later."
     if image['id'] in self.left_out: return
-    self.left_out.add(image['id'])
-    self.report.dropped_images[fault].append((image['id'], name or image['path'].name))
+    self._report_image(image, fault, name)
     its = [annotation for annotation in self.annotations if annotation['image_id']==image['id']]
     for annotation in its: self.leave_box_out(image, annotation['id'], Fault.IMAGE_LEFT_OUT)
     if its: self.annotations = [a for a in self.annotations if a['image_id']!=image['id']]

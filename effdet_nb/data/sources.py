@@ -43,9 +43,12 @@ def _read_labels(labels, source, files, finder):
     if source.format=='voc': read_voc(labels, files, finder)
     elif source.format=='kitti': read_kitti(labels, files, finder)
     elif source.format=='labelme': read_labelme(labels, files, finder)
-    elif source.format=='yolo': read_yolo(labels, files, finder, source.class_names, source.has_keypoints)
+    elif source.format=='yolo': _read_yolo(labels, source, files, finder)
     elif source.format=='via': read_via(labels, read_coco_json(files[0]), files[0], finder)
     else: read_label_studio(labels, _read_list(files[0]), finder, files[0])
+
+def _read_yolo(labels, source, files, finder):
+    read_yolo(labels, files, finder, source.class_names, source.has_keypoints, source.images)
 
 def _is_ignored(labels, path, source, finder):
     "Tests whether a text file is no label file, and reports it."
