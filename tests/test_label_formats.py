@@ -604,6 +604,31 @@ def test_an_image_in_two_sources_gets_the_boxes_of_both(two_sources, tmp_path):
     assert [c['name'] for c in contents['categories']]==['car', 'dog']
 
 
+@pytest.mark.parametrize('kind', ['voc', 'yolo', 'kitti'])
+@pytest.mark.parametrize('places', [['one', 'two'], ['.']])
+def test_label_files_of_the_same_name_are_joined_and_copies_count_once(kind, places, tmp_path):
+    draw_images(tmp_path/'images', {'a.jpg': (60, 80)})
+    texts = dict(voc=lambda x: VOC.format(name='a.jpg', size='', objects=voc_object('car', x+1, 16, x+20, 45)),
+                 yolo=lambda x: f'0 {(x+10)/80} .5 .25 .5', kitti=lambda x: kitti_line('car', x, 15, x+20, 45))
+    ending = 'xml' if kind=='voc' else 'txt'
+    for folder,x in (('one', 30), ('two', 30), ('three', 50)): write(tmp_path/'l'/folder/f'a.{ending}', texts[kind](x))
+    labels = read_sources([tmp_path/'l'/place for place in [*places, *(['three'] if places!=['.'] else [])]],
+                          tmp_path/'images')
+    assert sorted(a['bbox'] for a in labels.annotations)==[[30, 15, 20, 30], [50, 15, 20, 30]]
+    assert labels.report.dropped_boxes[Fault.DUPLICATE_ANNOTATION]==[(1, f'a.{ending}:1')]
+    assert {a['id'] for a in labels.annotations}=={f'a.{ending}:1', f'a.{ending}:1 (2)'}
+
+
+def test_a_part_of_several_folders_is_not_cut_to_its_first(tmp_path):
+    for name in ('day', 'night'):
+        draw_images(tmp_path/'images'/name, {f'{name}.jpg': (60, 80)})
+        write(tmp_path/'labels'/name/f'{name}.txt', '0 .5 .5 .1 .1')
+    path = write(tmp_path/'data.yaml', 'names: [car]\ntrain: [images/day, images/night]\n')
+    with pytest.raises(SourceError, match='Convert each part on its own'): find_source(path)
+    write(path, 'names: [car]\ntrain: [images/day]\n')
+    assert [image['path'].name for image in read_sources(path).images]==['day.jpg']
+
+
 @pytest.mark.parametrize('words, names, num_lost', [
     (['Van='], ['car', 'big dog', 'Car'], 1), (['*='  , 'Car=Car'], ['Car'], 4), (['*=thing'], ['thing'], 0),
     (['Van=bus', 'Car=bus', 'car=bus'], ['bus', 'big dog'], 0), ([], ['car', 'big dog', 'Car', 'Van'], 0)])

@@ -234,7 +234,8 @@ def _yaml_parts(folder, data):
         value = data.get(name)
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str) or not text: continue
-            if existing := _existing_part(base, Path(folder), text): parts.setdefault(name, existing)
+            existing = _existing_part(base, Path(folder), text)
+            if existing: parts[f'{name} {len(parts)+1}' if name in parts else name] = existing
     return parts
 
 def _existing_part(base, folder, text):

@@ -8,6 +8,7 @@ __all__ = ['read_source', 'parse_class_map', 'map_classes', 'ordered_names', 're
 
 # %% ../../nbs/data/22_sources.ipynb #2078d183
 import json, os
+from collections import defaultdict
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -176,6 +177,21 @@ def _read_each(labels, sources, image_dirs):
     for source,image_dir in zip(sources, image_dirs):
         read_source(labels, source, image_dir, f'{source.path.name}:' if len(sources)>1 else '')
 
+def _separate_files(labels):
+    "Leaves out labels that are in two files of the same name, and gives different ones their own ids."
+    annotations,labels.annotations,objects = labels.annotations,[],defaultdict(set)
+    for annotation in annotations:
+        same_id = objects[annotation['id']]
+        contents = annotation['image_id'],annotation['class_name'],*annotation['bbox']
+        if contents in same_id:
+            labels.report.dropped_boxes[Fault.DUPLICATE_ANNOTATION].append((annotation['image_id'], annotation['id']))
+            continue
+        same_id.add(contents)
+        labels.annotations.append(_with_own_id(annotation, len(same_id)))
+
+def _with_own_id(annotation, count):
+    return annotation if count==1 else annotation | dict(id=f'{annotation["id"]} ({count})')
+
 def read_sources(
     paths,               # file or folder with labels, or a list of them
     image_dirs=None,     # folder of the images: None (beside the labels), one, or a list with one for each path
@@ -188,6 +204,7 @@ def read_sources(
                           'Give one folder for all of them, or one for each')
     labels,sources = LabelSet(),list(map(find_source, paths))
     _read_each(labels, sources, image_dirs*len(paths) if len(image_dirs)==1 else image_dirs or [None]*len(paths))
+    _separate_files(labels)
     if class_map: map_classes(labels, class_map)
     return labels
 
