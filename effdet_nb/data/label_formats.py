@@ -102,14 +102,15 @@ def read_yaml(
     "Reads a YAML file with texts and `None`; the error for an invalid one names the line."
     import yaml
     class TextLoader(yaml.SafeLoader):                       # `on`, `no`, `1` and `1.0` are texts as well
-        yaml_implicit_resolvers = {k:[(tag,rule) for tag,rule in rules if tag.endswith(':null')]
-                                   for k,rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+        yaml_implicit_resolvers = {k:_only_null(v) for k,v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
     try: data = yaml.load(Path(path).read_text(encoding='utf-8-sig'), TextLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as e:
         mark = getattr(e, 'problem_mark', None)
         place = f' (line {mark.line+1})' if mark else ''
         raise SourceError(f'{path}: not valid YAML{place}. Correct it, or write the file again') from None
     return data if isinstance(data, dict) else {}
+
+def _only_null(rules): return [(tag,rule) for tag,rule in rules if tag.endswith(':null')]
 
 # %% ../../nbs/data/21_label_formats.ipynb #d17c1172
 def yaml_names(
