@@ -447,6 +447,15 @@ def test_a_list_in_a_folder_of_its_own_finds_its_images(tmp_path):
     with pytest.raises(SourceError, match='none of its images has a label file'): find_source(path)
 
 
+@pytest.mark.parametrize('line', ['/', '..', '.', 'x'*300+'.jpg', 'a\0b.jpg', 'images/', '\\'])
+def test_a_strange_line_in_a_list_is_a_missing_image(line, tmp_path):
+    draw_images(tmp_path/'images', {'a.jpg': (60, 80)})
+    write(tmp_path/'labels'/'a.txt', '0 .5 .5 .1 .1')
+    labels = read_sources(write(tmp_path/'list.txt', f'images/a.jpg\n{line}\n'))
+    assert [image['path'].name for image in labels.images]==['a.jpg'] and len(labels.annotations)==1
+    assert num_left_out(labels.report)==0 and sum(map(len, labels.report.dropped_images.values()))==1
+
+
 def test_a_single_label_file_is_one_image(tmp_path):
     draw_images(tmp_path, {'a.b.jpg': (60, 80), 'c.jpg': (60, 80)})
     labels = read_sources(write(tmp_path/'a.b.txt', '0 .5 .5 .1 .1'))

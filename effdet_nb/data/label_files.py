@@ -7,7 +7,7 @@ __all__ = ['FRACTION_SLACK', 'VocObject', 'LabelFileError', 'read_xml', 'VocFile
            'is_rotated_rectangle', 'YoloRules', 'add_yolo_line', 'read_yolo', 'read_label_lines', 'read_kitti']
 
 # %% ../../nbs/data/19_label_files.ipynb #cad440bc
-import math
+import math, os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -186,13 +186,16 @@ def read_yolo(
     rules = YoloRules(tuple(class_names), has_keypoints, _have_polygons(lines_of.values()))
     labels.add_class_names(class_names)
     for path,name in zip(files, images or files):
-        image_path = name if images and name.is_file() else expected_image(finder, _image_name(name, path), path)
+        image_path = _image_of(finder, path, name)
         used.add(image_path)
         _add_yolo_file(labels, path, image_path, lines_of[path], rules)
     if not class_names: _report_unnamed_classes(labels)
     if not images: _add_unlabelled(labels, finder, used)
 
-def _image_name(name, path): return path.stem if name==path else str(name)
+def _image_of(finder, path, image):
+    "Returns the image of a label file: the listed one, or that of its name."
+    if image==path: return expected_image(finder, path.stem, path)
+    return image if os.path.isfile(image) else expected_image(finder, str(image), path)
 
 def _have_polygons(files):
     "Tests whether a line of some files is a polygon of three or more than four points."
@@ -207,7 +210,7 @@ def _report_unnamed_classes(labels):
 
 def _add_yolo_file(labels, path, image_path, lines, rules):
     image = labels.add_image(image_path)
-    if lines is None and path.exists(): labels.leave_image_out(image, Fault.LABELS_DAMAGED, path.name)
+    if lines is None and os.path.exists(path): labels.leave_image_out(image, Fault.LABELS_DAMAGED, path.name)
     elif lines is None: _note_unlabelled(labels, image)
     for number,line in (lines or {}).items(): add_yolo_line(labels, image, f'{path.name}:{number}', line, rules)
 
@@ -219,7 +222,7 @@ def read_label_lines(
 )->dict:  # line number from 1 -> line, without empty ones; None if the file is no text or cannot be read
     "Reads the lines of a label file."
     try: text = Path(path).read_bytes().decode('utf-8-sig')
-    except (OSError, UnicodeDecodeError): return None
+    except (OSError, ValueError): return None
     return {i:line for i,line in enumerate(text.splitlines(), 1) if line.strip()}
 
 def _add_unlabelled(labels, finder, used):

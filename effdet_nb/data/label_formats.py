@@ -232,12 +232,14 @@ def _yaml_parts(folder, data):
     base = base if base.is_dir() else Path(folder)
     parts = {}
     for name in ('train','val','test'):
-        value = data.get(name)
-        for text in value if isinstance(value, list) else [value]:
-            if not isinstance(text, str) or not text: continue
+        for text in _texts(data.get(name)):
             existing = _existing_part(base, Path(folder), text)
             if existing: parts[f'{name} {len(parts)+1}' if name in parts else name] = existing
     return parts
+
+def _texts(value):
+    "Returns the texts of an entry, which is a text, a list of them, or something else."
+    return [text for text in (value if isinstance(value, list) else [value]) if text and isinstance(text, str)]
 
 def _existing_part(base, folder, text):
     candidates = base/text, folder/text, folder/re.sub(r'^(\.\./)+', '', text)
@@ -255,9 +257,7 @@ def find_source(
     "Finds out the format and the label files of a path."
     path = Path(path)
     if path.is_dir(): return _folder_source(path)
-    if not path.exists():
-        raise FileNotFoundError(f'{path}: no such file or folder. Give the COCO annotation file (.json), or a folder '
-                                'with labels of another format')
+    if not path.exists(): raise _no_such_path(path)
     ending = path.suffix.lower()
     if ending in _ARCHIVES: raise SourceError(f'{path}: an archive. Unpack it and give its folder')
     if ending=='.xml': return _xml_source(path)
@@ -265,6 +265,10 @@ def find_source(
     if ending=='.txt' and path.is_file(): return _list_source(path)
     if ending!='.json': return Source(path, 'coco', (path,))
     return Source(path, _checked_json_format(path), (path,))
+
+def _no_such_path(path):
+    return FileNotFoundError(f'{path}: no such file or folder. Give the COCO annotation file (.json), or a folder '
+                             'with labels of another format')
 
 _ARCHIVES = ('.zip','.tar','.gz','.7z','.rar')
 
@@ -317,16 +321,16 @@ def _listed_yolo(path, names):
     "Returns the source of a list of images of YOLO; images without a label file are background."
     images = tuple(path.absolute().parent/name for name in names)
     files = tuple(map(_label_of_image, images))
-    if not any(file.exists() for file in files):
+    if not any(map(os.path.isfile, files)):
         raise SourceError(f'{path}: none of its images has a label file, such as {files[0]}. Copy the labels there')
     class_names,data = find_class_names(path.parent)
     return Source(path, 'yolo', files, frozenset(), class_names, _has_keypoints(data), images)
 
 def _label_of_image(image):
     "Returns the YOLO label file of an image: in the folder `labels` instead of `images`, or beside the image."
-    beside = image.with_suffix('.txt')
+    beside = image.parent/f'{image.stem}.txt'
     label = with_labels(beside)
-    return label if label.exists() else beside
+    return label if os.path.isfile(label) else beside
 
 # %% ../../nbs/data/21_label_formats.ipynb #e68d28f2
 def default_image_dir(
