@@ -2,8 +2,13 @@
 import csv
 import json
 import os
+import re
 import signal
+import struct
+import threading
 import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
@@ -159,6 +164,130 @@ def test_a_slow_network_gets_the_newest_frames_of_a_camera():
         taken.append(item)
         time.sleep(.1)
     assert taken==sorted(taken) and len(taken)<40 and taken[-1]>=57
+
+
+def test_a_full_queue_does_not_slow_a_camera_down():
+    made, taken = [], []
+
+    def camera():
+        for _ in range(100):
+            time.sleep(.01)
+            made.append(time.monotonic())
+            yield len(made)-1
+
+    for i in V.in_background(camera(), size=4, drop=True):
+        taken.append(i)
+        lag = len(made)-1-i
+        assert lag<=5
+        time.sleep(.15)
+    assert made[-1]-made[0]<2.5                          # it took 50 ms more per frame: over 6 s
+    assert taken[-1]==99
+
+
+def test_an_iterable_that_cannot_start_is_an_error_not_a_wait():
+    class Broken:
+        def __iter__(self): raise OSError('unplugged')
+    for iterable, message in ((Broken(), 'unplugged'), (3, 'not iterable'), (None, 'not iterable')):
+        with pytest.raises((OSError, TypeError), match=message): list(V.in_background(iterable))
+
+
+IDENTITY = 1, 0, 0, 1
+# degrees clockwise -> a, b, c, d of x' = ax+cy, y' = bx+dy
+TURNS = {0: IDENTITY, 90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
+
+
+def turn(path, degrees):
+    "Notes in an MP4 file that a player turns it clockwise, as phones do."
+    def matrix(a, b, c, d): return struct.pack('>9i', a<<16, b<<16, 0, c<<16, d<<16, 0, 0, 0, 1<<30)
+    data = path.read_bytes()
+    start = data.index(matrix(*IDENTITY), data.index(b'tkhd'))
+    path.write_bytes(data[:start]+matrix(*TURNS[degrees])+data[start+36:])
+    return path
+
+
+@pytest.mark.parametrize('degrees,hw,corner', [
+    (0, (48, 64), (0, 63)), (90, (64, 48), (63, 47)), (180, (48, 64), (47, 0)), (270, (64, 48), (0, 0))])
+def test_videos_of_phones_are_upright(tmp_path, degrees, hw, corner):
+    image = np.full((48, 64, 3), 128, np.uint8)
+    image[:12, -16:] = 220, 30, 40                       # red at the upper right, as stored
+    with V.VideoWriter(tmp_path/'a.mp4', 10) as writer:
+        for _ in range(3): writer.write(image)
+    frames = [frame.image for frame in V.VideoReader(turn(tmp_path/'a.mp4', degrees))]
+    assert len(frames)==3 and all(frame.shape[:2]==hw and frame.flags.c_contiguous for frame in frames)
+    red, _, blue = frames[0][corner].astype(int)
+    assert red-blue>100
+
+
+@pytest.mark.parametrize('name', ['a.mp4', 'a.mkv', 'a.webm', 'a.avi'])
+def test_irregular_times_are_kept(tmp_path, name):
+    seconds = [100, 100.1, 100.2, 103, 103.1, 106.2]
+    with V.VideoWriter(tmp_path/name, 10) as writer:
+        for i, time_of_frame in enumerate(seconds): writer.write(image_at(i), time_of_frame)
+    I.infer_video(RedDetector(), tmp_path/name, tmp_path/'out'/name)
+    for path in (tmp_path/name, tmp_path/'out'/name):
+        frames = list(V.VideoReader(path))
+        assert np.allclose([frame.seconds-frames[0].seconds for frame in frames], np.subtract(seconds, 100), atol=.11)
+
+
+@pytest.mark.parametrize('name', ['a.mp4', 'a.avi', 'a.webm'])
+@pytest.mark.parametrize('seconds', [[5, 5, 5], [3, 2, 1], [0, .001, .002], [None, None, None]])
+def test_times_that_stand_still_or_go_back_lose_no_image(tmp_path, name, seconds):
+    with V.VideoWriter(tmp_path/name, 10) as writer:
+        for i, time_of_frame in enumerate(seconds): writer.write(image_at(i), time_of_frame)
+    frames = list(V.VideoReader(tmp_path/name))
+    assert len(frames)==3 and np.all(np.diff([frame.seconds for frame in frames])>0)
+
+
+@pytest.fixture
+def web_address(tmp_path):
+    "Serves a folder, also parts of its files; returns its address."
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            data = (tmp_path/self.path[1:]).read_bytes()
+            start = int(re.search(r'\d+', self.headers.get('Range', '0')).group())
+            self.send_response(206)
+            self.send_header('Content-Range', f'bytes {start}-{len(data)-1}/{len(data)}')
+            self.send_header('Content-Length', str(len(data)-start))
+            self.end_headers()
+            with suppress(ConnectionError): self.wfile.write(data[start:])
+
+        def log_message(self, *args): pass
+
+    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{server.server_port}'
+        server.shutdown()
+
+
+@pytest.mark.parametrize('name', ['a.mp4', 'a.mkv', 'a.avi'])
+def test_a_file_behind_a_url_loses_no_frame(tmp_path, web_address, name):
+    write_clip(tmp_path/name, 40)
+    detector = RedDetector(lambda i: time.sleep(.02))
+    summary = I.infer_video(detector, f'{web_address}/{name}', out_label_path=tmp_path/'a.csv')
+    assert summary.num_frames==40 and summary.error is None
+
+
+def test_a_folder_or_file_named_by_a_number_is_no_camera(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = '0', '12', '007'
+    assert all(map(V.is_live, names)) and V.is_live(0)
+    for name in names[1:]: (tmp_path/name).mkdir()
+    (tmp_path/'0').write_text('')
+    assert not any(map(V.is_live, names)) and not V.is_live(12)
+    write_clip(tmp_path/'12'/'a.mp4', 2)
+    assert [path.as_posix() for path in I.list_videos('12')]==['12/a.mp4']
+
+
+@pytest.mark.parametrize('outputs', [dict(out_label_path='a.txt'), dict(out_video_path='a.gif'),
+                                     dict(out_label_path='a.csv', out_video_path='b.mp5')])
+def test_a_video_is_closed_if_an_output_cannot_be_opened(tmp_path, monkeypatch, outputs):
+    monkeypatch.chdir(tmp_path)
+    write_clip(tmp_path/'in.mp4', 2)
+    readers = []
+    monkeypatch.setattr(I, 'VideoReader', lambda *args: readers.append(V.VideoReader(*args)) or readers[-1])
+    with pytest.raises(ValueError): I.infer_video(RedDetector(), 'in.mp4', **outputs)
+    with pytest.raises((AssertionError, ValueError, RuntimeError)): next(readers[0].container.decode(video=0))
+    assert [p.name for p in tmp_path.iterdir()]==['in.mp4']
 
 
 def iter_slowly(n, seconds):

@@ -8,7 +8,7 @@ __all__ = ['VIDEO_EXTENSIONS', 'CONTAINERS', 'is_live', 'is_video', 'import_av',
 
 # %% ../../nbs/app/03_video.ipynb #c3a0e00b
 import queue, re, sys, threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -23,13 +23,15 @@ CONTAINERS = {'.mp4': 'mp4', '.m4v': 'mp4', '.mov': 'mov', '.avi': 'avi', '.mkv'
 def is_live(
     source, # as given by the user
 )->bool:
-    "Returns whether a source is a camera or a stream instead of a file."
-    return bool(re.fullmatch(r'\d{1,3}|(rtsps?|rtmp|https?|udp|tcp|srt)://.+', str(source), re.I))
+    "Returns whether a source is a camera or a URL instead of a file."
+    source = str(source)
+    if re.fullmatch(r'\d{1,3}', source): return not Path(source).exists()
+    return bool(re.match(r'(rtsps?|rtmp|https?|udp|tcp|srt)://.', source, re.I))
 
 def is_video(
     source, # as given by the user
 )->bool:
-    "Returns whether a source is a video file, a camera or a stream."
+    "Returns whether a source is a video file, a camera or a URL."
     return is_live(source) or Path(source).suffix.lower() in VIDEO_EXTENSIONS
 
 # %% ../../nbs/app/03_video.ipynb #348f02c3
@@ -89,6 +91,11 @@ class VideoReader:
         self.error = None                          # why not all frames could be read
 
     @property
+    def drops_frames(self)->bool:
+        "Whether the source is live, so that late frames are dropped; a file behind a URL has a length."
+        return is_live(self.source) and not self.num_frames and not self.container.duration
+
+    @property
     def num_used(self)->int:
         "The number of frames to use, as announced; 0 if unknown."
         return -(-self.num_frames//self.every)
@@ -99,7 +106,7 @@ class VideoReader:
             for index,frame in enumerate(self.container.decode(self.stream)):
                 if index%self.every: continue
                 seconds = float(index/self.rate if frame.time is None else frame.time)
-                yield Frame(index, seconds, frame.to_ndarray(format='rgb24'))
+                yield Frame(index, seconds, _upright(frame))
         except import_av().error.FFmpegError as e: self._report(index+1, _reason(e))
         else:
             if index+1<self.num_frames: self._report(index+1, 'the file ends early')
@@ -111,6 +118,12 @@ class VideoReader:
         of_all = f' of {self.num_frames:,}' if self.num_frames else ''
         self.error = f'{self.source}: {count:,}{of_all} frames could be read ({reason}); they are kept'
 
+def _upright(frame):
+    "Returns the pixels of a frame as players show them."
+    image = frame.to_ndarray(format='rgb24')
+    quarter_turns = round(frame.rotation/90)     # counter-clockwise, as those of NumPy
+    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+
 # %% ../../nbs/app/03_video.ipynb #d3c8cb4f
 class VideoWriter:
     "Encodes images as a video; a context manager."
@@ -120,6 +133,8 @@ class VideoWriter:
     ):
         self.path,self.rate = check_video_path(path), Fraction(rate).limit_denominator(1001)
         self.stack,self.container,self.stream = ExitStack(), None, None
+        self.tick = 1/self.rate/(1 if self.path.suffix.lower()=='.avi' else 8)   # seconds between possible times
+        self.start,self.ticks = None, -1                     # seconds of the first image, ticks of the last one
 
     def __enter__(self):
         av,file_format = import_av(), CONTAINERS[self.path.suffix.lower()]
@@ -135,19 +150,30 @@ class VideoWriter:
         return self.stack.__exit__(*error)
 
     def write(self,
-        image:np.ndarray, # [H, W, 3] uint8 RGB; all images have one size
+        image:np.ndarray,   # [H, W, 3] uint8 RGB; all images have one size
+        seconds:float=None, # its time, on any clock; None: one frame after the last image
     ):
         "Adds an image."
         height,width = image.shape[:2]
         if self.stream is None: self._add_stream(height+height%2, width+width%2)
         image = np.pad(image, ((0,height%2), (0,width%2), (0,0)), mode='edge')
         frame = import_av().VideoFrame.from_ndarray(np.ascontiguousarray(image))
+        frame.pts,frame.time_base = self._next_ticks(seconds), self.tick
         for packet in self.stream.encode(frame): self.container.mux(packet)
+
+    def _next_ticks(self, seconds):
+        "Returns the time of an image in ticks from the first one; time never stands still or goes back."
+        per_frame = 1 if self.ticks<0 else round(1/self.rate/self.tick)
+        if self.start is None: self.start = seconds
+        ticks = self.ticks+per_frame if seconds is None else round((seconds-self.start)/self.tick)
+        self.ticks = max(ticks, self.ticks+1)
+        return self.ticks
 
     def _add_stream(self, height, width):
         "Chooses codec and size, at the first image."
         self.stream = self.container.add_stream(self.container.default_video_codec, rate=self.rate)
         self.stream.height,self.stream.width,self.stream.pix_fmt = height, width, 'yuv420p'
+        self.stream.time_base = self.stream.codec_context.time_base = self.tick
 
 def check_video_path(
     path, # of a video to write
@@ -166,19 +192,25 @@ class _Failure:
     "An error that was raised in the thread."
     def __init__(self, error): self.error = error
 
-def _put(items, item, stop, drop=False):
-    "Adds an item to a queue as soon as there is room, or in place of the oldest one; gives up when `stop` is set."
+def _put(items, item, stop):
+    "Adds an item to a queue as soon as there is room; gives up when `stop` is set."
     while not stop.is_set():
         try: return items.put(item, timeout=.05)
         except queue.Full: pass
-        if drop and not items.empty(): items.get()
+
+def _put_newest(items, item, stop):
+    "Adds an item to a queue at once, in place of the oldest one if it is full; no other thread adds items."
+    if items.full():
+        with suppress(queue.Empty): items.get_nowait()
+    items.put_nowait(item)
 
 def _fill(items, iterable, stop, drop):
     "Puts all items of an iterable into a queue, then its end or its error."
-    iterator = iter(iterable)
+    iterator, put = None, _put_newest if drop else _put
     try:
+        iterator = iter(iterable)
         for item in iterator:
-            _put(items, item, stop, drop)
+            put(items, item, stop)
             if stop.is_set(): break
         _put(items, _END, stop)
     except BaseException as e: _put(items, _Failure(e), stop)

@@ -76,7 +76,7 @@ def predict_video(
         else: found = detect_image(detector, frame.image, class_table)
         return frame, found.select(score_threshold, max_detections)
     def predictions():
-        with closing(in_background(reader, drop=is_live(reader.source))) as frames: yield from map(predict, frames)
+        with closing(in_background(reader, drop=reader.drops_frames)) as frames: yield from map(predict, frames)
     return in_background(predictions())
 
 # %% ../../nbs/app/04_video_inference.ipynb #b305b38c
@@ -110,7 +110,7 @@ def infer_video(
     outputs = [path for path in (out_video_path, out_label_path) if path is not None]
     summary,interruption = VideoSummary(str(source), written_to=outputs), None
     with ExitStack() as stack:
-        writers = _open_writers(stack, out_video_path, out_label_path, reader.rate/every)
+        writers = _open_writers(stack, out_video_path, out_label_path, reader)
         start = time.perf_counter()
         try: _process(predict_video(detector, reader, **options), writers, summary, reader.num_used or None)
         except KeyboardInterrupt as e: interruption = e
@@ -121,13 +121,16 @@ def infer_video(
     if interruption: raise interruption
     return summary
 
-def _open_writers(stack, video_path, label_path, rate):
-    "Opens the outputs; returns functions of (frame, detections)."
-    writers = []
-    if label_path is not None: writers.append(stack.enter_context(frame_writer(label_path)))
-    if video_path is not None:
-        video = stack.enter_context(VideoWriter(video_path, rate))
-        writers.append(lambda frame,detections: video.write(detections.draw(frame.image)))
+def _open_writers(stack, video_path, label_path, reader):
+    "Opens the outputs; returns functions of (frame, detections). Closes the video if an output cannot be opened."
+    with ExitStack() as on_error:
+        on_error.callback(reader.container.close)
+        writers = []
+        if label_path is not None: writers.append(stack.enter_context(frame_writer(label_path)))
+        if video_path is not None:
+            video = stack.enter_context(VideoWriter(video_path, reader.rate/reader.every))
+            writers.append(lambda frame,detections: video.write(detections.draw(frame.image), frame.seconds))
+        on_error.pop_all()
     return writers
 
 def _process(predictions, writers, summary, total):
