@@ -233,6 +233,21 @@ def test_other_versions_of_the_runtime_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match='no such file or folder'): read_ort_web(tmp_path/'absent')
 
 
+@pytest.mark.parametrize('place', [20, 200, 2000])
+def test_a_damaged_package_is_one_sentence(tmp_path, place):
+    (tmp_path/'ort.wasm.min.js').write_bytes(np.random.default_rng(0).bytes(9000))
+    with tarfile.open(tmp_path/'x.tgz', 'w:gz') as package: package.add(tmp_path/'ort.wasm.min.js', 'package/dist/x')
+    data = bytearray((tmp_path/'x.tgz').read_bytes())
+    data[place:place+400] = b'\xff'*400
+    (tmp_path/'x.tgz').write_bytes(data)
+    with pytest.raises(ValueError, match='not a complete package|does not contain'): read_ort_web(tmp_path/'x.tgz')
+
+
+@pytest.mark.parametrize('threshold, text', [(.3, '0.30'), (.5, '0.50'), (.05, '0.05'), (1, '1.00')])
+def test_the_page_begins_with_the_score_of_the_slider(threshold, text):
+    assert f'<output id="score">{text}</output>' in viewer_html('m', [], threshold, .05)
+
+
 def test_missing_npm_is_one_sentence_with_the_cure(monkeypatch):
     monkeypatch.setattr('shutil.which', lambda *args, **kwargs: None)
     with pytest.raises(FileNotFoundError, match='npm pack onnxruntime-web@.* --runtime'): fetch_ort_web()

@@ -79,6 +79,12 @@ def test_a_damaged_history_names_its_file(runs, text):
         with pytest.raises(ValueError, match='b/history.csv: is not the history of a run'): compare_runs(runs)
 
 
+@pytest.mark.parametrize('row', ['2,20,2.5,60,,0.2,0.4,9', '2,20,2.5,60,,0.2,0.4,', '2,20,2.5,60,8,0.2,0.4,1,2,3'])
+def test_a_row_with_too_many_cells_is_one_sentence(tmp_path, row):
+    folder = write_run(tmp_path/'r', [ROWS[0], row])
+    with pytest.raises(ValueError, match='r/history.csv: is not the history of a run'): read_run(folder, 'r')
+
+
 def test_values_that_are_not_finite_and_undefined_ap_are_left_out(tmp_path):
     run = read_run(write_run(tmp_path/'r', ['1,1,nan,5,inf,-1,-1', '2,2,1.5,5,,,']), 'r')
     row = summary_row(run)

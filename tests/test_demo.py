@@ -112,8 +112,24 @@ def test_wrong_addresses_and_sizes_are_refused(server):
     for path in ('/detect/2', '/detect/-1', '/detect/x', '/other', '/detect/'):
         assert request(server, 'POST', path, b'x')[0]==400
     for path in ('/etc/passwd', '/../cli.py', '/detect/0'): assert request(server, 'GET', path)[0]==404
-    for size in (str(MAX_UPLOAD+1), 'many', '-1'):
+    for size in (str(MAX_UPLOAD+1), 'many', '-1', '\u00b2'):
         assert request(server, 'POST', '/detect/0', None, **{'Content-Length': size})[0]==413
+    assert request(server, 'POST', '/detect/0', None, **{'Content-Length': ''})[0]==411
+
+
+def test_a_file_that_is_too_large_is_not_sent(browser, server):
+    open_demo(browser, server.address)
+    browser.evaluate_js("void send('/image', {size: MAX_UPLOAD+1}).catch(e => { window.said = e.message })")
+    assert browser.wait_for('window.said')=='the file is larger than 200 MB. Choose a smaller one'
+    assert not any(url.endswith('/image') for url in browser.requested_urls)
+
+
+@pytest.mark.parametrize('port', [80, 8080, 443])
+def test_browsers_leave_out_port_80(monkeypatch, server, port):
+    monkeypatch.setattr('effdet_nb.app.demo.ThreadingHTTPServer.__init__',
+                        lambda self, *args: setattr(self, 'server_port', port))
+    hosts = DemoServer(server.models, port).hosts
+    assert (f'127.0.0.1:{port}' in hosts) and (('localhost' in hosts)==(port==80))
 
 
 def test_a_failing_model_is_one_sentence(server, monkeypatch, capsys):
@@ -128,6 +144,7 @@ def test_a_failing_model_is_one_sentence(server, monkeypatch, capsys):
 def test_port_in_use_and_impossible_ports_are_one_sentence(server):
     with pytest.raises(OSError, match=f'--port {server.server_port}: another program uses it. Choose another'):
         DemoServer(server.models, server.server_port)
+    with pytest.raises(OSError, match=f'such as {server.server_port+1},'): DemoServer(server.models, server.server_port)
     for port in (-1, 65536):
         with pytest.raises(ValueError, match='ports go from 0 to 65535'): DemoServer(server.models, port)
 

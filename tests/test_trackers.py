@@ -88,7 +88,15 @@ def test_a_failing_tracker_is_one_line_and_the_training_goes_on(
     line, = capsys.readouterr().err.strip().splitlines()
     assert line.startswith('warning: --log_to recording: ') and 'no route to host' in line and 'more' not in line
     calls = [name for name,*_ in recording.runs[-1].calls]
-    assert calls.count(method)==1 and calls[-1]==method
+    assert calls.count(method)==1 and calls[-1]==('finish' if method=='log' else method)
+
+
+def test_a_run_that_fails_is_ended_so_that_the_next_one_can_start(recording, model_dir, monkeypatch):
+    monkeypatch.setattr(recording, 'failing', ('log', 'finish'))
+    track('recording', model_dir)
+    assert recording.runs[-1].calls[-1]==('finish', False)
+    monkeypatch.setattr(recording, 'failing', ())
+    assert track('recording', model_dir).run and recording.runs[-1].calls[-1]==('finish', True)
 
 
 @pytest.mark.parametrize('text', ['{', '[]', '"r1"', '\x00'])

@@ -28,7 +28,7 @@ def read_history(
     if not path.is_file(): return []
     try:
         with open(path, newline='', encoding='utf-8') as f: rows = [_read_numbers(row) for row in csv.DictReader(f)]
-    except (ValueError, csv.Error): rows = [{}]
+    except (ValueError, TypeError, csv.Error): rows = [{}]
     if any('epoch' not in row for row in rows):
         raise ValueError(f'{path}: is not the history of a run, or damaged. Leave this folder out')
     return rows

@@ -8,7 +8,7 @@ __all__ = ['ORT_WEB_PACKAGE', 'ORT_WEB_FILES', 'DECODE_JS', 'RESIZE_JS', 'DETECT
            'viewer_html', 'page_scripts', 'write_browser_page']
 
 # %% ../../nbs/export/11_browser.ipynb #859ddfdc
-import base64, gzip, hashlib, html, json, os, shutil, subprocess, sys, tarfile, tempfile
+import base64, gzip, hashlib, html, json, os, shutil, subprocess, sys, tarfile, tempfile, zlib
 from pathlib import Path
 from ..core.files import atomic_write, check_output_path
 from ..data.classes import ClassTable
@@ -59,7 +59,7 @@ def _read_package(path):
     try:
         with tarfile.open(path, 'r:gz') as package:
             return {members[m.name]: package.extractfile(m).read() for m in package if m.name in members and m.isfile()}
-    except (tarfile.TarError, EOFError, gzip.BadGzipFile):
+    except (tarfile.TarError, EOFError, gzip.BadGzipFile, zlib.error):
         raise ValueError(f'{path}: not a complete package of npm. {_FETCH_ELSEWHERE}') from None
 
 # %% ../../nbs/export/11_browser.ipynb #41e30bf9
@@ -381,7 +381,8 @@ def viewer_html(
               f"img-src data: blob:; connect-src {connections}")
     slider = f'min="{lowest:.2f}" max="1" step="0.01" value="{threshold:.2f}"'
     tags = '\n'.join(f'<script src="{html.escape(path)}"></script>' for path in scripts)
-    return VIEWER_HTML.format(title=html.escape(title), policy=policy, css=VIEWER_CSS, slider=slider, scripts=tags)
+    return VIEWER_HTML.format(title=html.escape(title), policy=policy, css=VIEWER_CSS, slider=slider, scripts=tags,
+                              threshold=threshold)
 
 VIEWER_HTML = """<!doctype html>
 <html lang="en">
@@ -398,7 +399,7 @@ VIEWER_HTML = """<!doctype html>
 <div class="controls">
 <label class="drop">Drop images here, or choose them:
 <input id="files" type="file" accept="image/*" multiple disabled></label>
-<label>Lowest score <input id="threshold" type="range" {slider}> <output id="score">0.50</output></label>
+<label>Lowest score <input id="threshold" type="range" {slider}> <output id="score">{threshold:.2f}</output></label>
 </div>
 <p id="status" role="status"></p>
 <main id="images"></main>

@@ -7,6 +7,7 @@ __all__ = ['TRACKERS', 'metric_values', 'MlflowRun', 'WandbRun', 'TrackerCallbac
 
 # %% ../../nbs/train/16_trackers.ipynb #c987d340
 import importlib.util, json, math, os, sys
+from contextlib import suppress
 from pathlib import Path
 from ..core.console import log_message
 from ..core.files import atomic_write
@@ -86,7 +87,10 @@ class TrackerCallback(MetricsCallback):
         "Calls the client; after an error, the rest of the run is not tracked."
         try: return action(*args)
         except Exception as e:
-            self.run, reason = None, (str(e).strip() or type(e).__name__).splitlines()[0]
+            run, self.run = self.run, None
+            if run and action!=run.finish:
+                with suppress(Exception): run.finish(False)      # else the client refuses the next run of this process
+            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
             log_message(f'warning: --log_to {self.tracker}: the rest of this run is not tracked ({reason[:300]})')
 
     def start(self):
