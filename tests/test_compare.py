@@ -54,7 +54,8 @@ def test_only_settings_that_differ_are_shown_with_all_their_digits(runs):
     ('training_config { num_epochs: 3 }', 'finished'),
     ('training_config { num_epochs: 9 stop_at_epoch: 3 }', 'finished'),
     ('training_config { num_epochs: 3 stop_at_epoch: 9 }', 'finished'),
-    ('training_config { num_epochs: 9 }', 'unfinished, 3 of 9 epochs'), (None, 'finished')])
+    ('training_config { num_epochs: 9 }', 'unfinished, 3 of 9 epochs'), (None, '3 epochs, end unknown'),
+    ('no_such_config {', '3 epochs, end unknown')])
 def test_a_run_is_finished_at_its_last_epoch(tmp_path, spec, state):
     assert read_run(write_run(tmp_path/'r', ROWS, spec), 'r').state()==state
 

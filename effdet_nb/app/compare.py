@@ -65,7 +65,8 @@ class RunRecord:
         "Describes how far the run is."
         if not self.history: return 'no finished epoch'
         done, total = int(self.history[-1]['epoch']), self.settings.get('training_config.num_epochs')
-        last = min(self.settings.get('training_config.stop_at_epoch') or total, total) if total else done
+        if not total: return f'{done} epochs, end unknown'
+        last = min(self.settings.get('training_config.stop_at_epoch') or total, total)
         return 'finished' if done>=last else f'unfinished, {done} of {last} epochs'
 
 def read_run(
