@@ -107,6 +107,17 @@ def test_ap_of_classes_that_only_one_run_has(runs):
         {'class': 'emu', 'a': None, 'b': .25}]
 
 
+@pytest.mark.parametrize('name', ['class', 'field', 'run'])
+def test_a_run_named_like_a_column_replaces_no_column(runs, tmp_path, name):
+    other = write_run(tmp_path/name, ROWS, 'training_config { num_epochs: 5 }')
+    for folder in (runs[0], other):
+        (folder/'metrics.json').write_text(json.dumps(dict(per_class=[dict(name='cat', AP=.5)])))
+    found = compare_runs([runs[0], other]).to_dict()
+    shown = name if name=='run' else f'./{name}'
+    assert found['classes']==[{'class': 'cat', 'a': .5, shown: .5}]
+    assert found['settings']==[{'field': 'training_config.num_epochs', 'a': 3, shown: 5}]
+
+
 def test_the_same_folder_twice_is_one_run_and_equal_names_are_told_apart(runs, tmp_path):
     other = write_run(tmp_path/'old'/'a', ROWS)
     comparison = compare_runs([runs[0], f'{runs[0]}/', other])

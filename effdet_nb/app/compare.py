@@ -191,12 +191,16 @@ def compare_runs(
     model_dirs, # folders of runs
 )->RunComparison:
     "Reads several runs; raises an error if none of them has a history."
-    from effdet_nb.app.model_evaluation import model_display_names
     folders = list(dict.fromkeys(map(os.path.abspath, model_dirs)))
-    runs = [read_run(folder, name) for folder,name in zip(folders, model_display_names(folders))]
+    runs = [read_run(folder, name) for folder,name in zip(folders, _run_names(folders))]
     if not any(run.history for run in runs):
         raise ValueError(f'{runs[0].note}. Give folders that effdet_train has written to (--model_dir)')
     return RunComparison(runs)
+
+def _run_names(folders):
+    "Returns short names of runs, none of them the heading of another column."
+    from effdet_nb.app.model_evaluation import model_display_names
+    return [f'./{name}' if name in ('field', 'class') else name for name in model_display_names(folders)]
 
 # %% ../../nbs/app/14_compare.ipynb #a58d4734
 CLASS_ADVICE = ('No run was evaluated. effdet_evaluate -e RUN/spec.txt -m RUN/model.best.tlt -r RUN/evaluation adds '
