@@ -12,7 +12,8 @@ import pytest
 from onnx_toy import toy_onnx_model
 from test_browser_page import drop, encode, found_by_page, textured
 
-from effdet_nb.app.demo import MAX_UPLOAD, DemoModel, DemoServer, short_names
+from effdet_nb.app.demo import MAX_UPLOAD, DemoModel, DemoServer
+from effdet_nb.app.model_evaluation import short_names
 from effdet_nb.app.infer import load_for_inference
 from effdet_nb.detector.detections import predict_image
 from effdet_nb.export.onnx_nms import add_nms

@@ -14,8 +14,8 @@ from difflib import get_close_matches
 from .command import command, fix_hash_seed
 from .demo import effdet_demo, effdet_webpage
 from .compare import effdet_compare
-from .completion import SHELLS, answer_shell, completion_script, task_parser
-from .options import CommandParser, Option, parse_options
+from .completion import SHELLS, answer_shell, completion_script, completion_parser
+from .options import CommandParser, Option, key_option, log_option, parse_options, verbose_option
 from .split_command import effdet_split
 from .tile_command import effdet_tile
 
@@ -27,12 +27,7 @@ def _set_option():
     return Option('Fields of the spec to set, overriding the file, such as num_epochs=5', nargs='+',
                   metavar='SECTION.FIELD=VALUE')
 
-def _key_option():
-    return Option('Key that encrypts the model files (default: $EFFDET_KEY, else no encryption)', '-k', metavar='KEY')
-
 def _gpu_option(): return Option('GPU to use, counted from 0 (default: all)', type=int, metavar='N')
-def _log_option(): return Option('File to append all output to', metavar='FILE')
-def _verbose_option(): return Option('Print the traceback of an error', '-v', flag=True)
 def _results_option(help_text): return Option(help_text, '-r', metavar='FOLDER')
 
 # %% ../../nbs/app/18_cli.ipynb #690f5143
@@ -63,8 +58,8 @@ def effdet_dataset_convert(
                   'Beam)', metavar='NAME')=None,
     runner_options:Option('Options of that runner, in quotes', metavar='TEXT')='',
     results_dir:_results_option('Folder to write status.json to (default: not written)')=None,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Convert images and their annotations, in COCO or another format, to TFRecord files."
     from effdet_nb.data.sources import convert_sources, parse_class_map
@@ -88,9 +83,9 @@ def effdet_check(
     suggest:Option('Spec file to write, with settings for a short training on this data (default: not written)',
                    metavar='FILE')=None,
     set:_set_option()=None,
-    key:_key_option()=None,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    key:key_option()=None,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Check the records against the spec: classes, counts, ids, box sizes and anchors."
     if overfit is not None and (overfit<1 or not minutes>0):
@@ -137,14 +132,14 @@ def effdet_train(
     model_dir:Option('Folder for checkpoints; an unfinished run in it is continued', '-d', '-r', '--results_dir',
                      required=True, metavar='FOLDER')=None,
     set:_set_option()=None,
-    key:_key_option()=None,
+    key:key_option()=None,
     gpus:Option('Number of GPUs', type=int, metavar='N')=1,
     gpu_index:Option('GPUs to use, counted from 0 (default: the first ones)', type=int, nargs='+', metavar='N')=None,
     use_amp:Option('Train in mixed precision, overriding the spec', flag=True)=False,
     log_to:Option('Also send settings and metrics to MLflow or Weights & Biases; needs pip install "effdet_nb[mlflow]" '
                   'or "effdet_nb[wandb]"', nargs='+', choices=['mlflow','wandb'])=None,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Train a detector, or retrain a pruned one."
     from effdet_nb.train.set_fields import load_spec
@@ -186,7 +181,7 @@ def effdet_evaluate(
     model_path:Option('Model (.tlt, .onnx, .etlt, .tflite, .engine) or detections (.json); several are compared',
                       '-m', '--model', '--compare', required=True, nargs='+', metavar='FILE')=None,
     set:_set_option()=None,
-    key:_key_option()=None,
+    key:key_option()=None,
     results_dir:_results_option('Folder to write metrics.json, detections.json, report.html and status.json to '
                                 '(default: not written)')=None,
     nms:Option('Kind of non-maximum suppression (default: that of the file, else hard)',
@@ -200,8 +195,8 @@ def effdet_evaluate(
     image_dir:Option('No effect: the records contain the images', '-i', metavar='FOLDER')=None,
     pycocotools:Option('Compute the metrics with pycocotools: the same values, but slower', flag=True)=False,
     gpu_index:_gpu_option()=None,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Evaluate a model on the validation images, analyse its errors, or compare several models."
     from effdet_nb.train.set_fields import load_spec
@@ -217,7 +212,7 @@ def effdet_evaluate(
 def effdet_prune(
     model:Option('Model to prune (.tlt)', '-m', '--model_path', required=True, metavar='FILE')=None,
     output_dir:Option('Folder to write model.tlt and status.json to', '-o', required=True, metavar='FOLDER')=None,
-    key:_key_option()=None,
+    key:key_option()=None,
     normalizer:Option("Divide the norm of each filter by the largest norm in its layer (max), or by the L2 norm of "
                       "all norms in the layer (L2)", '-n', choices=['max','L2'])='max',
     equalization_criterion:Option('Layers that share channels keep the same ones: those that any of them keeps '
@@ -238,8 +233,8 @@ def effdet_prune(
     plot:Option('Image file to draw the size of the model over the threshold to', metavar='PNG')=None,
     no_speed:Option('Skip measuring the time per image before and after', flag=True)=False,
     gpu_index:_gpu_option()=None,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Remove the filters with the smallest norms from a model."
     if pruning_threshold is None: pruning_threshold = .1
@@ -263,7 +258,7 @@ def effdet_inference(
                          '--image_dir', required=True, metavar='PATH')=None,
     out_image_path:Option('Folder to write annotated images and videos to; for a single one also a file name', '-o',
                           metavar='PATH')=None,
-    key:_key_option()=None,
+    key:key_option()=None,
     experiment_spec_file:_spec_option(False)=None,
     set:_set_option()=None,
     out_label_path:Option('Folder to write KITTI labels to (for a single image also a file name), or one .csv or .json '
@@ -292,8 +287,8 @@ def effdet_inference(
     runner:Option('Apache Beam runner to distribute the work with, such as DirectRunner; needs --results_dir',
                   metavar='NAME')=None,
     gpu_index:_gpu_option()=None,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Detect objects in images and videos, and write annotated copies and labels."
     if per_class and class_agnostic:
@@ -367,7 +362,7 @@ def effdet_export(
     model_path:Option('Model to export (.tlt)', '-m', '--model', required=True, metavar='FILE')=None,
     experiment_spec_file:_spec_option(False)=None,
     set:_set_option()=None,
-    key:_key_option()=None,
+    key:key_option()=None,
     output_path:Option('File to write: .onnx, .etlt, .tflite or FOLDER/saved_model.pb (default: beside the model, '
                        '.etlt with a key, else .onnx)', '-o', metavar='FILE')=None,
     nms:Option("NMS in the exported graph: standard operators (onnx), TensorRT's plugin (efficient_nms_trt), "
@@ -388,8 +383,8 @@ def effdet_export(
     deepstream:Option('Folder to write the DeepStream settings, labels and output parser to',
                       metavar='FOLDER')=None,
     gpu_index:_gpu_option()=None,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Export a model to ONNX, TFLite or SavedModel, and compare the exported file with the original."
     fix_hash_seed()
@@ -460,7 +455,7 @@ def _print_missing_engine(meta, output_path):
 def effdet_gen_trt_engine(
     model_path:Option('Exported model (.onnx or .etlt)', '-m', '--model', required=True, metavar='FILE')=None,
     engine_file:Option('Engine to write (default: beside the model)', metavar='FILE')=None,
-    key:_key_option()=None,
+    key:key_option()=None,
     data_type:Option('Precision (default: that of the file)', choices=['fp32','fp16','int8'])=None,
     min_batch_size:Option('Smallest number of images per batch', type=int, metavar='N')=1,
     opt_batch_size:Option('Images per batch to optimise for (default: max_batch_size)', type=int, metavar='N')=None,
@@ -476,8 +471,8 @@ def effdet_gen_trt_engine(
     batches:Option('For int8: largest number of calibration batches', type=int, metavar='N')=10,
     results_dir:_results_option('Folder to write status.json to (default: not written)')=None,
     gpu_index:_gpu_option()=None,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Build a TensorRT engine for the GPU of this machine."
     from effdet_nb.export.tensorrt import gen_trt_engine
@@ -491,7 +486,7 @@ def effdet_gen_trt_engine(
 def effdet_quickstart(
     folder:Option('Folder for all files; a run with the same settings in it is continued', '-o', '--output_dir',
                   metavar='FOLDER')='effdet_quickstart',
-    key:_key_option()=None,
+    key:key_option()=None,
     size:Option('Height and width of the images and of the network input, pixels', type=int, metavar='N')=None,
     num_train:Option('Number of training images', type=int, metavar='N')=None,
     num_val:Option('Number of validation images', type=int, metavar='N')=None,
@@ -503,8 +498,8 @@ def effdet_quickstart(
     pruning_threshold:Option('Keep filters whose normalised norm is above this', '-pth', type=float,
                              metavar='X')=None,
     seed:Option('Random seed of the images, the initial weights and the sample order', type=int, metavar='N')=None,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Run the whole pipeline on synthetic images: convert, train, prune, retrain, export, inference."
     settings = dict(
@@ -521,14 +516,14 @@ def effdet_import(
                       'a Keras .h5 or .keras, a .tlt of TAO 5 or effdet_nb, or the word imagenet',
                       '-m', '--model', required=True, metavar='PATH')=None,
     output_path:Option('Model file to write (.tlt)', '-o', required=True, metavar='FILE')=None,
-    key:_key_option()=None,
+    key:key_option()=None,
     experiment_spec_file:_spec_option(False)=None,
     set:_set_option()=None,
     model_name:Option('Variant, such as efficientdet-d7 (default: detected from the weights)', metavar='NAME')=None,
     num_classes:Option('Channels of the class head (default: detected from the weights)', type=int, metavar='N')=None,
     image_size:Option('Network input, "height,width" (default: that of the published model)', metavar='H,W')=None,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Convert the weights of another project to a model file."
     if experiment_spec_file and (model_name or num_classes or image_size):
@@ -569,7 +564,7 @@ LAUNCHER_WORDS = ('tao', 'tlt', 'model', 'deploy', 'efficientdet_tf1')
 
 def efficientdet_tf1():
     "Runs the task that is the first argument of the command line, with the options that follow."
-    answer_shell(lambda: task_parser(TASKS))
+    answer_shell(lambda: completion_parser(TASKS))
     program = os.path.splitext(os.path.basename(sys.argv[0]))[0]
     args = list(sys.argv[1:])
     while args and args[0] in LAUNCHER_WORDS: args.pop(0)

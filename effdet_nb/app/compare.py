@@ -12,7 +12,7 @@ import csv, json, math, os
 from dataclasses import dataclass
 from pathlib import Path
 from .command import command
-from .options import Option
+from .options import Option, log_option, verbose_option
 from ..core.console import format_duration
 from ..core.files import to_jsonable
 from ..train.fields import format_value
@@ -234,8 +234,8 @@ def effdet_compare(
     output_path:Option('HTML page to write, with curves and tables (default: not written)', '-o', '--page',
                        metavar='FILE')=None,
     json:Option('Print all numbers as JSON instead of tables', flag=True)=False,
-    log_file:Option('File to append all output to', metavar='FILE')=None,
-    verbose:Option('Print the traceback of an error', '-v', flag=True)=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Compare training runs: settings that differ, curves, AP."
     from json import dumps

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['LOWEST_SCORE', 'MAX_UPLOAD', 'REMOTE_JS', 'PORT_ERRORS', 'DemoModel', 'demo_files', 'DemoHandler', 'DemoServer',
-           'effdet_webpage', 'effdet_demo', 'short_names']
+           'effdet_webpage', 'effdet_demo']
 
 # %% ../../nbs/app/15_demo.ipynb #d66eaedd
 import errno, io, json, threading, time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from ..core.console import log_message
 from .command import command
-from .options import Option
+from .options import Option, key_option, log_option, verbose_option
 
 # %% ../../nbs/app/15_demo.ipynb #819da1d0
 LOWEST_SCORE = .05 # score below which the slider cannot go
@@ -178,11 +177,6 @@ def _as_png(data):
     return out.getvalue()
 
 # %% ../../nbs/app/15_demo.ipynb #9be9105e
-def _key_option():
-    return Option('Key that encrypts the model files (default: $EFFDET_KEY, else no encryption)', '-k', metavar='KEY')
-
-def _log_option(): return Option('File to append all output to', metavar='FILE')
-def _verbose_option(): return Option('Print the traceback of an error', '-v', flag=True)
 def _threshold_option(): return Option('Score at which the slider starts', '-t', type=float, metavar='SCORE')
 
 # %% ../../nbs/app/15_demo.ipynb #482d2f2d
@@ -193,13 +187,13 @@ def effdet_webpage(
                       nargs='+', metavar='FILE')=None,
     output_dir:Option('Folder to write index.html and its scripts to; they contain the model unencrypted', '-o',
                       required=True, metavar='FOLDER')=None,
-    key:_key_option()=None,
+    key:key_option()=None,
     runtime:Option('ONNX Runtime Web: the file that `npm pack onnxruntime-web@1.30.0` writes, or a folder with the '
                    'unpacked package (default: npm fetches it)', metavar='PATH')=None,
     title:Option('Title of the page (default: name of the model)', metavar='TEXT')=None,
     threshold:_threshold_option()=.5,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Write a web page that runs a model in the browser, without a server or a network."
     from effdet_nb.app.infer import check_score_threshold
@@ -215,29 +209,19 @@ def effdet_webpage(
 def effdet_demo(
     model_path:Option('Model (.tlt, .onnx, .etlt, .tflite, .engine); several are compared side by side', '-m',
                       '--model', required=True, nargs='+', metavar='FILE')=None,
-    key:_key_option()=None,
+    key:key_option()=None,
     port:Option('Port of the page on this machine; 0 for any free one', '-p', type=int, metavar='N')=8000,
     threshold:_threshold_option()=.5,
     gpu_index:Option('GPU to use, counted from 0 (default: all)', type=int, metavar='N')=None,
-    log_file:_log_option()=None,
-    verbose:_verbose_option()=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Show a local web page where you drop images on a model, or compare several models."
     from effdet_nb.app.infer import check_score_threshold, load_for_inference
+    from effdet_nb.app.model_evaluation import short_names
     check_score_threshold(threshold)
     detectors = [load_for_inference(path, key, LOWEST_SCORE) for path in model_path]
     models = [DemoModel(name, detector) for name,detector in zip(short_names(model_path), detectors)]
     with DemoServer(models, port, threshold) as server:
         print(f'Open {server.address} in a browser. Ctrl-C ends the demo', flush=True)
         server.serve_forever()
-
-# %% ../../nbs/app/15_demo.ipynb #e07b34a6
-def short_names(
-    paths:list, # paths of files
-)->list:        # their names, with as many folders as are needed to tell them apart
-    "Shortens paths to names that differ."
-    parts = [Path(path).parts for path in paths]
-    for length in range(1, max(map(len, parts))+1):
-        names = ['/'.join(p[-length:]) for p in parts]
-        if len(set(names))==len(set(paths)): break
-    return names

@@ -468,17 +468,18 @@ def infer(
         detector = load_for_inference(detector, key, score_threshold, max_detections, class_agnostic, threads)
         class_table = rename_classes(detector.classes, names, label_map)
         summary = InferenceSummary(score_threshold=score_threshold, written_to=[o for o in outputs if o is not None])
-        options = dict(batch_size=batch_size, workers=workers, on_error=summary.skip,
-                       score_threshold=score_threshold, class_table=class_table)
-        if tiling: predictions = predict_tiled_files(detector, paths, tiling, max_detections=max_detections, **options)
-        else:
-            limit = detection_limit(detector, max_detections)
-            predictions = predict_files(detector, paths, max_detections=limit, **options)
+        predictions = _predict(detector, paths, tiling, max_detections, batch_size=batch_size, workers=workers,
+                               on_error=summary.skip, score_threshold=score_threshold, class_table=class_table)
         _write_all(predictions, writer, summary, len(paths), min(workers or 2, 2) if tiling else workers)
         if result_file: result_file.write(summary.predictions, class_table)
         summary.passed_over = count_passed_over(in_image_path, recursive)
         if results_dir is not None: _report(summary, class_table, Path(results_dir), status)
         return summary
+
+def _predict(detector, paths, tiling, max_detections, **options):
+    "Runs a detector on whole images or, with a `Tiling`, on tiles, where only the caller limits the number of boxes."
+    if tiling: return predict_tiled_files(detector, paths, tiling, max_detections=max_detections, **options)
+    return predict_files(detector, paths, max_detections=detection_limit(detector, max_detections), **options)
 
 # %% ../../nbs/app/01_infer.ipynb #46f1f35f
 def _status(results_dir, key):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILE_EXTENSIONS', 'PATH_TYPES', 'DASHES', 'LAUNCHER_OPTIONS', 'alias_action', 'folder_path', 'choice_type', 'Option',
-           'option_names', 'spell_option', 'find_setting', 'explain_unknown', 'correct_words', 'CommandParser',
-           'command_parser', 'parse_options']
+           'key_option', 'log_option', 'verbose_option', 'option_names', 'spell_option', 'find_setting',
+           'explain_unknown', 'correct_words', 'CommandParser', 'command_parser', 'parse_options']
 
 # %% ../../nbs/app/11_options.ipynb #f9774503
 import argparse, inspect, os, re
@@ -85,6 +85,19 @@ class Option(Param):
 
     @property
     def takes_value(self): return not self._is_flag
+
+# %% ../../nbs/app/11_options.ipynb #8e60a1b7
+def key_option():
+    "Returns the option for the key of encrypted files."
+    return Option('Key that encrypts the model files (default: $EFFDET_KEY, else no encryption)', '-k', metavar='KEY')
+
+def log_option():
+    "Returns the option for a log file."
+    return Option('File to append all output to', metavar='FILE')
+
+def verbose_option():
+    "Returns the option that shows tracebacks."
+    return Option('Print the traceback of an error', '-v', flag=True)
 
 # %% ../../nbs/app/11_options.ipynb #4a24c7d7
 def option_names(

@@ -7,7 +7,7 @@ __all__ = ['effdet_split']
 
 # %% ../../nbs/app/17_split_command.ipynb #9fe80689
 from .command import command
-from .options import Option
+from .options import Option, log_option, verbose_option
 
 # %% ../../nbs/app/17_split_command.ipynb #dabf1d5f
 @command(example='-a labels.json -i images -o split --val 0.2 --group "(.*)_[0-9]+"')
@@ -29,8 +29,8 @@ def effdet_split(
                        'or a file with such lines', nargs='+', metavar='OLD=NEW')=None,
     label_map:Option('Text file with all class names, one per line, in the order of their ids (default: the order of '
                      'the annotations)', metavar='FILE')=None,
-    log_file:Option('File to append all output to', metavar='FILE')=None,
-    verbose:Option('Print the traceback of an error', '-v', flag=True)=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Split labelled images into training, validation and test images."
     from effdet_nb.data.sources import parse_class_map

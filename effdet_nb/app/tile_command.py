@@ -7,7 +7,7 @@ __all__ = ['effdet_tile']
 
 # %% ../../nbs/app/16_tile_command.ipynb #1158a576
 from .command import command
-from .options import Option
+from .options import Option, log_option, verbose_option
 
 # %% ../../nbs/app/16_tile_command.ipynb #403793d9
 @command(example='-i images/train -a train.json -o tiles --tile 640')
@@ -23,8 +23,8 @@ def effdet_tile(
     empty_share:Option('Tiles without objects to keep, as a share of those with objects', type=float, metavar='X')=.1,
     tag:Option('Name of the outputs (default: name of the annotation file)', '-t', metavar='TEXT')=None,
     workers:Option('Number of threads (default: one per core)', type=int, metavar='N')=None,
-    log_file:Option('File to append all output to', metavar='FILE')=None,
-    verbose:Option('Print the traceback of an error', '-v', flag=True)=False,
+    log_file:log_option()=None,
+    verbose:verbose_option()=False,
 ):
     "Cut the images and boxes of a data set into overlapping tiles, to train on small objects."
     from effdet_nb.data.tile_dataset import tile_dataset

@@ -14,6 +14,7 @@ import numpy as np
 class Html(str):
     "A finished fragment of a page."
     def __add__(self, other): return Html(str(self) + escape_html(other))
+    def __repr__(self): return f'Html({len(self):,} characters)'     # notebooks keep it beside the page
     def _repr_html_(self): return str(self)
 
 # %% ../../nbs/core/04_fragments.ipynb #f3673c95

@@ -131,10 +131,13 @@ def export_tensorflow(
             partial(rounding_noise, model, pixels, meta))
         metadata_path = temporary/'effdet_nb.json' if is_saved_model else Path(f'{temporary}.json')
         metadata_path.write_text(json.dumps(meta), encoding='utf-8')
-        if destination.is_dir(): shutil.rmtree(destination)
-        for source in ([temporary] if is_saved_model else [metadata_path, temporary]):
-            source.replace(destination.with_name(source.name))
+        _publish([temporary] if is_saved_model else [metadata_path, temporary], destination)
     return ExportResult(destination, meta, difference)
+
+def _publish(sources, destination):
+    "Moves finished files, or a finished folder, to their place beside `destination`, which they may replace."
+    if destination.is_dir(): shutil.rmtree(destination)
+    for source in sources: source.replace(destination.with_name(source.name))
 
 def _write_and_run(model, pixels, path, batch_size, is_saved_model):
     "Writes a SavedModel or a LiteRT file; returns its raw outputs."
@@ -203,8 +206,8 @@ def export(
     model_file = load_model_file(model_path, key, ('weights','ema'))
     settings = saved_nms_settings(model_file, nms) | thresholds
     num_images = batches*(batch_size or max_batch_size or 1)
-    has_images = cal_image_dir or (cal_cache_file and Path(cal_cache_file).is_file())
-    if data_type=='int8' and not has_images: cal_image_dir = record_images(cal_records, num_images)
+    if data_type=='int8' and not (cal_image_dir or _has_cache(cal_cache_file)):
+        cal_image_dir = record_images(cal_records, num_images)
     if nms=='tflite':
         return export_mobile(model_file, path, data_type, cal_image_dir, num_images, **settings)
     if path.suffix.lower() in ('.pb','.tflite'): return export_tensorflow(model_file, path, max_batch_size, **settings)
@@ -213,6 +216,8 @@ def export(
     proto = add_nms(raw, nms, **settings)
     verification = verify_export(proto, model, verification_images(model_file.arch.image_hw), path)
     return write_export(proto, path, key, verification)
+
+def _has_cache(path): return bool(path) and Path(path).is_file()
 
 def _check_combination(path, data_type, nms, batch_size):
     "Raises an error for a precision, suppression or batch size that a format does not support."
