@@ -9,8 +9,7 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 # image file: (notebook, id of the cell that draws the figure)
 FIGURES = {
-    'first_detector.png':   ('detector/14_first_fit.ipynb', '9a7a1b53'),
-    'first_detections.png': ('detector/14_first_fit.ipynb', '4cc7d459'),
+    'first_detector.png': ('detector/14_first_fit.ipynb', '9a7a1b53'),
 }
 
 
