@@ -196,3 +196,20 @@ def test_the_search_in_the_chapter_runs(tmp_path, monkeypatch, capsys):
     exec(compile(program, 'search.py', 'exec'), space := {})
     assert len(rates)==10 and len(set(rates))>5 and space['study'].best_value>.4
     assert (tmp_path/'sweep.db').is_file() and 'learning_rate' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', ['model.step-100.tlt', 'model.best.tlt', 'evaluation/metrics.json'])
+def test_a_file_that_is_deleted_while_it_is_read_is_as_if_it_had_not_been_there(runs, name, monkeypatch):
+    for step in (50, 100): (runs[1]/f'model.step-{step}.tlt').write_bytes(bytes(step))
+    for folder in ('evaluation', 'older'):
+        (runs[1]/folder).mkdir()
+        (runs[1]/folder/'metrics.json').write_text(json.dumps(dict(per_class=[dict(name='cat', AP=.5)])))
+    monkeypatch.setattr(Path, 'is_file', lambda path: os.path.isfile(path) or path.name==Path(name).name)
+    listed = Path.glob
+    def glob(folder, pattern):
+        paths = list(listed(folder, pattern))
+        (runs[1]/name).unlink(missing_ok=True)
+        return paths
+    monkeypatch.setattr(Path, 'glob', glob)
+    run = read_run(runs[1], 'b')
+    assert run.class_scores=={'cat': .5} and run.model_bytes==(50 if '100' in name else 100)

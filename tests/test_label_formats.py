@@ -1,5 +1,7 @@
 """Labels of other tools: files written by the tools themselves (fixtures/labels/make.py: supervision 0.31, LabelMe 6.3,
 Label Studio's converter 0.0.59) and files in the published formats of CVAT, Roboflow, VIA, FiftyOne and KITTI."""
+import base64
+import io
 import json
 import random
 import shutil
@@ -16,6 +18,7 @@ from effdet_nb.data.label_formats import SourceError, find_source, text_format
 from effdet_nb.data.label_json import labelme_outline
 from effdet_nb.data.label_set import LabelSet
 from effdet_nb.data.sources import convert_sources, parse_class_map, read_sources
+from effdet_nb.data.tfrecord import parse_example, read_records
 
 FIXTURES = Path(__file__).parent/'fixtures'/'labels'
 SIZES = {'a b.jpg': (60, 80), 'c.jpg': (61, 80), 'empty.jpg': (62, 80)}
@@ -447,6 +450,29 @@ def test_a_list_in_a_folder_of_its_own_finds_its_images(tmp_path):
     with pytest.raises(SourceError, match='none of its images has a label file'): find_source(path)
 
 
+@pytest.mark.parametrize('start', ['data/', 'data/yolo/', '/home/ada/cars/', 'C:\\ada\\', '../cars/'])
+@pytest.mark.parametrize('place', ['train.txt', 'lists/train.txt'])
+@pytest.mark.parametrize('images, labels', [('obj_train_data', 'obj_train_data'), ('images/train', 'labels/train')])
+def test_a_list_may_be_relative_to_another_folder(start, place, images, labels, tmp_path):
+    draw_images(tmp_path/images, dict.fromkeys(('a.jpg', 'b.jpg', 'none.jpg', 'other.jpg'), (60, 80)))
+    for stem in ('a', 'b', 'other'): write(tmp_path/labels/f'{stem}.txt', '0 .5 .5 .1 .1')
+    path = write(tmp_path/place, '\n'.join(f'{start}{images}/{name}.jpg' for name in ('none', 'a', 'b')))
+    found = read_sources(path, tmp_path)
+    assert [image['path'] for image in found.images]==[tmp_path/images/f'{name}.jpg' for name in ('none', 'a', 'b')]
+    assert len(found.annotations)==2 and notes_of(found)[Fault.NO_LABEL_FILE]==['none.jpg']
+
+
+def test_a_list_never_takes_labels_of_other_images(tmp_path):
+    draw_images(tmp_path/'new'/'images', {'a.jpg': (60, 80)})
+    write(tmp_path/'labels'/'a.txt', '0 .5 .5 .1 .1')                       # of the folder above
+    with pytest.raises(SourceError, match='none of its images has a label file'):
+        find_source(write(tmp_path/'new'/'train.txt', 'images/a.jpg'))
+    for folder in ('x', 'y'): write(tmp_path/'two'/folder/'other.txt', '')
+    write(tmp_path/'two'/'a.txt', '0 .5 .5 .1 .1')                          # of x/a.jpg or of y/a.jpg?
+    with pytest.raises(SourceError, match='none of its images has a label file'):
+        find_source(write(tmp_path/'two'/'train.txt', 'x/a.jpg\ny/a.jpg'))
+
+
 @pytest.mark.parametrize('line', ['/', '..', '.', 'x'*300+'.jpg', 'a\0b.jpg', 'images/', '\\'])
 def test_a_strange_line_in_a_list_is_a_missing_image(line, tmp_path):
     draw_images(tmp_path/'images', {'a.jpg': (60, 80)})
@@ -567,6 +593,43 @@ def test_only_the_first_line_of_a_large_text_file_is_read(tmp_path):
     assert text_format(path) is None
     assert tracemalloc.get_traced_memory()[1]<2_000_000
     tracemalloc.stop()
+
+
+def png_text(pixels, mode=None):
+    "A mask as LabelMe stores it."
+    data = io.BytesIO()
+    image = Image.fromarray(np.uint8(pixels))
+    (image.convert(mode) if mode else image).save(data, 'PNG')
+    return base64.b64encode(data.getvalue()).decode()
+
+
+RING = np.pad(np.zeros((2, 3)), 1, constant_values=1)          # 4 rows, 5 columns, a hole inside
+
+@pytest.mark.parametrize('mask', [png_text(RING), png_text(255*RING), png_text(255*RING, '1')])
+def test_a_mask_of_labelme_is_stored_with_its_holes(mask, tmp_path):
+    draw_images(tmp_path/'data', {'a.jpg': (60, 80)})
+    shapes = [dict(label='nut', shape_type='mask', points=[[10, 20], [14, 23]], mask=mask),
+              dict(label='nut', shape_type='rectangle', points=[[1, 1], [5, 5]]),
+              dict(label='nut', shape_type='polygon', points=[[30, 30], [40, 30], [40, 40]])]
+    write_json(tmp_path/'data'/'a.json', dict(shapes=shapes, imagePath='a.jpg', imageHeight=60, imageWidth=80))
+    convert_sources(tmp_path/'data', None, tmp_path/'out', num_shards=1, include_masks=True, workers=1)
+    [example] = map(parse_example, read_records(next((tmp_path/'out').glob('*-of-*'))))
+    expected = np.zeros((60, 80))
+    expected[20:24, 10:15] = RING
+    masks = [np.asarray(Image.open(io.BytesIO(png))) for png in example['image/object/mask']]
+    assert np.array_equal(masks[0], expected) and not masks[1].any() and masks[2].sum()>40
+    edges = [example[f'image/object/bbox/{edge}'][0] for edge in ('ymin', 'xmin', 'ymax', 'xmax')]
+    assert np.allclose(np.multiply(edges, [60, 80, 60, 80]), [20, 10, 24, 15])
+
+
+@pytest.mark.parametrize('mask', [
+    None, 7, '', 'no base64', base64.b64encode(b'no image').decode(), png_text(np.ones((50, 50))), png_text(RING)[:60]])
+def test_a_damaged_mask_of_labelme_leaves_the_box(mask, tmp_path):
+    draw_images(tmp_path, {'a.jpg': (60, 80)})
+    shapes = [dict(label='nut', shape_type='mask', points=[[20, 15], [24, 18]], mask=mask)]
+    write_json(tmp_path/'a.json', dict(shapes=shapes, imagePath='a.jpg', imageHeight=60, imageWidth=80))
+    [box] = read_sources(tmp_path).annotations
+    assert box['bbox']==[20, 15, 5, 4] and 'segmentation' not in box
 
 
 @pytest.mark.parametrize('points, expected', [

@@ -20,14 +20,18 @@ class RecordingRun:
     "A tracker that keeps what it is given; `failing` names the methods that raise."
     runs, failing, error = [], (), ConnectionError('no route to host\nand more')
 
-    def __init__(self, name, run_id, settings):
-        self.calls, self.id, self.name, self.settings = [], run_id or f'id{len(self.runs)}', name, settings
+    def __init__(self, name, run_id):
+        self.calls, self.id, self.name, self.settings = [], run_id or f'id{len(self.runs)}', name, None
         self.runs.append(self)
         self.call('start')
 
     def call(self, method, *args):
         self.calls.append((method, *args))
         if method in self.failing: raise self.error
+
+    def log_settings(self, settings):
+        self.settings = settings
+        self.call('log_settings')
 
     def log(self, metrics, step): self.call('log', metrics, step)
     def finish(self, is_complete): self.call('finish', is_complete)
@@ -77,7 +81,7 @@ def test_a_training_loop_sends_steps_and_epochs(recording, model_dir, spec):
     assert run.calls[-1]==('finish', True)
 
 
-@pytest.mark.parametrize('method', ['start', 'log', 'finish'])
+@pytest.mark.parametrize('method', ['start', 'log_settings', 'log', 'finish'])
 def test_a_failing_tracker_is_one_line_and_the_training_goes_on(
         recording, model_dir, spec, method, monkeypatch, capsys):
     monkeypatch.setattr(recording, 'failing', (method,))
@@ -88,7 +92,7 @@ def test_a_failing_tracker_is_one_line_and_the_training_goes_on(
     line, = capsys.readouterr().err.strip().splitlines()
     assert line.startswith('warning: --log_to recording: ') and 'no route to host' in line and 'more' not in line
     calls = [name for name,*_ in recording.runs[-1].calls]
-    assert calls.count(method)==1 and calls[-1]==('finish' if method=='log' else method)
+    assert calls.count(method)==1 and calls[-1]==('finish' if method.startswith('log') else method)
 
 
 def test_a_run_that_fails_is_ended_so_that_the_next_one_can_start(recording, model_dir, monkeypatch):
@@ -97,6 +101,12 @@ def test_a_run_that_fails_is_ended_so_that_the_next_one_can_start(recording, mod
     assert recording.runs[-1].calls[-1]==('finish', False)
     monkeypatch.setattr(recording, 'failing', ())
     assert track('recording', model_dir).run and recording.runs[-1].calls[-1]==('finish', True)
+
+
+def test_a_run_whose_id_cannot_be_stored_is_ended(recording, model_dir, capsys):
+    (model_dir/'trackers.json').mkdir()
+    track('recording', model_dir)
+    assert recording.runs[-1].calls[-1]==('finish', False) and capsys.readouterr().err.count('\n')==1
 
 
 @pytest.mark.parametrize('text', ['{', '[]', '"r1"', '\x00'])
@@ -184,6 +194,19 @@ def test_an_mlflow_server_that_is_away_is_one_line(model_dir, monkeypatch, capsy
     monkeypatch.setenv('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '0')
     assert track('mlflow', model_dir).run is None
     assert 'warning: --log_to mlflow: the rest of this run is not tracked' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('method', ['log_params', 'log_metrics'])
+def test_a_failing_mlflow_leaves_no_run_active(model_dir, tmp_path, monkeypatch, capsys, method):
+    require('mlflow')
+    import mlflow
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', f'sqlite:///{tmp_path}/mlflow.db')
+    with monkeypatch.context() as patch:
+        def fail(*args, **kwargs): raise ConnectionError('no route to host')
+        patch.setattr(mlflow, method, fail)
+        assert track('mlflow', model_dir).run is None
+    assert mlflow.active_run() is None and 'no route to host' in capsys.readouterr().err
+    assert track('mlflow', model_dir).run
 
 
 def test_wandb_stores_settings_and_metrics_offline_and_never_the_key(model_dir, tmp_path, monkeypatch, capsys):

@@ -319,12 +319,28 @@ def _listed_voc(path, names):
 
 def _listed_yolo(path, names):
     "Returns the source of a list of images of YOLO; images without a label file are background."
-    images = tuple(path.absolute().parent/name for name in names)
-    files = tuple(map(_label_of_image, images))
+    images,files = _listed_files(path, names)
     if not any(map(os.path.isfile, files)):
         raise SourceError(f'{path}: none of its images has a label file, such as {files[0]}. Copy the labels there')
     class_names,data = find_class_names(path.parent)
     return Source(path, 'yolo', files, frozenset(), class_names, _has_keypoints(data), images)
+
+def _listed_files(path, names):
+    "Returns the images of a list and their label files, at the first possible place where one of them exists."
+    first = None
+    for images in _possible_images(path, names):
+        files = tuple(map(_label_of_image, images))
+        first = first or (images, files)
+        if any(map(os.path.isfile, files+images)): return images, files
+    return first
+
+def _possible_images(path, names):
+    "Yields the paths that the names in a list may mean, without ever more of their first folders."
+    parts = [re.split(r'[\\/]+', name) for name in names]
+    for skipped in range(max(map(len, parts))):
+        shorter = ['/'.join(p[skipped:] or p[-1:]) for p in parts] if skipped else names
+        if len(set(shorter))<len(set(names)): return          # two images would be one
+        for folder in path.absolute().parents[:3]: yield tuple(folder/name for name in shorter)
 
 def _label_of_image(image):
     "Returns the YOLO label file of an image: in the folder `labels` instead of `images`, or beside the image."

@@ -164,7 +164,7 @@ def add_box(
     label_id,             # file and place of the label
     class_name:str,
     xywh,                 # x, y, width, height, pixels; numbers or their text
-    polygons:list=None,   # outlines of the object, each x1 y1 x2 y2 ..., pixels
+    segmentation=None,    # mask as COCO stores it: a list of polygons x1 y1 x2 y2 ..., pixels, or run lengths
     is_crowd:bool=False,  # does not count in evaluation
 )->bool:                  # whether it was added
     "Adds a box, or reports it if it has no class name or its coordinates are not finite numbers."
@@ -176,7 +176,7 @@ def add_box(
     if not all(map(math.isfinite, bbox)): return self.leave_box_out(image, label_id, Fault.NOT_FINITE)
     annotation = dict(id=label_id, image_id=image['id'], class_name=name, bbox=bbox, iscrowd=int(is_crowd),
                       area=max(bbox[2], 0)*max(bbox[3], 0))
-    if polygons: annotation['segmentation'] = polygons
+    if segmentation: annotation['segmentation'] = segmentation
     self.annotations.append(annotation)
     return True
 
@@ -238,10 +238,11 @@ def add_outline(
     label_id,        # file and place of the label
     class_name:str,
     outline,         # x, y, width, height; or a polygon of three or more points; or the fault of the label
+    mask:dict=None,  # run lengths of the mask of a box, as COCO stores them
 )->bool:             # whether it was added
     "Adds a box or a polygon, or reports the fault of the label."
     if isinstance(outline, Fault): return self.leave_box_out(image, label_id, outline)
-    if len(outline)==4: return self.add_box(image, label_id, class_name, outline)
+    if len(outline)==4: return self.add_box(image, label_id, class_name, outline, mask)
     return self.add_polygon(image, label_id, class_name, outline)
 
 # %% ../../nbs/data/18_label_set.ipynb #247ebfe2

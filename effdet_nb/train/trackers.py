@@ -30,15 +30,17 @@ def metric_values(
 class MlflowRun:
     "A run of MLflow."
     def __init__(self,
-        name:str,      # shown in the list of runs
-        run_id:str,    # a run to continue, or None
-        settings:dict, # 'section.field' -> value
+        name:str,   # shown in the list of runs
+        run_id:str, # a run to continue, or None
     ):
         os.environ.setdefault('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '2')
         import mlflow
-        self.mlflow = mlflow
-        self.id = mlflow.start_run(run_id=run_id, run_name=None if run_id else name).info.run_id
-        if run_id is None: mlflow.log_params({field: str(value)[:500] for field,value in settings.items()})
+        self.mlflow,self.is_new = mlflow, run_id is None
+        self.id = mlflow.start_run(run_id=run_id, run_name=name if self.is_new else None).info.run_id
+
+    def log_settings(self, settings:dict):
+        "Logs the fields of a spec by name; those of a continued run cannot be changed."
+        if self.is_new: self.mlflow.log_params({field: str(value)[:500] for field,value in settings.items()})
 
     def log(self, metrics:dict, step:int):
         "Logs named numbers of a step."
@@ -51,15 +53,17 @@ class MlflowRun:
 class WandbRun:
     "A run of Weights & Biases."
     def __init__(self,
-        name:str,      # shown in the list of runs
-        run_id:str,    # a run to continue, or None
-        settings:dict, # 'section.field' -> value
+        name:str,   # shown in the list of runs
+        run_id:str, # a run to continue, or None
     ):
         import wandb
         options = wandb.Settings(console='off', x_disable_meta=True)   # the command line may contain the key
         project = os.environ.get('WANDB_PROJECT', 'effdet_nb')
         self.run = wandb.init(project=project, name=name, id=run_id, resume='allow', settings=options)
         self.id = self.run.id
+
+    def log_settings(self, settings:dict):
+        "Logs the fields of a spec by name."
         self.run.config.update(settings, allow_val_change=True)
 
     def log(self, metrics:dict, step:int):
@@ -97,16 +101,16 @@ class TrackerCallback(MetricsCallback):
         "Starts the run in the tracker, or continues it."
         ids = json.loads(self.ids_path.read_text()) if self.ids_path.is_file() else {}
         settings = field_values(Spec.load(self.model_dir/'spec.txt'))
-        run = TRACKERS[self.tracker](self.model_dir.resolve().name, ids.get(self.tracker), settings)
-        with atomic_write(self.ids_path, 'w') as f: json.dump(ids | {self.tracker: run.id}, f)
-        return run
+        self.run = TRACKERS[self.tracker](self.model_dir.resolve().name, ids.get(self.tracker))
+        self.run.log_settings(settings)
+        with atomic_write(self.ids_path, 'w') as f: json.dump(ids | {self.tracker: self.run.id}, f)
 
     def log(self, prefix, metrics):
         "Sends the metrics of a step or of an epoch."
         if self.run: self.attempt(self.run.log, metric_values(prefix, metrics), int(metrics['step']))
 
     def on_train_begin(self, logs=None):
-        if is_chief(): self.run = self.attempt(self.start)
+        if is_chief(): self.attempt(self.start)
 
     def on_metrics(self, rows, summary): self.log('step', summary)
     def on_epoch_end(self, epoch, logs=None): self.log('epoch', logs)
