@@ -33,10 +33,12 @@ def _results_option(help_text): return Option(help_text, '-r', metavar='FOLDER')
 # %% ../../nbs/app/18_cli.ipynb #690f5143
 _NO_SPEC_HINT = 'conversion reads no spec. Give the images with -i, the annotations with -a, the output folder with -o'
 _NO_KEY_HINT = 'records are not encrypted. Leave it out'
+_TILE_HINT = 'cut the images and boxes with effdet_tile first, then convert its output'
 
 @command(example='-i images/train -a train.json -o records -t train', hints={
     '-e': _NO_SPEC_HINT, '--experiment_spec_file': _NO_SPEC_HINT, '-d': _NO_SPEC_HINT,
-    '--dataset_export_spec': _NO_SPEC_HINT, '--set': _NO_SPEC_HINT, '-k': _NO_KEY_HINT, '--key': _NO_KEY_HINT})
+    '--dataset_export_spec': _NO_SPEC_HINT, '--set': _NO_SPEC_HINT, '-k': _NO_KEY_HINT, '--key': _NO_KEY_HINT,
+    '--tile': _TILE_HINT, '--tile_overlap': _TILE_HINT, '--tile_only': _TILE_HINT})
 def effdet_dataset_convert(
     image_dir:Option('Folder of the images: one for all annotations, or one for each (default: beside the annotations)',
                      '-i', nargs='+', metavar='FOLDER')=None,
@@ -61,7 +63,7 @@ def effdet_dataset_convert(
     log_file:log_option()=None,
     verbose:verbose_option()=False,
 ):
-    "Convert images and their annotations, in COCO or another format, to TFRecord files."
+    "Convert images and annotations, COCO or other formats, to TFRecord files (large images: effdet_tile first)."
     from effdet_nb.data.sources import convert_sources, parse_class_map
     return convert_sources(
         annotations_file, image_dir or (), output_dir, tag, parse_class_map(map_classes or ()), label_map, results_dir,
