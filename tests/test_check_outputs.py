@@ -1,4 +1,4 @@
-"What counts as a stale output of a notebook. `make nbtest` compares those of all chapters."
+"What counts as a stale output of a notebook."
 import subprocess
 import sys
 
