@@ -50,8 +50,8 @@ def write_notebook(path, cells):
     nbformat.write(nb, path)
 
 
-def run_tool(path):
-    command = [sys.executable, ROOT/'tools'/'check_outputs.py', '--path', path]
+def run_tool(path, *options):
+    command = [sys.executable, ROOT/'tools'/'check_outputs.py', '--path', path, *options]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -80,7 +80,7 @@ def test_every_stale_output_is_named(tmp_path):
         ('y = 1', [shown('1')]),                         # 4
         ('"<svg>"', [shown("'<svg>'")]),
     ])
-    done = run_tool(tmp_path/'stale.ipynb')
+    done = run_tool(tmp_path/'stale.ipynb', '--n_workers', '2')           # in another process
     named = [i for i in range(6) if f'cell cell-{i} ' in done.stderr]
     assert done.returncode==1 and named==[0, 2, 3, 4], done.stderr
     assert '-before' in done.stderr and '+now' in done.stderr and 'stale.ipynb' in done.stderr

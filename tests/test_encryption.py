@@ -1,6 +1,6 @@
 "Encryption: bytes are read back as they were encrypted, or refused with a reason."
 
-import io, os, time, tracemalloc
+import io, os, sys, time, tracemalloc
 import numpy as np, pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from zlib import crc32
@@ -204,3 +204,21 @@ def test_random_flipped_bits_in_chunks_of_real_size_are_refused(seed, whole, bit
     for i in rng.choice(np.arange(HEADER_SIZE, len(good)), bits, replace=False):
         bad[i] ^= 1 << int(rng.integers(8))
     refused(lambda: decrypt(bytes(bad), KEY), DamagedFileError)
+
+
+@pytest.mark.parametrize('num_writes', [1, 2, 3])
+def test_a_writer_whose_file_is_full_is_closed_and_writes_no_more(num_writes, cheap_scrypt, monkeypatch):
+    "Python 3.13 prints the traceback of an error in `close` at the end of an object."
+    class FullFile(io.BytesIO):
+        num_left = num_writes
+        def write(self, data):
+            self.num_left -= 1
+            if self.num_left<0: raise OSError(28, 'No space left on device')
+            return super().write(data)
+    ignored = []
+    monkeypatch.setattr(sys, 'unraisablehook', ignored.append)
+    with pytest.raises(OSError, match='No space left'):
+        with EncryptingWriter(FullFile(), KEY, 16) as writer: writer.write(bytes(100))
+    assert writer.closed
+    del writer
+    assert not ignored

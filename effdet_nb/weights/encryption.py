@@ -189,8 +189,9 @@ class EncryptingWriter(io.RawIOBase):
         self.num_chunks += 1
 
     def close(self):
-        if not self.closed: self._write_chunk(is_last=True)
-        super().close()
+        try:
+            if not self.closed: self._write_chunk(is_last=True)
+        finally: super().close()     # after a failed write too, or the end of the object would write again
 
 # %% ../../nbs/weights/01_encryption.ipynb #e0e428f8
 class DecryptingReader(io.RawIOBase):
