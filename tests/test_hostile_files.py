@@ -129,7 +129,7 @@ def test_an_unusable_key_is_refused(tmp_path, no_key):
         with pytest.raises(ValueError, match='blanks only'): resolve_key(key)
     with pytest.raises(ValueError, match='not a character'): resolve_key('a\ud800')
     (tmp_path/'empty').write_text('\nkey')
-    for name, words in (('empty', 'first line is empty'), ('none', 'no such file'), ('.', 'no such file')):
+    for name, words in (('empty', 'first line is empty'), ('none', 'no such file'), ('.', 'is a folder')):
         no_key.setenv('EFFDET_KEY_FILE', str(tmp_path/name))
         with pytest.raises((ValueError, OSError), match=words): resolve_key()
 

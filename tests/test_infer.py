@@ -115,7 +115,7 @@ def test_an_unreadable_image_does_not_stop_the_others(image_folder, tmp_path, ca
 
 def test_errors_are_raised_before_the_model_is_opened_and_leave_no_files(image_folder, tmp_path):
     gone = tmp_path/'no.tlt'
-    with pytest.raises(FileNotFoundError, match='no such label map'):
+    with pytest.raises(FileNotFoundError, match='no such file'):
         infer(gone, image_folder, tmp_path/'o', label_map=tmp_path/'nope')
     with pytest.raises(ValueError, match='is a file'): infer(gone, image_folder, image_folder/'x.txt'/'o')
     (tmp_path/'empty').mkdir()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
-from ..core.files import atomic_write, check_output_path
+from ..core.files import atomic_write, check_output_path, is_lfs_pointer, lfs_pointer_error
 
 # %% ../../nbs/app/03_video.ipynb #44f266c2
 VIDEO_EXTENSIONS = tuple('.mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .ts .mts .wmv .flv'.split())
@@ -51,6 +51,8 @@ def open_video(
     "Opens a video for reading."
     av,source = import_av(), str(source)
     kind,pattern = _CAMERAS.get(sys.platform, _CAMERAS['linux']) if source.isdecimal() else (None, '{}')
+    if Path(source).is_fifo(): raise ValueError(f'{source}: a pipe. Give a file, the number of a camera, or a URL')
+    if is_lfs_pointer(source): raise lfs_pointer_error(source)
     try: container = av.open(pattern.format(source), format=kind, timeout=10 if '://' in source else None)
     except FileNotFoundError: raise _missing(source) from None
     except (av.error.FFmpegError, ValueError) as e:

@@ -18,6 +18,7 @@ from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from ..core.console import log_message
+from ..core.files import LFS_PROBLEM, absent_because, is_lfs_pointer
 from .faults import ConversionReport, Fault, coordinate_mistake, describe_issues
 
 # %% ../../nbs/data/03_coco.ipynb #4a2c9958
@@ -55,8 +56,8 @@ def read_coco_json(
     "Reads a JSON file whose top level is an object; the error for invalid JSON names the position."
     path = Path(path)
     if not path.is_file():
-        state = 'is a folder' if path.is_dir() else 'no such file'
-        raise FileNotFoundError(f'{path}: {state}. Give the COCO annotation file (.json)')
+        raise FileNotFoundError(f'{path}: {absent_because(path)}. Give the COCO annotation file (.json)')
+    if is_lfs_pointer(path): raise CocoError(path, [LFS_PROBLEM])
     try:
         text = _read_text(path)
         with _paused_gc(): data = json.loads(text, object_hook=object_hook)
@@ -65,8 +66,8 @@ def read_coco_json(
         raise CocoError(path, [f'"{repeated[0]}" occurs twice at the top level, and JSON keeps only the last. '
                                'Join the two lists'])
     if isinstance(data, dict): return data
-    raise CocoError(path, [f'the top level is a {type(data).__name__}; '
-                           'need an object with images, annotations and categories'])
+    found = dict(list='a list', str='text', NoneType='null', bool='true or false').get(type(data).__name__, 'a number')
+    raise CocoError(path, [f'the top level is {found}; need an object with images, annotations and categories'])
 
 _LIST_NAMES = 'images', 'annotations', 'categories'
 

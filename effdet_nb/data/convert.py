@@ -244,6 +244,9 @@ def check_sources(
     if not Path(image_dir).is_dir():
         raise FileNotFoundError(f'{image_dir}: no such folder. Set image_dir to the folder with the images')
     if not coco.images: raise ValueError(f'{coco.path.name}: no images. There is nothing to convert')
+    if not coco.categories:
+        raise ValueError(f'{coco.path.name}: no usable category. List at least one with its id and name in '
+                         '"categories", also if no image has an object')
     if any(stat_image(image_dir, info) for info in coco.images): return
     if not os.access(image_dir, os.X_OK):
         raise PermissionError(f'{image_dir}: this folder cannot be entered: permission denied. Change its permissions '

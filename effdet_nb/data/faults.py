@@ -81,6 +81,8 @@ class Fault(StrEnum):
                           'Save the image with 8 or 16 bits per channel, grey or RGB')
     DARK_16_BITS = ('highest 4 of 16 bits unused, so nearly black',
                     'Scale the pixels to 16 bits, or save the image with 8 bits')
+    LFS_POINTER = ('Git LFS pointer instead of the file',
+                   'Run "git lfs pull" in the repository that the files are from, or download them')
     NOT_AN_IMAGE = 'not an image', 'Replace the file, or remove it from the JSON'
     NOT_PERMITTED = ('cannot be read: permission denied',
                      'Change the permissions of the file and its folder (chmod), or convert as their owner')

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import unquote
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from ..core.files import UnsuitableFile, read_file
+from ..core.files import LfsPointer, UnsuitableFile, is_lfs_pointer, lfs_pointer_error, read_file
 from .coco import CocoDataset
 from .faults import Fault, Reason
 from ..detector.images import UnsupportedPixels, to_rgb
@@ -145,8 +145,8 @@ class SidesSwapped(ValueError): "Raised for an image whose height and width are 
 # %% ../../nbs/data/04_image_files.ipynb #0f513609
 _FAULTS = { # type of an exception -> fault; the first type that fits
     UnidentifiedImageError: Fault.NOT_AN_IMAGE, Image.DecompressionBombError: Fault.TOO_LARGE,
-    UnsupportedPixels: Fault.UNSUPPORTED_PIXELS, UnsuitableFile: Fault.NOT_A_FILE, OutsideFolder: Fault.OUTSIDE_FOLDER,
-    SidesSwapped: Fault.SIDES_SWAPPED, PermissionError: Fault.NOT_PERMITTED,
+    UnsupportedPixels: Fault.UNSUPPORTED_PIXELS, LfsPointer: Fault.LFS_POINTER, UnsuitableFile: Fault.NOT_A_FILE,
+    OutsideFolder: Fault.OUTSIDE_FOLDER, SidesSwapped: Fault.SIDES_SWAPPED, PermissionError: Fault.NOT_PERMITTED,
     FileNotFoundError: Fault.FILE_MISSING, NotADirectoryError: Fault.FILE_MISSING}
 
 def image_fault(
@@ -170,6 +170,7 @@ def upright_size(
 )->tuple: # (height, width) of the image as a viewer shows it, pixels
     "Reads the size of an image from its head; raises the errors of Pillow and of the file system."
     if os.path.exists(path) and not os.path.isfile(path): raise UnsuitableFile(f'{path}: not an ordinary file')
+    if is_lfs_pointer(path): raise lfs_pointer_error(path)
     with Image.open(path) as image:
         is_turned = _orientation(image, 'JPEG' if image.format=='MPO' else image.format) in range(5, 9)
         return (image.width,image.height) if is_turned else (image.height,image.width)
@@ -179,6 +180,8 @@ def comparable_parts(
     name:str, # path as written in labels
 )->tuple:     # of text: folders and name, without case, encoding and kind of slash
     "Returns the folders and the name of a file in the form in which they are compared."
+    is_url = re.match(r'\w+://', name)
+    name = re.split('[?#]', name)[0] if is_url else name         # without the query of a URL
     text = unicodedata.normalize('NFC', unquote(name).replace('\\', '/')).casefold()
     return tuple(part for part in text.split('/') if part not in ('','.'))
 

@@ -11,8 +11,10 @@ import math, os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from ..core.files import UnsuitableFile, read_file
 from .faults import Fault
-from .label_set import ImageFinder, LabelSet, as_numbers, expected_image, report_damaged, usable_hw
+from .label_set import (
+    ImageFinder, LabelSet, as_numbers, expected_image, label_file_fault, report_damaged, usable_hw)
 
 # %% ../../nbs/data/19_label_files.ipynb #e202795e
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ def read_xml(
 ):        # its root element
     "Reads an XML file; entities and damaged files raise a `LabelFileError`."
     from xml.etree.ElementTree import ParseError
-    from defusedxml.ElementTree import parse
-    try: return parse(path, forbid_dtd=True).getroot()
+    from defusedxml.ElementTree import fromstring
+    try: return fromstring(read_file(path), forbid_dtd=True)
+    except UnsuitableFile as e: raise LabelFileError(str(e)) from None
     except (ParseError, ValueError, LookupError, RecursionError) as e:
-        raise LabelFileError(f'{path}: {str(e) or type(e).__name__}') from None
+        raise LabelFileError(f'{path}: {str(e) or type(e).__name__}. Write the file again') from None
 
 # %% ../../nbs/data/19_label_files.ipynb #67bf88e7
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def _report_unnamed_classes(labels):
 
 def _add_yolo_file(labels, path, image_path, lines, rules):
     image = labels.add_image(image_path)
-    if lines is None and os.path.exists(path): labels.leave_image_out(image, Fault.LABELS_DAMAGED, path.name)
+    if lines is None and os.path.exists(path): labels.leave_image_out(image, label_file_fault(path), path.name)
     elif lines is None: _note_unlabelled(labels, image)
     for number,line in (lines or {}).items(): add_yolo_line(labels, image, f'{path.name}:{number}', line, rules)
 
@@ -221,7 +224,7 @@ def read_label_lines(
     path, # text file
 )->dict:  # line number from 1 -> line, without empty ones; None if the file is no text or cannot be read
     "Reads the lines of a label file."
-    try: text = Path(path).read_bytes().decode('utf-8-sig')
+    try: text = read_file(path).decode('utf-8-sig')
     except (OSError, ValueError): return None
     return {i:line for i,line in enumerate(text.splitlines(), 1) if line.strip()}
 

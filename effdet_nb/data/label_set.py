@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'ROLE_FOLDERS', 'ImageFinder', 'LabelSet', 'usable_hw', 'as_numbers', 'polygon_xywh',
-           'expected_image', 'report_damaged']
+           'expected_image', 'label_file_fault', 'report_damaged']
 
 # %% ../../nbs/data/18_label_set.ipynb #9c92b20c
 import math, os
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from PIL import Image
+from ..core.files import is_lfs_pointer
 from .faults import ConversionReport, Fault
 from .image_files import (
     comparable_parts, image_fault, upright_size, walk_folders, without_upload_prefix)
@@ -110,10 +111,21 @@ def add_image(
     if key in self.by_path: return self.by_path[key]
     image = dict(id=len(self.by_path)+1, path=path, height=None, width=None)
     self.by_path[key] = image
-    try: image['height'],image['width'] = hw or upright_size(path)
-    except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as e:
-        self._report_image(image, image_fault(e) if os.path.exists(path) else Fault.FILE_MISSING)
+    if hw is None: hw = self._readable_hw(image)
+    image['height'],image['width'] = hw or (None, None)
     return image
+
+@patch
+def _readable_hw(self:LabelSet, image):
+    "Returns (height, width) of an image file in pixels; one that cannot be read is left out, and None is returned."
+    try: return upright_size(image['path'])
+    except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as e:
+        self.leave_image_out(image, image_fault(e) if os.path.exists(image['path']) else Fault.FILE_MISSING)
+
+@patch
+def leave_out_unreadable(self:LabelSet):
+    "Leaves out the images whose files are missing or no images, also if the labels state their size."
+    for image in self.images: self._readable_hw(image)
 
 @patch
 def _report_image(self:LabelSet, image, fault, name=None):
@@ -220,6 +232,13 @@ def expected_image(
     last = name.replace('\\', '/').rpartition('/')[2].replace('\0', '')
     return found or finder.folder/(last or 'image without a name')
 
+# %% ../../nbs/data/18_label_set.ipynb #3def2f27
+def label_file_fault(
+    path, # a label file that cannot be read
+)->Fault:
+    "Returns why a label file cannot be read: Git LFS has not fetched it, or it is damaged."
+    return Fault.LFS_POINTER if is_lfs_pointer(path) else Fault.LABELS_DAMAGED
+
 # %% ../../nbs/data/18_label_set.ipynb #3def2f26
 def report_damaged(
     labels:LabelSet,     # receives the report
@@ -228,7 +247,7 @@ def report_damaged(
 ):
     "Reports a label file that cannot be read, with its image."
     image = labels.add_image(expected_image(finder, Path(path).stem, path))
-    labels.leave_image_out(image, Fault.LABELS_DAMAGED, Path(path).name)
+    labels.leave_image_out(image, label_file_fault(path), Path(path).name)
 
 # %% ../../nbs/data/18_label_set.ipynb #8eee15c1
 @patch

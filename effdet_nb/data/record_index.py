@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
+from ..core.files import LFS_START, lfs_pointer_error
 from .tfrecord import check_complete, find_record_files, masked_crc
 
 # %% ../../nbs/data/13_record_index.ipynb #eeb21605
@@ -62,6 +63,7 @@ def _record_length(data, start, size, path, index):
         if checksum==masked_crc(header[:8]):
             raise ValueError(f'{path}: ends in the middle of record {index}, {missing:,} bytes are missing. '
                              'Copy the file again, or convert the dataset again')
+    if data[:len(LFS_START)]==LFS_START: raise lfs_pointer_error(path)
     raise ValueError(f'{path}: byte {start:,} is not the start of a TFRecord (record {index}). '
                      'Uncompressed TFRecord files are needed; write the file again with dataset_convert')
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from ..core.console import Status
-from ..core.files import atomic_write
+from ..core.files import atomic_write, is_lfs_pointer, lfs_pointer_error
 from .coco import load_coco_lenient, read_coco_json, report_annotation_issues
 from .convert import ConversionResult, check_target, dataset_convert
 from .faults import Fault, describe_issues
@@ -160,13 +160,21 @@ def ordered_names(
     label_map=None,  # text file with one class name per line; None keeps the order of `LabelSet.all_names`
 )->list:             # class names in the order of their ids
     "Returns the class names in the order of a file; a class that is missing in the file is an error."
-    if label_map is None: return labels.all_names()
-    lines = read_label_lines(label_map) if Path(label_map).is_file() else None
+    if label_map is None: return _used_names(labels)
+    if is_lfs_pointer(label_map): raise lfs_pointer_error(label_map)
+    lines = read_label_lines(label_map)
     if not lines: raise SourceError(f'{label_map}: no list of classes. It needs one class name per line')
     names = list(dict.fromkeys(line.strip() for line in lines.values()))
     for name in labels.all_names():
         if name not in names: raise _unknown_class(name, names, str(label_map))
     return names
+
+def _used_names(labels):
+    "Returns the class names of labels; none at all is an error."
+    names = labels.all_names()
+    if names or not labels.images: return names
+    raise SourceError('--annotations_file: the labels name no class, and have no usable box. Label an object, or name '
+                      'the classes with --label_map classes.txt')
 
 # %% ../../nbs/data/22_sources.ipynb #32d5078d
 def _as_list(paths):

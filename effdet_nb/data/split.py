@@ -259,6 +259,7 @@ def split_dataset(
     files = {name:Path(output_dir)/f'{name}.json' for name in shares}
     for path in files.values(): _check_replaceable(path)
     labels = read_sources(paths, image_dirs, class_map)
+    labels.leave_out_unreadable()
     earlier = _earlier_parts(Path(output_dir), paths)
     names = ordered_names(labels, label_map)
     groups,duplicates = _checked_groups(labels, pattern, near, len(shares))

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from itertools import islice
 from typing import NamedTuple
-from ..core.files import UnsuitableFile, read_file
+from ..core.files import LFS_START, UnsuitableFile, lfs_pointer_error, read_file
 from .boxes import as_boxes, clip_boxes
 
 # %% ../../nbs/detector/02_images.ipynb #af1e3f25
@@ -66,7 +66,9 @@ def _open_image(source, name=None):
     is_bytes = isinstance(source, (bytes, bytearray, memoryview))
     name = name or (f'<an image of {len(source):,} bytes>' if is_bytes else source)
     try:
-        with Image.open(BytesIO(source if is_bytes else read_file(source))) as image: yield image
+        data = bytes(source) if is_bytes else read_file(source)
+        if data.startswith(LFS_START): raise lfs_pointer_error(name)
+        with Image.open(BytesIO(data)) as image: yield image
     except FileNotFoundError: raise FileNotFoundError(f'{name}: no such image. Check the path') from None
     except UnsuitableFile: raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise _unreadable(name, e) from e

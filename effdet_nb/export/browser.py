@@ -10,7 +10,7 @@ __all__ = ['ORT_WEB_PACKAGE', 'ORT_WEB_FILES', 'DECODE_JS', 'RESIZE_JS', 'DETECT
 # %% ../../nbs/export/11_browser.ipynb #859ddfdc
 import base64, gzip, hashlib, html, json, os, shutil, subprocess, sys, tarfile, tempfile, zlib
 from pathlib import Path
-from ..core.files import atomic_write, check_output_path
+from ..core.files import atomic_write, check_output_path, is_lfs_pointer, lfs_pointer_error
 from ..data.classes import ClassTable
 from ..detector.boxes import label_color
 from .onnx_graph import get_metadata, resize_options_from_metadata
@@ -34,6 +34,8 @@ def read_ort_web(
     "Reads the files of ONNX Runtime Web and compares them with their SHA-256 sums."
     path = Path(path)
     if not path.exists(): raise FileNotFoundError(f'{path}: no such file or folder. {_FETCH_ELSEWHERE}')
+    if path.is_fifo(): raise ValueError(f'{path}: a pipe, not a file. {_FETCH_ELSEWHERE}')
+    if is_lfs_pointer(path): raise lfs_pointer_error(path)
     files = _read_folder(path) if path.is_dir() else _read_package(path)
     for name,sha256 in ORT_WEB_FILES.items(): _check_file(path, name, files.get(name), sha256)
     return files
@@ -447,8 +449,9 @@ def write_browser_page(
     "Writes a page that runs models in the browser, from disk and without a network."
     folder = Path(folder)
     check_output_path(folder/'index.html')
-    files = read_ort_web(runtime) if runtime else fetch_ort_web()
+    if runtime: files = read_ort_web(runtime)
     pairs = [_settings_and_graph(path, key) for path in models]
+    if not runtime: files = fetch_ort_web()                          # takes longest
     scripts = page_scripts(pairs, files)
     lowest = max(.01, min(settings['lowest'] for settings,_ in pairs))
     names = ', '.join(settings['name'] for settings,_ in pairs)

@@ -18,6 +18,7 @@ from ..data.classes import ClassTable
 from ..detector.images import to_channels
 from ..detector.detections import Detections, predict_image
 from ..detector.nms import NmsOptions, postprocess_batch
+from ..core.files import is_lfs_pointer, lfs_pointer_error
 from ..weights.encryption import ENCRYPTED_MAGIC, resolve_key
 from ..weights.model_file import check_arch, check_classes, is_onnx, load_etlt, load_model_file
 from ..weights.container import ZIP_MAGIC, reject_unneeded_key, require_file
@@ -419,6 +420,7 @@ def model_file_type(
     if head[:4]==bytes(4) and (is_onnx(head[4:]) or head[4:12]==ENCRYPTED_MAGIC): return 'etlt'
     suffix = Path(path).suffix.lower().lstrip('.')
     if suffix in ('tlt','etlt','engine'): return suffix  # opening it raises a more specific error
+    if is_lfs_pointer(path): raise lfs_pointer_error(path)
     raise ValueError(f'{path}: not a model file of effdet_nb. '
                      'Allowed: .tlt (trained), .onnx, .etlt and .tflite (exported), .engine (TensorRT)')
 

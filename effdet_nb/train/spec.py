@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace as with_changes
 from pathlib import Path
 from fastcore.basics import patch
 from google.protobuf import text_format
-from ..core.files import match_files
+from ..core.files import absent_because, is_lfs_pointer, lfs_pointer_error, match_files
 from .fields import AugConfig, DatasetConfig, EvalConfig, ModelConfig, TrainingConfig, SPEC_SECTIONS
 from .fields import experiment_message_class, format_value, has_valid_default, section_fields
 from .spec_text import convert_value, find_field, read_value, scan_spec, suggest_name
@@ -108,7 +108,7 @@ def _missing_file_problem(path):
     matches = match_files(path)
     if '://' in path or any(map(os.path.isfile, matches)): return None
     folder = os.path.dirname(path) or '.'
-    if matches: why = 'that is a folder'
+    if matches: why = f'that {absent_because(matches[0])}'
     else: why = 'nothing in its folder matches' if match_files(folder) else f'the folder {folder} does not exist'
     return (f'{format_value(path)} matches no file: {why}. '
             'Correct the path; a relative one is read from the current folder')
@@ -261,10 +261,12 @@ def load(cls:Spec,
 )->Spec:
     "Reads a spec from a file."
     if not os.path.isfile(path):
-        what = 'this is a folder, not a spec file' if os.path.isdir(path) else 'there is no such spec file'
+        is_there = os.path.exists(path)
+        what = f'this {absent_because(path)}, not a spec file' if is_there else 'there is no such spec file'
         advice = 'Give the path of a text file with training_config { ... } and so on'
         raise FileNotFoundError(f'{path}: {what}. {advice}')
     _check_spec_size(os.path.getsize(path), path)
+    if is_lfs_pointer(path): raise lfs_pointer_error(path)
     try: text = Path(path).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError:
         raise SpecError(path, [f'{path}: not a text in UTF-8, so not a spec. Give the experiment file, not a model, '

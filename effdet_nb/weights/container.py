@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 from urllib.parse import quote
 from zipfile import BadZipFile, ZIP_STORED, ZipFile, ZipInfo
+from ..core.files import LFS_START, absent_because, lfs_pointer_error
 from .encryption import (CHUNK_SIZE, ENCRYPTED_MAGIC, DamagedFileError, ModelFileError, WrongKeyError,
                                           decrypting_stream, output_stream)
 
@@ -110,8 +111,7 @@ FILE_SIGNATURES = {
     ZIP_MAGIC: 'a zip without our meta.json (TAO 5 zips a TensorFlow 1 checkpoint, Keras its .keras files)',
     b'\x08': 'probably an ONNX model; use the .tlt that it was exported from',
     b'\0\0\0\0': 'probably an exported .etlt; use the .tlt that it was exported from',
-    b'\x80': 'a pickle, which effdet_nb does not open because a pickle can run code',
-    b'version https://git-lfs': 'a Git LFS pointer, not the file itself'}
+    b'\x80': 'a pickle, which effdet_nb does not open because a pickle can run code'}
 
 def describe_foreign_file(
     data:bytes, # its first bytes, up to 64 KB
@@ -130,6 +130,7 @@ def unknown_format_error(
     data:bytes,      # its first bytes, up to 64 KB
 )->ModelFileError:   # for `raise`
     "Builds the error for a file that this package did not write."
+    if data.startswith(LFS_START): return ModelFileError(str(lfs_pointer_error(path)))
     if not any(data):
         content = 'begins with zeros only' if data else 'is empty'
         return DamagedFileError(f'{path}: {content}, as after a power failure or on a full disk. '
@@ -145,8 +146,8 @@ def require_file(
     "Returns the path if there is a file to read."
     path = Path(path)
     if path.is_file(): return path
-    problem = 'is a folder, not a model file' if path.is_dir() else 'no such file'
-    raise FileNotFoundError(f'{path}: {problem}. Check the path; relative paths start in the current folder')
+    raise FileNotFoundError(f'{path}: {absent_because(path)}. Check the path; relative paths start in the current '
+                            'folder')
 
 # %% ../../nbs/weights/02_container.ipynb #3d4adb5a
 def is_encrypted(

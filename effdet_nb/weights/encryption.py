@@ -15,6 +15,7 @@ from hmac import compare_digest
 from secrets import token_bytes
 from typing import NamedTuple
 from zlib import crc32
+from ..core.files import absent_because
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
@@ -70,7 +71,8 @@ def _read_key_file(path):
     "Returns the first line of a file of at most 4 KB; an empty key if there is no path."
     if not path: return ''
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'EFFDET_KEY_FILE {path}: no such file. Give a text file whose first line is the key')
+        raise FileNotFoundError(f'EFFDET_KEY_FILE {path}: {absent_because(path)}. Give a text file whose first line '
+                                'is the key')
     with open(path, 'rb') as f: first_line = f.read(4096).split(b'\n')[0].rstrip(b'\r')
     if first_line: return first_line.decode('utf-8', 'surrogateescape')
     raise ValueError(f'EFFDET_KEY_FILE {path}: its first line is empty. Write the key into it')
