@@ -16,6 +16,7 @@ from PIL import Image
 from small_training import StubTrainer, run_stub, small_spec, stub_loop
 
 from effdet_nb.app.command import tee_output
+from effdet_nb.app.video import VideoWriter
 from effdet_nb.core.files import atomic_write, exclusive_lock, readable_disk_errors, write_json
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.tfrecord import write_records
@@ -454,3 +455,14 @@ def test_a_page_that_cannot_be_written_is_named_before_the_check(path, tmp_path,
     from effdet_nb.app.dataset_page import check_dataset
     monkeypatch.setattr(os, 'access', lambda *args: False)
     with pytest.raises(PermissionError, match=f'{tmp_path} is read-only'): check_dataset(None, tmp_path/path)
+
+
+@pytest.mark.parametrize('name', ['out.mp4', 'out.avi', 'new/out.mkv'])
+@pytest.mark.parametrize('num_frames', [1, 30])
+def test_a_video_that_a_full_disk_cuts_off_is_named_and_leaves_nothing(name, num_frames, tmp_path, full_disk):
+    pytest.importorskip('av')
+    frames = np.random.default_rng(0).integers(0, 256, (num_frames, 240, 320, 3), np.uint8)
+    with pytest.raises(OSError, match=rf'^{tmp_path}/{name}: cannot be written \(File too large\)\. Free some space'):
+        with VideoWriter(tmp_path/name) as video:
+            for frame in frames: video.write(frame)
+    assert os.listdir(tmp_path) == []

@@ -90,7 +90,8 @@ def test_yaml_files_that_are_pipes_or_too_large_are_not_waited_for(tmp_path):
     os.mkfifo(folder/'data.yaml')
     assert read_sources(folder).class_names == ['class 0']
     (tmp_path/'large.yaml').write_text('names:\n' + '- x\n'*(MAX_YAML_SIZE//4))
-    with pytest.raises(ValueError, match='large.yaml: 1,048,5.. bytes, at most 1,048,576'): read_yaml(tmp_path/'large.yaml')
+    with pytest.raises(ValueError, match='large.yaml: 1,048,5.. bytes, at most 1,048,576'):
+        read_yaml(tmp_path/'large.yaml')
     (tmp_path/'many.yaml').write_text('names:\n' + ''.join(f'- class {i}\n' for i in range(9000)))
     assert len(read_yaml(tmp_path/'many.yaml')['names']) == 9000
 
@@ -103,7 +104,8 @@ def openers(path):
     return {
         'image': lambda: read_image(path), 'image in memory': lambda: read_image(path.read_bytes(), 'upload'),
         'annotations': lambda: read_sources(path), 'detections': lambda: load_coco_results(path, truth, CLASSES),
-        'spec': lambda: Spec.load(path), 'model': lambda: load_model_file(path), 'detector': lambda: load_detector(path),
+        'spec': lambda: Spec.load(path), 'model': lambda: load_model_file(path),
+        'detector': lambda: load_detector(path),
         'weights': lambda: import_weights(path, path.parent/'out.tlt'), 'records': lambda: index_tfrecord(path),
         'label map': lambda: read_label_map(path), 'video': lambda: open_video(path),
         'tiles': lambda: tile_dataset(path.parent, path, path.parent/'tiles', Tiling((64, 64))),

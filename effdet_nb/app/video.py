@@ -127,6 +127,26 @@ def _upright(frame):
     return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
 
 # %% ../../nbs/app/03_video.ipynb #d3c8cb4f
+class _OutputFile:
+    "A file for PyAV, which replaces or prints the errors of a file: they are kept for `check` instead."
+    def __init__(self, f): self.f,self.error = f, None
+
+    def write(self, data):
+        self._call(self.f.write, data)
+        return len(data)
+
+    def seek(self, offset, whence=0): return self._call(self.f.seek, offset, whence) or 0
+    def tell(self): return self._call(self.f.tell) or 0
+
+    def _call(self, method, *args):
+        "Calls a method of the file, unless an earlier call failed."
+        try: return method(*args) if self.error is None else None
+        except OSError as e: self.error = e
+
+    def check(self):
+        "Raises the first error."
+        if self.error: raise self.error
+
 class VideoWriter:
     "Encodes images as a video; a context manager."
     def __init__(self,
@@ -134,22 +154,31 @@ class VideoWriter:
         rate=25,       # frames per second
     ):
         self.path,self.rate = check_video_path(path), Fraction(rate).limit_denominator(1001)
-        self.stack,self.container,self.stream = ExitStack(), None, None
+        self.stack,self.file,self.container,self.stream = ExitStack(), None, None, None
         self.tick = 1/self.rate/(1 if self.path.suffix.lower()=='.avi' else 8)   # seconds between possible times
         self.start,self.ticks = None, -1                     # seconds of the first image, ticks of the last one
 
     def __enter__(self):
         av,file_format = import_av(), CONTAINERS[self.path.suffix.lower()]
         with ExitStack() as stack:
-            f = stack.enter_context(atomic_write(self.path))
-            self.container = stack.enter_context(av.open(f, 'w', format=file_format))
+            self.file = _OutputFile(stack.enter_context(atomic_write(self.path)))
+            self.container = stack.enter_context(av.open(self.file, 'w', format=file_format))
+            stack.push(self._finish)
             self.stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error):
-        if error[0] is None and self.stream:
-            for packet in self.stream.encode(): self.container.mux(packet)
-        return self.stack.__exit__(*error)
+    def __exit__(self, *error): return self.stack.__exit__(*error)
+
+    def _finish(self, error_type, *_):
+        "Writes the frames that the encoder still holds and the end of the file, unless there was an error."
+        if error_type: return
+        if self.stream: self._mux(self.stream.encode())
+        self.container.close()
+        self.file.check()
+
+    def _mux(self, packets):
+        for packet in packets: self.container.mux(packet)
+        self.file.check()
 
     def write(self,
         image:np.ndarray,   # [H, W, 3] uint8 RGB; all images have one size
@@ -161,7 +190,7 @@ class VideoWriter:
         image = np.pad(image, ((0,height%2), (0,width%2), (0,0)), mode='edge')
         frame = import_av().VideoFrame.from_ndarray(np.ascontiguousarray(image))
         frame.pts,frame.time_base = self._next_ticks(seconds), self.tick
-        for packet in self.stream.encode(frame): self.container.mux(packet)
+        self._mux(self.stream.encode(frame))
 
     def _next_ticks(self, seconds):
         "Returns the time of an image in ticks from the first one; time never stands still or goes back."

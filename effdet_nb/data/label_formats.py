@@ -112,7 +112,8 @@ def read_yaml(
     try: data = yaml.load(contents.decode('utf-8-sig'), TextLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as e:
         mark = getattr(e, 'problem_mark', None)
-        place = f' (line {mark.line+1})' if mark else ''
+        line = mark and min(mark.line, contents.count(b'\n'))+1       # a mark can be after the end
+        place = f' (line {line})' if line else ''
         raise SourceError(f'{path}: not valid YAML{place}. Correct it, or write the file again') from None
     return data if isinstance(data, dict) else {}
 
