@@ -9,6 +9,7 @@ import onnx
 import pytest
 from PIL import Image
 
+from effdet_nb.app.cli import effdet_export
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.detector.detections import Detections
 from effdet_nb.detector.efficientdet import Arch, build
@@ -20,8 +21,9 @@ from effdet_nb.export import export as chapter, verify
 from effdet_nb.export.export import export, saved_nms_settings
 from effdet_nb.export.onnx_graph import anchors_from_metadata, copy_proto, get_metadata, model_to_onnx
 from effdet_nb.export.onnx_nms import add_onnx_nms, add_trt_nms
-from effdet_nb.export.quantize import calibrate
-from effdet_nb.export.runtimes import OnnxDetector, load_detector
+from effdet_nb.export.quantize import calibrate, has_zero_points
+from effdet_nb.export.runtimes import OnnxDetector, load_detector, load_onnx_bytes
+from effdet_nb.export.tensorrt import convert_precision
 from effdet_nb.export.verify import (
     TOLERANCES, compare_with_keras, count_matching_detections, expected_detections, verify_export)
 from effdet_nb.train.spec import Spec
@@ -326,11 +328,35 @@ def test_int8_is_the_same_from_images_and_from_the_cache(traced, calibration_dir
     a, b = (run_onnxruntime(p, traced['images'])['box_deltas'].ravel() for p in (traced['raw'], proto))
     assert np.corrcoef(a, b)[0, 1] > .9
     check_predictions_are_float(proto)
+    check_only_inputs_are_rounded(proto)
+    assert not has_zero_points(proto)
     contents = json.loads(cache.read_text()) | dict(network='another')
     (tmp_path/'other.json').write_text(json.dumps(contents))
     (tmp_path/'bad.json').write_text('TRT-100400-EntropyCalibration2\n')
     for name, words in (('other', 'other weights'), ('bad', 'not a calibration cache')):
         with pytest.raises(ValueError, match=words): calibrate(traced['raw'], None, tmp_path/f'{name}.json')
+
+
+@pytest.mark.parametrize('nms, suffix, has_zeros', [
+    ('onnx', 'onnx', True), ('none', 'onnx', False), ('efficient_nms_trt', 'onnx', False),
+    ('efficient_nms_trt', 'etlt', False)])
+def test_only_files_for_onnx_runtime_have_zero_points(traced, calibration_dir, tmp_path, nms, suffix, has_zeros):
+    path = tmp_path/f'a.{suffix}'
+    export_traced(traced, path, data_type='int8', nms=nms, cal_image_dir=calibration_dir, batches=1)
+    proto = onnx.load_model_from_string(load_onnx_bytes(path, 'Geheim'))
+    assert has_zero_points(proto) == has_zeros
+    check_only_inputs_are_rounded(proto)
+    if not has_zeros: return
+    with pytest.raises(ValueError, match='Export the .tlt again with --nms efficient_nms_trt'): convert_precision(proto)
+
+
+@pytest.mark.parametrize('output, nms', [('a.onnx', None), ('a.onnx', 'onnx'), ('a.etlt', 'onnx')])
+def test_an_engine_is_not_built_from_an_int8_file_for_onnx_runtime(tmp_path, capsys, output, nms):
+    with pytest.raises(SystemExit):
+        effdet_export(model_path='missing.tlt', output_path=str(tmp_path/output), nms=nms, data_type='int8',
+                      engine_file=str(tmp_path/'a.engine'))
+    assert 'Add --nms efficient_nms_trt' in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 def check_predictions_are_float(proto):
@@ -339,6 +365,12 @@ def check_predictions_are_float(proto):
     predictions = [n for n in proto.graph.node if n.op_type == 'Conv' and 'predict' in n.output[0]]
     assert predictions
     for node in predictions: assert op_type_of.get(node.input[1]) != 'DequantizeLinear'
+
+
+def check_only_inputs_are_rounded(proto):
+    "Every rounded tensor is read by a convolution, so no output is rounded before its activation."
+    rounded = {n.output[0] for n in proto.graph.node if n.op_type == 'DequantizeLinear'}
+    assert rounded <= {name for n in proto.graph.node if n.op_type == 'Conv' for name in n.input}
 
 
 @pytest.mark.parametrize('options, words', [

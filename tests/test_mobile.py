@@ -1,25 +1,29 @@
 "LiteRT files for phones: opened by MediaPipe's own detector and by LiteRT, in three precisions."
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import zipfile
+from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
 from PIL import Image
 
+from effdet_nb.app.cli import effdet_export
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.convert import dataset_convert
-from effdet_nb.detector.efficientdet import Arch
+from effdet_nb.detector.efficientdet import Arch, build
 from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_dataset, make_toy_image
 from effdet_nb.export.export import export
 from effdet_nb.export.formats import create_interpreter, random_detector, silent_conversion
-from effdet_nb.export.mobile import float_operators, read_tflite
+from effdet_nb.export.mobile import float_operators, mobile_labels, mobile_limits, read_tflite
 from effdet_nb.export.quantize import record_images
 from effdet_nb.export.runtimes import LiteRtDetector, TrtDetector, load_detector
 from effdet_nb.weights.model_file import load_model_file, save_detector
@@ -142,10 +146,61 @@ def test_a_file_without_suppression_is_opened_too(folder):
     ('a.tflite', dict(nms='none', data_type='fp16'), 'without suppression only'),
     ('a.tflite', dict(max_batch_size=4), 'one image at a time'),
     ('a.tflite', dict(data_type='int8'), 'Give cal_image_dir'),
+    ('a.tflite', dict(iou_threshold=0), 'values above 0 only'),
+    ('a.tflite', dict(iou_threshold=0., data_type='fp16'), 'values above 0 only'),
+    ('a.tflite', dict(cal_cache_file='new.json'), 'Leave it out'),
+    ('a.tflite', dict(cal_cache_file=__file__, data_type='int8'), 'Leave it out'),
+    ('a.tflite', dict(cal_cache_file=__file__, data_type='int8', cal_image_dir='images'), 'Leave it out'),
 ])
 def test_what_a_file_cannot_be_is_said(folder, output, options, message):
     with pytest.raises(ValueError, match=message): export(folder/'m.tlt', folder/output, **options)
     assert not (folder/output).exists()
+
+
+# What programs on phones do not take
+
+@pytest.mark.parametrize(('name', 'channels', 'data_type', 'words'), [
+    *((f'efficientdet-{name}', 3, 'int8', ['swish']) for name in ('d0', 'd4', 'd7x', 'tiny')),
+    *((f'efficientdet-{name}', 3, 'fp16', []) for name in ('d0', 'd7', 'lite4')),
+    *((f'efficientdet-{name}', 3, 'int8', []) for name in ('lite0', 'lite2', 'lite3x')),
+    *(('efficientdet-lite0', 1, data_type, ['num_channels: 3']) for data_type in ('fp32', 'fp16', 'int8')),
+    ('efficientdet-d1', 1, 'int8', ['num_channels: 3', 'efficientdet-lite0']),
+])
+def test_limits_of_a_variant_are_listed(name, channels, data_type, words):
+    limits = mobile_limits(Arch(name, channels=channels), data_type)
+    assert len(limits) == len(words) and all(word in limit for word, limit in zip(words, limits))
+
+
+@pytest.fixture(scope='module')
+def grey(folder):
+    "A detector for greyscale images, exported by the command, and what the command printed on stderr."
+    stored = load_model_file(folder/'m.tlt')
+    arch = replace(stored.arch, channels=1, mean_rgb=None, std_rgb=None, pad_rgb=None)
+    save_detector(folder/'grey.tlt', build(arch), arch, stored.classes)
+    with redirect_stderr(io.StringIO()) as printed:
+        effdet_export(model_path=str(folder/'grey.tlt'), output_path=str(folder/'grey.tflite'))
+    return SimpleNamespace(path=folder/'grey.tflite', printed=printed.getvalue())
+
+
+def test_the_command_warns_of_what_phones_do_not_take(grey):
+    line, = (line for line in grey.printed.splitlines() if 'greyscale' in line)
+    assert 'grey.tflite: takes greyscale images' in line and 'Train with num_channels: 3' in line
+
+
+def test_mediapipe_does_not_open_a_file_for_greyscale_images(folder, grey):
+    pytest.importorskip('mediapipe', reason='needs mediapipe: pip install mediapipe')
+    with pytest.raises(AssertionError, match='depth = 3 or 4'): mediapipe_detections(grey.path, images_of(folder))
+
+
+def test_a_file_for_greyscale_images_is_opened_here(folder, grey):
+    assert len(load_detector(grey.path)(as_pixels(images_of(folder)))) == 3
+
+
+@pytest.mark.parametrize('names', [('red\ncell', 'b', 'c'), ('a', 'b\u2028b', 'c\r\n'), ('a\x85a', ' b ', 'c\tc')])
+def test_a_line_break_in_a_class_name_moves_no_other_name(names):
+    classes = ClassTable.from_categories([dict(id=i, name=name) for i, name in enumerate(names, 1)])
+    labels = mobile_labels(classes)
+    assert labels == [' '.join(name.split()) for name in names] == '\n'.join(labels).splitlines()
 
 
 @pytest.mark.parametrize('damage', [lambda data: data[:2000], lambda data: data[:8], lambda data: data[:-100]])
@@ -206,9 +261,10 @@ def test_no_images_at_all_is_one_sentence(folder, tmp_path):
     with pytest.raises(ValueError, match='Give cal_image_dir, a spec with training records, or a cal_cache_file'):
         export(folder/'m.tlt', tmp_path/'a.tflite', data_type='int8')
     (tmp_path/'empty').mkdir()
-    for images in (tmp_path/'empty', tmp_path/'missing'):
-        with pytest.raises(FileNotFoundError, match='cal_image_dir .*: no images'):
-            export(folder/'m.tlt', tmp_path/'a.tflite', data_type='int8', cal_image_dir=images)
+    (tmp_path/'file').write_text('not a folder')
+    for name, words in (('empty', 'no images'), ('missing', 'no such folder'), ('file', 'no such folder')):
+        with pytest.raises(FileNotFoundError, match=f'cal_image_dir .*{name}: {words}.* Give a folder of images'):
+            export(folder/'m.tlt', tmp_path/'a.tflite', data_type='int8', cal_image_dir=tmp_path/name)
     with pytest.raises(FileNotFoundError, match='nothing'):
         export(folder/'m.tlt', tmp_path/'a.tflite', data_type='int8', cal_records=f'{tmp_path}/nothing*.tfrecord')
     assert not [*tmp_path.glob('a.*')]

@@ -397,6 +397,9 @@ def effdet_export(
     from effdet_nb.export.export import default_nms, export
     from effdet_nb.train.experiment import export_nms_settings
     nms = nms or default_nms(output_path)
+    if engine_file and data_type=='int8' and nms=='onnx':
+        raise ValueError('--engine_file: TensorRT does not support the zero points of an int8 file with --nms onnx. '
+                         'Add --nms efficient_nms_trt')
     nms_options = export_nms_settings(spec, nms) if spec else {}
     result = export(
         model_path, output_path, key, nms, opset, max_batch_size, data_type, cal_image_dir=cal_image_dir,

@@ -7,7 +7,7 @@ __all__ = ['EXPORT_SUFFIXES', 'ExportResult', 'write_export', 'check_export_opti
            'export_mobile', 'default_nms', 'export']
 
 # %% ../../nbs/export/07_export.ipynb #f3f849d0
-import json, shutil, tempfile
+import json, shutil, tempfile, warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..weights.model_file import ModelFile, load_model_file, save_etlt
 from ..train.spec import Spec
 from .formats import (
     check_saved_model_path, raw_forward, run_saved_model, run_tflite, write_saved_model, write_tflite)
-from .mobile import complete_network, convert_detector, mobile_labels
+from .mobile import complete_network, convert_detector, mobile_labels, mobile_limits
 from .onnx_graph import build_metadata, get_metadata, model_to_onnx
 from .onnx_nms import add_nms, check_nms_options
 from .quantize import calibration_batches, check_precision, quantize, record_images
@@ -156,6 +156,7 @@ def export_mobile(
 )->ExportResult:
     "Exports a model to a LiteRT file with suppression, class names and metadata for MediaPipe."
     options, arch = NmsOptions(**nms_settings), model_file.arch
+    for limit in mobile_limits(arch, data_type): warnings.warn(f'{path}: {limit}')
     meta = build_metadata(model_file.meta, 1) | dict(data_type=data_type, nms=dict(kind='tflite') | nms_settings)
     model, images = model_file.build_model(input_dtype='float32'), None
     if data_type=='int8':
@@ -203,6 +204,7 @@ def export(
     thresholds = dict(score_threshold=score_threshold, max_detections=max_detections, iou_threshold=iou_threshold)
     thresholds = check_nms_options('onnx' if nms=='tflite' else nms, thresholds)
     _check_combination(path, data_type, nms, max_batch_size)
+    if nms=='tflite': _check_mobile_options(iou_threshold, cal_cache_file)
     model_file = load_model_file(model_path, key, ('weights','ema'))
     settings = saved_nms_settings(model_file, nms) | thresholds
     num_images = batches*(batch_size or max_batch_size or 1)
@@ -212,7 +214,7 @@ def export(
         return export_mobile(model_file, path, data_type, cal_image_dir, num_images, **settings)
     if path.suffix.lower() in ('.pb','.tflite'): return export_tensorflow(model_file, path, max_batch_size, **settings)
     raw, model = model_to_onnx(model_file, max_batch_size, opset)
-    raw = quantize(raw, data_type, cal_image_dir, cal_cache_file, batches, batch_size)
+    raw = quantize(raw, data_type, cal_image_dir, cal_cache_file, batches, batch_size, symmetric=nms!='onnx')
     proto = add_nms(raw, nms, **settings)
     verification = verify_export(proto, model, verification_images(model_file.arch.image_hw), path)
     return write_export(proto, path, key, verification)
@@ -231,3 +233,12 @@ def _check_combination(path, data_type, nms, batch_size):
     if suffix not in ('.pb','.tflite') or nms=='tflite' or (data_type=='fp32' and nms=='none'): return
     raise ValueError(f'output_path {path}: a SavedModel, and a .tflite file with nms "none", are written as fp32 '
                      'without suppression only. Leave data_type and nms out, or write .onnx')
+
+def _check_mobile_options(iou_threshold, cal_cache_file):
+    "Raises an error for options that LiteRT's operator and its converter do not have."
+    if iou_threshold==0:
+        raise ValueError("iou_threshold 0: LiteRT's suppression accepts values above 0 only. Give 0.001, which drops "
+                         'nearly all boxes that overlap, or write .onnx')
+    if cal_cache_file:
+        raise ValueError(f'cal_cache_file {cal_cache_file}: LiteRT\'s converter neither reads nor writes a calibration '
+                         'cache. Leave it out, and give cal_image_dir or a spec with training records')

@@ -6,7 +6,8 @@
 __all__ = ['MOBILE_OUTPUTS', 'METADATA_TABLES', 'SCALAR_SLOTS', 'VECTOR_DTYPES', 'LABELS_FILE', 'METADATA_FILE',
            'MAX_METADATA_SIZE', 'read_tflite', 'tflite_bytes', 'convert_detector', 'relative_anchors', 'TfliteGraph',
            'add_postprocess', 'write_table', 'mobile_metadata', 'mobile_labels', 'pack_files', 'complete_network',
-           'run_interpreter', 'read_tflite_metadata', 'four_outputs', 'run_network', 'only_ending', 'float_operators']
+           'run_interpreter', 'read_tflite_metadata', 'four_outputs', 'run_network', 'only_ending', 'float_operators',
+           'mobile_limits']
 
 # %% ../../nbs/export/05_mobile.ipynb #e273fb7c
 import io, json, zipfile
@@ -252,7 +253,7 @@ def mobile_labels(
 )->list:                # one name per channel, up to the last channel that has a class
     "Returns the names of the channels of the class head."
     last = max(c for c in range(classes.num_classes) if classes.has_category(c))
-    return [classes.class_name(c) for c in range(last+1)]
+    return [' '.join(classes.class_name(c).split()) for c in range(last+1)]       # a line break would add a line
 
 def pack_files(
     data:bytes, # content of a .tflite file
@@ -362,3 +363,19 @@ def _operator_name(code):
     if code.customCode: return code.customCode if isinstance(code.customCode, str) else code.customCode.decode()
     number = max(code.builtinCode, code.deprecatedBuiltinCode)
     return next(name for name,value in vars(schema.BuiltinOperator).items() if value==number)
+
+# %% ../../nbs/export/05_mobile.ipynb #83b1f6d2
+def mobile_limits(
+    arch,          # `Arch` of the detector
+    data_type:str, # fp32, fp16 or int8
+)->list:           # sentences, each with a cure; empty for a lite variant in colour
+    "Lists what programs for phones and small computers cannot take of a detector, or only with a loss."
+    from effdet_nb.detector.efficientdet import get_variant     # imports Keras, which opening a file does not need
+    limits = []
+    if arch.channels!=3:
+        limits.append('takes greyscale images, but MediaPipe, the Task Library and most scripts pass colour images. '
+                      'Train with num_channels: 3, or run the file with a script that passes one channel')
+    if data_type=='int8' and not get_variant(arch.name).lite:
+        limits.append(f'{arch.name} has swish and squeeze-and-excitation, which cost AP in 8 bits and are slow on '
+                      'phones. Train a lite variant (model_name: "efficientdet-lite0"), or export with data_type fp16')
+    return limits

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUANTIZER_OPTIONS', 'IMAGE_SUFFIXES', 'PRECISIONS', 'convert_to_fp16', 'collect_activation_ranges', 'BatchReader',
-           'weights_fingerprint', 'read_calibration_cache', 'calibrate', 'quantize_int8', 'calibration_batches',
-           'record_images', 'check_precision', 'quantize']
+           'weights_fingerprint', 'read_calibration_cache', 'calibrate', 'quantize_int8', 'has_zero_points',
+           'calibration_batches', 'record_images', 'check_precision', 'quantize']
 
 # %% ../../nbs/export/04_quantize.ipynb #b07c93e8
 import hashlib, json, tempfile
@@ -98,12 +98,14 @@ def calibrate(
     return ranges
 
 # %% ../../nbs/export/04_quantize.ipynb #e7649e6a
-QUANTIZER_OPTIONS = dict(ActivationSymmetric=True, WeightSymmetric=True, QuantizeBias=False, AddQDQPairToWeight=True)
+QUANTIZER_OPTIONS = dict(WeightSymmetric=True, QuantizeBias=False, AddQDQPairToWeight=True,
+                         OpTypesToExcludeOutputQuantization=['Conv'])
 
 def quantize_int8(
-    raw_proto,   # onnx.ModelProto, fp32, with outputs cls_logits and box_deltas
-    ranges:dict, # {tensor: [lowest, highest]}, from `calibrate`
-):               # a new onnx.ModelProto with Q/DQ pairs
+    raw_proto,           # onnx.ModelProto, fp32, with outputs cls_logits and box_deltas
+    ranges:dict,         # {tensor: [lowest, highest]}, from `calibrate`
+    symmetric:bool=True, # whether activations have no zero point, as TensorRT demands
+):                       # a new onnx.ModelProto with Q/DQ pairs
     "Quantises the convolutions of a network to 8 bits with Q/DQ pairs."
     from onnxruntime.quantization import QDQQuantizer, QuantType
     proto = copy_proto(raw_proto)
@@ -112,7 +114,7 @@ def quantize_int8(
     quantizer = QDQQuantizer(
         proto, per_channel=True, reduce_range=False, weight_qType=QuantType.QInt8, activation_qType=QuantType.QInt8,
         tensors_range=_tensors_data(ranges), nodes_to_quantize=[], nodes_to_exclude=predictions,
-        op_types_to_quantize=['Conv'], extra_options=QUANTIZER_OPTIONS)
+        op_types_to_quantize=['Conv'], extra_options=QUANTIZER_OPTIONS | dict(ActivationSymmetric=symmetric))
     quantizer.quantize_model()
     quantizer.model.topological_sort()
     return set_metadata(quantizer.model.model, get_metadata(raw_proto) | dict(data_type='int8'))
@@ -124,6 +126,15 @@ def _tensors_data(ranges):
     for name,(lowest,highest) in ranges.items():
         data[name] = TensorData(lowest=np.float32(lowest), highest=np.float32(highest))
     return TensorsData(CalibrationMethod.MinMax, data)
+
+# %% ../../nbs/export/04_quantize.ipynb #61c9a7f3
+def has_zero_points(
+    proto,  # onnx.ModelProto
+)->bool:
+    "Tests whether 0 is another integer than 0 in some of the 8-bit tensors of a graph."
+    arrays = graph_initializers(proto.graph)
+    names = {node.input[2] for node in proto.graph.node if node.op_type=='QuantizeLinear' and len(node.input)>2}
+    return any(arrays[name].any() for name in names & arrays.keys())
 
 # %% ../../nbs/export/04_quantize.ipynb #54a48c6c
 IMAGE_SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.webp'
@@ -143,6 +154,9 @@ def calibration_batches(
 
 def _image_files(image_dir):
     "Lists the images of a folder; raises an error if there are none."
+    if not Path(image_dir).is_dir():
+        raise FileNotFoundError(f'cal_image_dir {image_dir}: no such folder. '
+                                'Give a folder of images similar to those that the detector will process')
     files = sorted(path for path in Path(image_dir).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise FileNotFoundError(f'cal_image_dir {image_dir}: no images ({", ".join(IMAGE_SUFFIXES)}) in it or its '
@@ -189,13 +203,14 @@ def quantize(
     cal_cache_file=None, # int8: calibration cache; read if it exists, written otherwise
     num_batches:int=10,  # int8: number of batches, at most
     batch_size:int=None, # int8: images per batch; None: the batch size of the graph, or 1
+    symmetric:bool=True, # int8: whether activations have no zero point, as TensorRT demands
 ):                       # onnx.ModelProto of that precision
     "Converts a network to a lower precision."
     check_precision(data_type, cal_image_dir, cal_cache_file)
     if data_type=='fp32': return raw_proto
     if data_type=='fp16': return convert_to_fp16(raw_proto)
     batches = _batches_for(get_metadata(raw_proto), cal_image_dir, num_batches, batch_size) if cal_image_dir else None
-    return quantize_int8(raw_proto, calibrate(raw_proto, batches, cal_cache_file))
+    return quantize_int8(raw_proto, calibrate(raw_proto, batches, cal_cache_file), symmetric)
 
 def _batches_for(meta, image_dir, num_batches, batch_size):
     "Reads the requested number of calibration images, in batches that fit the graph."

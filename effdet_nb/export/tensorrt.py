@@ -13,7 +13,7 @@ from ..core.files import atomic_write, check_output_path
 from .onnx_graph import get_batch_dim, get_metadata
 from .runtimes import check_metadata
 from .onnx_nms import add_nms, strip_nms
-from .quantize import quantize
+from .quantize import has_zero_points, quantize
 from .runtimes import import_tensorrt, load_onnx_bytes, model_file_type
 
 # %% ../../nbs/export/09_tensorrt.ipynb #79f0a2fc
@@ -56,6 +56,9 @@ def convert_precision(
                          'Export the .tlt again, or use trtexec for files of other programs')
     file_type = meta.get('data_type') or 'fp32'
     data_type = data_type or file_type
+    if has_zero_points(proto):
+        raise ValueError('model_path: its 8-bit numbers have zero points, which TensorRT does not support. '
+                         'Export the .tlt again with --nms efficient_nms_trt, or as .etlt')
     if data_type==file_type: return proto
     if file_type!='fp32':
         raise ValueError(f'data_type {data_type}: the file is already {file_type}, and its lost precision cannot be '
