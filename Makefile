@@ -42,8 +42,9 @@ in-step: $(DEV)  ## nbdev_export and nbdev_clean change nothing
 lint: $(DEV)  ## ruff over modules, tests, benchmarks, tools and the cells of notebooks, seconds
 	@$(BIN)/ruff check --quiet && echo 'ruff: nothing to mend'
 
-nbtest: $(DEV)  ## run every chapter
-	@$(NBTEST) --skip_folder_re '^[_.]|^tutorials$$'
+nbtest: $(DEV)  ## run every chapter, and find kept outputs that are not those of today's code
+	@$(NBTEST_COMPARE) --skip_folder_re '^[_.]|^($(TRAINING_PARTS)|tutorials)$$'
+	@$(NBTEST) --skip_folder_re '^[_.]|^($(OTHER_PARTS)|tutorials)$$'
 
 tutorials: $(DEV)  ## run the tutorials; some of them train, minutes
 	@$(NBTEST) --path nbs/tutorials
@@ -84,7 +85,14 @@ $(DEV): | $(BIN)/python
 	@$(call install,.[dev])
 	@touch $@
 
-NBTEST = OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=1 $(BIN)/nbdev_test --timing --n_workers $(WORKERS)
+NBTEST = $(NBTEST_ENV) $(BIN)/nbdev_test $(NBTEST_OPTIONS)
+# The same, with a shell that also compares the text that cells give with the text that notebooks keep.
+NBTEST_COMPARE = $(NBTEST_ENV) $(BIN)/python tools/check_outputs.py $(NBTEST_OPTIONS)
+NBTEST_ENV     = OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=1
+NBTEST_OPTIONS = --timing --n_workers $(WORKERS)
+# Chapters of the first list train networks, and numbers of a training may depend on the processor.
+TRAINING_PARTS = detector|evaluate|train|prune|export
+OTHER_PARTS    = core|accel|data|weights|app|reference
 
 # Compiling once saves seconds at every start of TensorFlow; the files that do not compile are templates inside packages.
 install = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -e '$(1)' && \
