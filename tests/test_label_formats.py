@@ -387,13 +387,13 @@ def test_a_file_that_is_no_labels_is_explained(name, text, message, tmp_path):
 
 def test_a_name_that_leads_out_of_the_image_folder_is_not_followed(tmp_path):
     draw_images(tmp_path/'private', {'secret.jpg': (60, 80)})
-    draw_images(tmp_path/'set')
+    draw_images(tmp_path/'set', {'inside.jpg': (60, 80)})
     shape = dict(label='car', shape_type='rectangle', points=[[1, 1], [5, 5]])
-    for i,name in enumerate(['../private/secret.jpg', str(tmp_path/'private'/'secret.jpg'), '../../../etc/passwd']):
+    for i,name in enumerate(['inside.jpg', '../private/secret.jpg', str(tmp_path/'private'/'secret.jpg'), '../../../etc/passwd']):
         write_json(tmp_path/'set'/f'x{i}.json', dict(version='5', shapes=[shape], imagePath=name))
     labels = read_sources(tmp_path/'set')
-    assert not labels.images and len(labels.report.dropped_images[Fault.FILE_MISSING])==2
-    assert num_left_out(labels.report)==3
+    assert [image['path'].name for image in labels.images]==['inside.jpg']
+    assert len(labels.report.dropped_images[Fault.FILE_MISSING])==2 and num_left_out(labels.report)==3
 
 
 # --- names and places of images
@@ -519,8 +519,7 @@ def test_a_folder_of_images_has_its_labels_beside_it(part, tmp_path, monkeypatch
 def test_images_of_another_dataset_are_not_taken(labels_at, tmp_path):
     draw_images(tmp_path/'holiday', {'0001.png': (60, 80)})
     write(tmp_path/labels_at/'0001.txt', '0 .5 .5 .1 .1')
-    labels = read_sources(tmp_path/labels_at)
-    assert not labels.images and len(labels.report.dropped_images[Fault.FILE_MISSING])==1
+    with pytest.raises(SourceError, match='its image is not in .*proj'): read_sources(tmp_path/labels_at)
     draw_images(tmp_path/'proj'/'photos', {'0001.png': (60, 80)})
     assert [image['path'].parent.name for image in read_sources(tmp_path/labels_at).images]==['photos']
 

@@ -253,7 +253,8 @@ def check_sources(
                               '(chmod), or convert as its owner')
     image_path(image_dir, coco.images[0]['file_name'])            # a name outside the folder has its own message
     raise FileNotFoundError(f'{image_dir}: all {len(coco.images):,} images are missing, such as '
-                            f'{coco.images[0]["file_name"]}. file_name in {coco.path.name} is relative to this folder')
+                            f'{coco.images[0]["file_name"]}. file_name in {coco.path.name} is relative to this folder: '
+                            'give the folder of the images with --image_dir')
 
 # %% ../../nbs/data/11_convert.ipynb #06591d66
 def old_shards(
@@ -295,6 +296,7 @@ def check_result(
     coco:CocoDataset,         # the annotation file
     report:ConversionReport,  # of the whole conversion
     strict:bool=False,        # reject a report with any serious issue
+    labels_name:str=None,     # what the user calls the labels; None is the name of the annotation file
 ):
     "Checks that something usable was converted and, if strict, that there is no serious issue."
     serious = [issue for issue in list_issues(report) if issue.fault.is_serious]
@@ -304,7 +306,8 @@ def check_result(
     elif strict and serious: head = f'{sum(issue.count for issue in serious):,} findings, and --strict allows none'
     else: return
     hints = [f'  {issue.reason}: {issue.fault.hint}' for issue in serious if issue.fault.hint]
-    raise ValueError('\n'.join([f'{coco.path.name}: {head}. Nothing was written', *_issue_lines(report), *hints]))
+    name = labels_name or coco.path.name
+    raise ValueError('\n'.join([f'{name}: {head}. Nothing was written', *_issue_lines(report), *hints]))
 
 # %% ../../nbs/data/11_convert.ipynb #409ce92c
 def publish(
@@ -348,6 +351,7 @@ def run(
     run_jobs=run_jobs,   # writes shards: list of `ShardJob` -> (Shard, ConversionReport) of each
     strict:bool=False,   # write nothing if there is any serious issue
     earlier:ConversionReport=None, # what was left out before the annotation file was written
+    labels_name:str=None, # what the user calls the labels, for messages
 )->ConversionResult:
     "Writes all shards to a work folder and, when they are complete, moves them to the target."
     report,shards = report_annotation_issues(issues),[]
@@ -361,7 +365,7 @@ def run(
         for shard,shard_report in flush_shards(results, folder):
             shards.append(shard)
             report.merge(shard_report)
-        try: check_result(self.coco, report, strict)
+        try: check_result(self.coco, report, strict, labels_name)
         except ValueError:
             shutil.rmtree(folder)
             raise
@@ -397,6 +401,7 @@ def dataset_convert(
     runner:str=None,           # Apache Beam runner: 'local', 'FlinkRunner', 'SparkRunner', ...; None does not use Beam
     runner_options:tuple=(),   # options of the runner, such as '--flink_master=host:8081'
     earlier:ConversionReport=None, # what was left out before the annotation file was written, for the report
+    labels_name:str=None,      # what the user calls the labels, for messages; None is the annotation file's name
 )->ConversionResult:           # what was written, left out and noticed
     "Converts images and a COCO file to TFRecord shards, with a report of everything left out."
     tag = Path(annotations_file).stem if tag is None else tag
@@ -412,7 +417,8 @@ def dataset_convert(
         names = {category['id']:str(category['name']) for category in coco.categories}
         encoder = RecordEncoder(image_dir, names, include_masks, clip)
         count = choose_num_shards(tag, num_shards, len(coco.images))
-        result = Conversion(coco, encoder, Path(output_dir), tag, count, renamed).run(issues, run, strict, earlier)
+        conversion = Conversion(coco, encoder, Path(output_dir), tag, count, renamed)
+        result = conversion.run(issues, run, strict, earlier, labels_name)
         status.log_progress(f'Converted {result.num_images} images.', kpi=result.counts)
         return result
 

@@ -116,6 +116,8 @@ class Fault(StrEnum):
     DIFFICULT = ('marked as difficult, taken as crowd', 'Nothing to do: such objects do not count in evaluation', False)
     NO_LABEL_FILE = ('no label file: image without objects',
                      'Nothing to do if these images show no object. Otherwise label them', False)
+    NO_XML_FILE = ('no XML file: image not used',
+                   'Label these images; one that shows no object needs an XML file without objects', False)
     NOT_LABELS = ('not a label file, ignored', '', False)
     SCORE_IGNORED = ('score of the label ignored', 'These labels are predictions. Check them before you train', False)
     # masks

@@ -83,6 +83,7 @@ def read_voc(
     labels:LabelSet,     # receives images and boxes
     files:list,          # paths of XML files
     finder:ImageFinder,  # of the images
+    is_folder:bool=False,# all files of a folder, so that images without a file are counted
 ):
     "Reads Pascal VOC files."
     voc_files = []
@@ -90,10 +91,11 @@ def read_voc(
         try: voc_files.append(read_voc_file(path))
         except (LabelFileError, OSError): report_damaged(labels, path, finder)
     first = 0 if any(file.counts_from_0() for file in voc_files) else 1
-    for file in voc_files: _add_voc_file(labels, file, finder, first)
+    used = {_add_voc_file(labels, file, finder, first) for file in voc_files}
+    for path in _unlabelled(finder, used) if is_folder else (): labels.report.add_note(Fault.NO_XML_FILE, path.name)
 
 def _add_voc_file(labels, file, finder, first):
-    "Adds the image and the boxes of a VOC file; `first` is the number of the first pixel."
+    "Adds the boxes of a VOC file and its image, whose path is returned; `first` is the number of the first pixel."
     path = finder.find(file.path.stem, file.path)
     path = finder.find(file.image_name, file.path) or path or expected_image(finder, file.image_name, file.path)
     image = labels.add_image(path, file.hw if path.exists() else None)
@@ -101,6 +103,7 @@ def _add_voc_file(labels, file, finder, first):
         label_id = f'{file.path.name}:{i}'
         if voc_object.is_rotated: labels.leave_box_out(image, label_id, Fault.ROTATED_BOX)
         else: _add_voc_object(labels, image, label_id, voc_object, first)
+    return path
 
 def _add_voc_object(labels, image, label_id, voc_object, first):
     corners = as_numbers(voc_object.corners or ())
@@ -193,7 +196,7 @@ def read_yolo(
         used.add(image_path)
         _add_yolo_file(labels, path, image_path, lines_of[path], rules)
     if not class_names: _report_unnamed_classes(labels)
-    if not images: _add_unlabelled(labels, finder, used)
+    for path in () if images else _unlabelled(finder, used): _note_unlabelled(labels, labels.add_image(path))
 
 def _image_of(finder, path, image):
     "Returns the image of a label file: the listed one, or that of its name."
@@ -228,11 +231,10 @@ def read_label_lines(
     except (OSError, ValueError): return None
     return {i:line for i,line in enumerate(text.splitlines(), 1) if line.strip()}
 
-def _add_unlabelled(labels, finder, used):
-    "Adds the images without a label file that are beside images with one."
-    folders = {path.parent for path in used}
-    for path in finder.paths:
-        if path not in used and path.parent in folders: _note_unlabelled(labels, labels.add_image(path))
+def _unlabelled(finder, used):
+    "Lists the images without a label file that are beside images with one."
+    folders = {path.parent for path in used if path.is_file()}
+    return [path for path in finder.paths if path not in used and path.parent in folders]
 
 # %% ../../nbs/data/19_label_files.ipynb #c08e39b4
 def read_kitti(

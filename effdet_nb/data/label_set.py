@@ -76,6 +76,7 @@ class LabelSet:
     report:ConversionReport = field(default_factory=ConversionReport) # what was left out or noticed
     left_out:set = field(default_factory=set)       # ids of images that are left out
     by_path:dict = field(default_factory=dict)      # absolute path -> image: dict of id from 1, path, height, width
+    named:set = field(default_factory=set)          # absolute paths of the images that the current source has
 
     @property
     def images(self)->list: return [image for image in self.by_path.values() if image['id'] not in self.left_out]
@@ -108,6 +109,7 @@ def add_image(
     "Adds an image, or returns it if it was added before; an image without a readable size is left out."
     path = Path(path)
     key = os.path.abspath(path)
+    self.named.add(key)
     if key in self.by_path: return self.by_path[key]
     image = dict(id=len(self.by_path)+1, path=path, height=None, width=None)
     self.by_path[key] = image

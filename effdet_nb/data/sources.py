@@ -12,11 +12,11 @@ from collections import defaultdict
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from ..core.console import Status
+from ..core.console import Status, plural
 from ..core.files import atomic_write, is_lfs_pointer, lfs_pointer_error
 from .coco import load_coco_lenient, read_coco_json, report_annotation_issues
 from .convert import ConversionResult, check_target, dataset_convert
-from .faults import Fault, describe_issues
+from .faults import Fault, Reason, describe_issues
 from .image_files import OutsideFolder, find_image_files, image_path
 from .label_files import read_kitti, read_label_lines, read_voc, read_yolo
 from .label_formats import Source, SourceError, default_image_dir, find_source, read_yaml
@@ -41,7 +41,7 @@ def read_source(
 
 def _read_labels(labels, source, files, finder):
     "Calls the reader of the format of a source."
-    if source.format=='voc': read_voc(labels, files, finder)
+    if source.format=='voc': read_voc(labels, files, finder, source.path.is_dir())
     elif source.format=='kitti': read_kitti(labels, files, finder)
     elif source.format=='labelme': read_labelme(labels, files, finder)
     elif source.format=='yolo': _read_yolo(labels, source, files, finder)
@@ -183,7 +183,27 @@ def _as_list(paths):
 
 def _read_each(labels, sources, image_dirs):
     for source,image_dir in zip(sources, image_dirs):
+        image_dir = default_image_dir(source) if image_dir is None else Path(image_dir)
+        labels.named.clear()
         read_source(labels, source, image_dir, f'{source.path.name}:' if len(sources)>1 else '')
+        _check_found(labels.named, source, image_dir, len(sources))
+    if len(sources)>1: _forget_labelled(labels)
+
+def _check_found(paths, source, image_dir, num_sources):
+    "Raises an error if none of the images of a source exists."
+    if not paths or any(map(os.path.exists, paths)) or not os.access(image_dir, os.X_OK): return
+    remedy = 'one --image_dir for each source' if num_sources>1 else 'the folder of the images with --image_dir'
+    missing = plural(len(paths), 'its image is not', f'none of its {len(paths):,} images is')
+    raise SourceError(f'{source.path}: no image can be used, since {missing} in {image_dir}, '
+                      f'such as {os.path.basename(min(paths))}. Give {remedy}')
+
+def _forget_labelled(labels):
+    "Removes the notes about images without a label file in one source that another source labels."
+    ids = {annotation['image_id'] for annotation in labels.annotations}
+    labelled = {image['path'].name for image in labels.images if image['id'] in ids}
+    notes = labels.report.notes
+    for reason in {Reason(Fault.NO_LABEL_FILE), Reason(Fault.NO_XML_FILE)} & {*notes}:
+        notes[reason] = [name for name in notes[reason] if name not in labelled]
 
 def _separate_files(labels):
     "Leaves out labels that are in two files of the same name, and gives different ones their own ids."
@@ -307,7 +327,9 @@ def _convert_labels(paths, image_dirs, output_dir, tag, class_map, label_map, op
         raise SourceError('\n'.join([f'{paths[0]}: no image can be used. There is nothing to convert',
                                      *(f'  {line}' for line in describe_issues(labels.report))]))
     path,names = output_dir/f'{tag}_coco.json', ordered_names(labels, label_map)
+    labels_name = ', '.join(map(str, paths))
     origin = check_origin(path, paths)
     with _restored_on_error(path):
         write_coco(path, labels, names, sources=origin)
-        return dataset_convert(labels.image_dir(), path, output_dir, tag, earlier=labels.report, **options)
+        return dataset_convert(labels.image_dir(), path, output_dir, tag, earlier=labels.report,
+                               labels_name=labels_name, **options)

@@ -292,7 +292,7 @@ def _checked_groups(labels, pattern, near, num_parts):
     "Groups the images; raises an error if there are not enough groups for the parts."
     if not labels.images:
         reasons = [f'  {line}' for line in describe_issues(labels.report)]
-        raise SourceError('\n'.join(['--annotations_file: no image can be used. There is nothing to split', *reasons]))
+        raise SourceError('\n'.join(['no image can be used. There is nothing to split', *reasons]))
     groups,duplicates = group_images(labels, pattern, near)
     if max(groups)+1>=num_parts: return groups, duplicates
     raise SourceError(f'{len(groups):,} images in {max(groups)+1} groups that are kept together cannot be divided into '

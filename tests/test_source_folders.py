@@ -1,0 +1,85 @@
+"Labels whose images are in another folder, in part, or in the folder of another source."
+import json, re
+import numpy as np, pytest
+from PIL import Image
+from effdet_nb.data.faults import Fault, Reason
+from effdet_nb.data.label_formats import SourceError
+from effdet_nb.data.sources import convert_sources, read_sources
+
+XML = ('<annotation><filename>{}.jpg</filename><size><width>80</width><height>60</height></size><object>'
+       '<name>car</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>30</ymax></bndbox></object></annotation>')
+LABELME = '{{"shapes": [{{"label": "car", "shape_type": "rectangle", "points": [[5,5],[20,30]]}}], "imagePath": "{}.jpg"}}'
+KITTI = 'car 0 0 0 5 5 20 30 0 0 0 0 0 0 0\n'
+
+
+def draw(folder, names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i,name in enumerate(names): Image.fromarray(np.full((60,80,3), 9*i+10, np.uint8)).save(folder/f'{name}.jpg')
+
+
+def coco(names):
+    images = [dict(id=i, file_name=f'{name}.jpg', height=60, width=80) for i,name in enumerate(names, 1)]
+    boxes = [dict(id=i, image_id=i, category_id=1, bbox=[5,5,15,25]) for i in range(1, len(names)+1)]
+    return json.dumps(dict(images=images, annotations=boxes, categories=[dict(id=1, name='car')]))
+
+
+def write_labels(folder, kind, names):
+    "Writes labels of a format; returns the path to give to -a."
+    folder.mkdir(parents=True)
+    texts = dict(voc=('xml', XML), labelme=('json', LABELME), yolo=('txt', '0 .5 .5 .2 .2\n'), kitti=('txt', KITTI))
+    if kind=='coco': (folder/'a.json').write_text(coco(names))
+    else:
+        ending,text = texts[kind]
+        for name in names: (folder/f'{name}.{ending}').write_text(text.format(name))
+    return folder/'a.json' if kind=='coco' else folder
+
+
+KINDS = 'voc', 'yolo', 'kitti', 'labelme', 'coco'
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_source_whose_images_are_elsewhere_is_named(kind, tmp_path):
+    draw(tmp_path/'first', ['a', 'b'])
+    here = write_labels(tmp_path/'here', 'voc', ['a', 'b'])
+    there = write_labels(tmp_path/'there', kind, ['x', 'y', 'z'])
+    message = f'{there}: .*none of its 3 images is in {tmp_path}/first, such as x.*Give one --image_dir for each source'
+    for paths in ([here, there], [there, here]):
+        with pytest.raises(SourceError, match=message): read_sources(paths, tmp_path/'first')
+    with pytest.raises(SourceError, match='Give the folder of the images with --image_dir'):
+        read_sources(there, tmp_path/'first')
+    draw(tmp_path/'second', ['y'])
+    labels = read_sources([here, there], [tmp_path/'first', tmp_path/'second'])
+    assert len(labels.images)==(5 if kind=='coco' else 3)         # a COCO file with sizes is compared when converted
+
+
+@pytest.mark.parametrize('kind', ['yolo', 'voc'])
+@pytest.mark.parametrize('others', [['c'], ['b', 'c', 'd'], []])
+def test_images_without_labels_are_counted_once(kind, others, tmp_path):
+    draw(tmp_path/'images', ['a', *others])
+    labels = read_sources(write_labels(tmp_path/'labels', kind, ['a', 'gone']), tmp_path/'images')
+    fault = Fault.NO_LABEL_FILE if kind=='yolo' else Fault.NO_XML_FILE
+    assert labels.report.notes.get(Reason(fault), [])==[f'{name}.jpg' for name in others]
+    assert len(labels.images)==(1+len(others) if kind=='yolo' else 1)
+
+
+@pytest.mark.parametrize('order', [('yolo', 'voc'), ('voc', 'yolo')])
+def test_images_that_the_other_source_labels_are_not_called_unlabelled(order, tmp_path):
+    draw(tmp_path/'images', 'abc')
+    names = dict(yolo='a', voc='b')
+    paths = [write_labels(tmp_path/kind, kind, names[kind]) for kind in order]
+    notes = read_sources(paths, tmp_path/'images').report.notes
+    assert [notes[Reason(fault)] for fault in (Fault.NO_LABEL_FILE, Fault.NO_XML_FILE)]==[['c.jpg'], ['c.jpg']]
+
+
+@pytest.mark.parametrize('kind', ['voc', 'yolo', 'labelme'])
+def test_strict_names_the_labels_that_were_given(kind, tmp_path):
+    draw(tmp_path/'images', 'ab')
+    path = write_labels(tmp_path/'labels', kind, ['a', 'b', 'gone'])
+    with pytest.raises(ValueError, match=f'^{re.escape(str(path))}: .*--strict allows none'):
+        convert_sources(path, tmp_path/'images', tmp_path/'out', 'train', strict=True, num_shards=1, workers=1)
+    assert not (tmp_path/'out'/'train_coco.json').exists()
+
+
+def test_a_coco_file_away_from_its_images_asks_for_their_folder(tmp_path):
+    path = write_labels(tmp_path/'split', 'coco', 'abc')
+    with pytest.raises(FileNotFoundError, match='all 3 images are missing.*give the folder of the images with --image'):
+        convert_sources(path, (), tmp_path/'out')
