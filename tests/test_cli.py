@@ -413,7 +413,9 @@ def test_quickstart_settings_are_checked_at_once(tmp_path):
 
 def test_training_leaves_a_model_and_a_log_without_the_key(trained):
     work, out = trained
-    assert out.stdout.startswith('run: epoch 1/1  loss ')
+    assert out.stdout.startswith('best AP ') and '(epoch 1): run/model.best.tlt\nNext: effdet_evaluate' in out.stdout
+    for stage in ('loading TensorFlow', 'building the network', 'compiling the training step'):
+        assert f'{stage} ' in out.stderr
     assert 'WARNING' not in out.stderr and 'Warning' not in out.stderr
     assert (work/'logs'/'deep'/'train.txt').read_text()==out.stderr+out.stdout
     assert read_status(work/'run')[-1]['status']=='SUCCESS'

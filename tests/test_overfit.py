@@ -1,5 +1,6 @@
 "Guards of overfitting on purpose: what is trained on, how it can end, and the command."
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,6 +52,15 @@ FALLEN, FLAT = [2.]+[.2]*9, [2.]+[1.9]*9
 def test_each_end_has_its_outcome_and_advice(run, outcome, advice):
     assert run.outcome==outcome and advice in O.overfit_advice(run)
     assert repr(run).endswith(O.overfit_advice(run)) and O.overfit_advice(run) not in run.summary()
+
+
+@pytest.mark.parametrize('num_steps,seconds,advice', [
+    (10, 120., '100 steps need --minutes 20'), (50, 120., '100 steps need --minutes 4'),
+    (99, 60., '100 steps need --minutes 2'), (120, 60., '200 steps need --minutes 2'),
+    (40, None, 'Allow more time with --minutes')])
+def test_out_of_time_says_how_much_time_is_needed(num_steps, seconds, advice):
+    run = replace(result([2.]*num_steps, .1, out_of_time=True), seconds=seconds)
+    assert advice in O.overfit_advice(run)
 
 
 def test_chosen_images_have_objects_and_cover_the_categories(spec):

@@ -2,8 +2,10 @@
 import errno
 import os
 import resource
+import shlex
 import shutil
 import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -24,11 +26,11 @@ from effdet_nb.detector.efficientdet import Arch, arch_to_dict
 from effdet_nb.evaluate.ground_truth import open_eval_dataset
 from effdet_nb.export.formats import write_saved_model, write_tflite
 from effdet_nb.export.mobile import convert_detector
-from effdet_nb.train import checkpoints as checkpoints_module, diagnostics, fit
+from effdet_nb.train import checkpoints as checkpoints_module, diagnostics, fit, startup
 from effdet_nb.train.callbacks import TensorBoardCallback, event_file_errors, format_epoch
 from effdet_nb.train.checkpoints import (
     CheckpointCallback, MetricHistory, list_checkpoints, load_latest_checkpoint, restore_checkpoint, save_checkpoint,
-    set_aside_run)
+    set_aside_run, training_summary)
 from effdet_nb.train.diagnostics import NanGuard
 from effdet_nb.train.experiment import InitialWeights, compare_spec_texts, resolve_experiment
 from effdet_nb.train.spec import Spec
@@ -466,3 +468,66 @@ def test_a_video_that_a_full_disk_cuts_off_is_named_and_leaves_nothing(name, num
         with VideoWriter(tmp_path/name) as video:
             for frame in frames: video.write(frame)
     assert os.listdir(tmp_path) == []
+
+
+# --- the time that is left
+
+@pytest.mark.parametrize('first_call, seconds, num_steps, left', [
+    ((1, 60.), 62., 3, 3.),          # two steps took 2 s, three are left
+    ((1, 60.), 60., 1, 180.),        # only the first call is known
+    ((2, 10.), 14., 3, 12.),         # two steps in the first call
+    ((0, 0.), 9., 3, 9.)])           # a step compiled before
+def test_the_time_left_does_not_count_the_compilation(first_call, seconds, num_steps, left, spec):
+    loop = stub_loop(spec)
+    plan = loop.trainer.plan
+    loop.first_call, loop.trainer.step = first_call, plan.step_at(plan.last_epoch)-3
+    assert loop.seconds_left(seconds, num_steps) == pytest.approx(left)
+
+
+def test_a_slow_first_step_is_not_counted_in_the_later_epochs(spec, monkeypatch):
+    loop = stub_loop(spec)
+    loop.trainer.train_step = train_step = lambda batch: np.float32([1, 1, 1, 0, 1, 1])
+    def slow_first(batch):
+        time.sleep(.5)
+        loop.trainer.train_step = train_step
+        return train_step(batch)
+    loop.trainer.train_step = slow_first
+    loop.run(iter(dict, None))
+    assert loop.first_call[0] == 1 and loop.first_call[1] >= .5
+    assert loop.history.epochs[0]['eta'] < .5
+
+
+# --- the last lines
+
+ROWS = [{'epoch': 1, 'loss': 2.}, {'epoch': 2, 'loss': 1., 'AP': .25}, {'epoch': 3, 'loss': .5, 'AP': .2}]
+
+
+@pytest.mark.parametrize('rows, names, first, second', [
+    (ROWS, ['model.best.tlt', 'model.step-6.tlt'], 'best AP 0.250 (epoch 2): run/model.best.tlt',
+     'effdet_evaluate -e spec.txt -m run/model.best.tlt -r run/results'),
+    (ROWS[:1], ['model.step-6.tlt'], 'loss 2.0000 (epoch 1): run/model.step-6.tlt',
+     'effdet_inference -e spec.txt -m run/model.step-6.tlt -i IMAGES -r run/results'),
+    ([ROWS[0] | {'AP': -1.}], ['model.step-2.tlt', 'model.step-12.tlt'], 'run/model.step-12.tlt', 'effdet_inference'),
+    (ROWS, ['model.step-6.tlt'], 'run/model.step-6.tlt', 'effdet_inference')])      # the best file was moved
+def test_a_training_ends_with_its_best_model_and_the_next_command(
+        rows, names, first, second, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'run').mkdir()
+    for name in names: (tmp_path/'run'/name).touch()
+    lines = training_summary(rows, 'run', 'spec.txt').splitlines()
+    assert first in lines[0] and lines[1].startswith(f'Next: {second}') and len(lines) == 2
+    more = training_summary(rows, 'run', 'spec.txt', ["num_epochs=3", "checkpoint='a b'"], has_key=True)
+    assert '-k KEY' in more and shlex.split(more.splitlines()[1])[-3:] == ['--set', 'num_epochs=3', "checkpoint='a b'"]
+
+
+@pytest.mark.parametrize('changes, num_rows, is_over', [
+    ({}, 3, True), ({}, 2, False), (dict(stop_at_epoch=2), 2, True), (dict(stop_at_epoch=2), 1, False)])
+def test_a_finished_run_that_goes_on_says_so(changes, num_rows, is_over, spec, monkeypatch):
+    text = spec.replace(training_config=changes).to_text()
+    meta = dict(history=[{}]*num_rows, spec=text)
+    checkpoint = SimpleNamespace(meta=meta, arch=ARCH)
+    monkeypatch.setattr(startup, 'restore_checkpoint', lambda *args: '')
+    trainer, history = SimpleNamespace(arch=ARCH, step=9), SimpleNamespace(epochs=[{}]*num_rows)
+    line = startup.continue_run(trainer, history, InitialWeights(checkpoint, 'x.tlt'), '')
+    start = f'the run was finished after epoch {num_rows} and goes on; ' if is_over else ''
+    assert line == f'{start}continuing from x.tlt (step 9)'

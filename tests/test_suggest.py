@@ -42,6 +42,8 @@ def test_the_length_is_about_a_thousand_steps_within_limits(num_images):
     assert 1<=config.num_epochs<=S.MAX_EPOCHS and config.train_batch_size<=max(num_images, 1)
     assert config.learning_rate/config.train_batch_size==pytest.approx(S.LEARNING_RATE/S.BATCH_SIZE)
     if 100<=num_images<=3000: assert 1000<=steps<=1000*1.5
+    text = S.describe_suggestion(S.suggest_spec(SPEC, scan_of_boxes(num_images, (480,640), 99)), num_images)
+    assert f'{config.num_epochs} epochs, about {round(steps):,} steps of {config.train_batch_size} images' in text
     assert config.lr_warmup_epoch<config.num_epochs
 
 
@@ -67,7 +69,8 @@ def test_the_command_writes_a_spec_that_can_be_trained(tmp_path, capsys):
     (tmp_path/'spec.txt').write_text(spec.to_text())
     target = tmp_path/'new'/'suggested.txt'
     cli.effdet_check(experiment_spec_file=str(tmp_path/'spec.txt'), suggest=str(target))
-    assert str(target) in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert str(target) in out and ' epochs, about ' in out and f'Next: effdet_train -e {target} -d FOLDER' in out
     suggested = Spec.load(target, 'train')
     scan = scan_records(Records.from_files(require_record_files(f'{tmp_path}/train-*')))
     assert suggested.to_text()==S.suggest_spec(spec, scan).to_text()

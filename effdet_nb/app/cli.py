@@ -108,12 +108,14 @@ def effdet_check(
 def _write_suggestion(spec, check, path):
     "Writes a spec with settings for the training records, and prints where."
     from effdet_nb.core.files import atomic_write
-    from effdet_nb.train.suggest import suggest_spec
+    from effdet_nb.train.suggest import describe_suggestion, suggest_spec
     if 'training' not in check.scans:
         raise ValueError('--suggest: the spec names no training records. Set dataset_config.training_file_pattern')
-    text = suggest_spec(spec, check.scans['training']).to_text()
-    with atomic_write(path) as f: f.write(text.encode())
-    print(f'suggested settings: {path}. Train with effdet_train -e {path} -d FOLDER', flush=True)
+    scan = check.scans['training']
+    suggestion = suggest_spec(spec, scan)
+    with atomic_write(path) as f: f.write(suggestion.to_text().encode())
+    print(f'suggested settings: {path} ({describe_suggestion(suggestion, scan.num_records)})\n'
+          f'Next: effdet_train -e {path} -d FOLDER', flush=True)
 
 def _overfit(spec, num_images, minutes, key):
     "Trains on a few images; returns the result, or raises with its advice if the images were not learned."
@@ -148,12 +150,12 @@ def effdet_train(
     _check_gpu_count(gpus, gpu_index)
     spec = load_spec(experiment_spec_file, 'train', set)
     if use_amp: spec = spec.replace(training_config=dict(amp=True))
-    from effdet_nb.train.callbacks import format_epoch
+    from effdet_nb.train.checkpoints import training_summary
     from effdet_nb.train.fit import train
     from effdet_nb.train.trackers import tracker_callbacks
     callbacks = tracker_callbacks(log_to, model_dir)
     history = train(spec, model_dir, key, gpus=len(gpu_index) if gpu_index else gpus, callbacks=callbacks)
-    return f'{model_dir}: {format_epoch(history[-1], spec.training_config.num_epochs)}'
+    return training_summary(history, model_dir, experiment_spec_file, set or (), bool(key))
 
 def _check_gpu_count(gpus, gpu_index):
     "Raises if the two options about GPUs contradict each other."
@@ -204,9 +206,11 @@ def effdet_evaluate(
     from effdet_nb.train.set_fields import load_spec
     spec = load_spec(experiment_spec_file, 'evaluate', set)
     from effdet_nb.app.evaluation_page import evaluate_files
-    return evaluate_files(
+    results = evaluate_files(
         spec, model_path, key, results_dir, nms, iou_threshold, score_threshold, pycocotools, show_progress=True,
         resize=resize)
+    if not results_dir or isinstance(results, str): return results
+    return f'{results}\n\nreport: {os.path.join(results_dir, "report.html")}'
 
 # %% ../../nbs/app/18_cli.ipynb #fdc22d1a
 @command(example='-m runs/first/model.best.tlt -o runs/pruned -pth 0.5', hints={
@@ -410,10 +414,22 @@ def effdet_export(
     if deepstream:
         _write_deepstream(result.meta, output_path, deepstream, _inference_threshold(spec, model_path, key))
         if engine_file is None: _print_missing_engine(result.meta, output_path)
-    if engine_file is None: return
+    if engine_file is None: return None if deepstream else _command_after_export(output_path, data_type)
     from effdet_nb.export.tensorrt import gen_trt_engine
     return gen_trt_engine(output_path, engine_file, key, max_batch_size=max_batch_size or 1,
                           max_workspace_size=max_workspace_size, verbose=verbose)
+
+def _command_after_export(path, data_type):
+    "The command that uses an exported file; for an int8 graph, also why it is large. None for a SavedModel."
+    stem,suffix = os.path.splitext(path)
+    lines = []
+    if data_type=='int8' and suffix in ('.onnx','.etlt'):
+        lines.append('The file is as large as in fp32, because its weights are rounded when it is loaded. For a '
+                     'smaller file, export fp16, or int8 to .tflite')
+    build = f'effdet_gen_trt_engine -m {path} --engine_file {stem}.engine'
+    if suffix=='.etlt': lines.append(f'Next, on the device: {build}')
+    elif suffix in ('.onnx','.tflite'): lines.append(f'Next: effdet_inference -m {path} -i IMAGES -r detections')
+    return '\n'.join(lines) or None
 
 def _has_validation(spec): return bool(spec and spec.dataset_config.validation_file_pattern)
 

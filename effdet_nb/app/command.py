@@ -13,7 +13,7 @@ from functools import partial, wraps
 from fastcore.script import call_parse
 from .completion import answer_shell
 from .options import command_parser, parse_options
-from ..core.console import prepare_streams, printable
+from ..core.console import log_message, prepare_streams, printable
 from ..core.files import mask_secrets
 from ..core.signals import StopSignal, StopSignalHandler
 
@@ -169,6 +169,7 @@ class QuietTensorFlow(importlib.abc.MetaPathFinder):
 
 def _load_quietly(exec_module, gpu_index, module):
     "Loads TensorFlow and lists its GPUs once, both without messages; warns if a requested GPU is not there."
+    log_message('loading TensorFlow ...')
     with suppress_stderr():
         exec_module(module)
         gpus = module.config.list_physical_devices('GPU')
@@ -193,13 +194,11 @@ def _set_up(options):
 
 def _log_key_note():
     "Logs that other users can read a key on the command line, and where to put it instead."
-    from effdet_nb.core.console import log_message
     log_message('note: while this command runs, other users of this machine can read the key in the list of '
                 'processes. The variable EFFDET_KEY, or a file that EFFDET_KEY_FILE names, keeps it private')
 
 def _log_warning(message, *args, **kwargs):
     "Prints a warning as one line, without the line of code it came from."
-    from effdet_nb.core.console import log_message
     log_message(f'warning: {message}')
 
 # %% ../../nbs/app/13_command.ipynb #3ce89cb1

@@ -349,6 +349,7 @@ def evaluate_files(
         for path,name in zip(model_paths, model_display_names(model_paths)):
             results.append(evaluate_model_file(path, samples, name=name, **options))
         if status:
+            if show_progress: log_message('writing the report ...')
             write_evaluation_report(results_dir, results, samples)
             status.log_progress('Evaluation metrics generated.', kpi=_status_metrics(results))
         return results

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 import numpy as np
-from ..core.console import progress_bar
+from ..core.console import log_message, progress_bar
 from ..core.files import write_json
 from ..detector.images import resize_options
 from ..data.classes import ClassTable
@@ -241,6 +241,7 @@ def evaluate_model_file(
         detector = open_detector(path, key, nms, max_detections)
         resize_description = set_resize(detector, resize)
         for message in evaluation_warnings(detector, path, image_hw, classes): warnings.warn(message)
+        if show_progress: log_message(f'{path.name}: detecting the objects of the validation images ...')
         metrics = evaluate(detector, samples, batch_size=batch_size, eval_samples=eval_samples,
                            show_progress=show_progress, pycocotools=pycocotools)
         nms_description = describe_nms(detector)

@@ -106,13 +106,17 @@ def format_progress(
     done:int,      # number of finished steps
     total:int,     # total number of steps, or None if unknown
     seconds:float, # time since the start
+    first_seconds:float=None, # time until the first step was finished, which may include preparations; None: unknown
 )->str:            # such as `convert: 250/1,000 (25%), 20 s, 12.5/s, 1 min 00 s left`
     "Formats the progress of a loop in one line."
+    is_first_known = first_seconds is not None
+    timed = done-1 if is_first_known else done
+    timed_seconds = seconds-first_seconds if is_first_known else seconds
     label = f'{desc}: ' if desc else ''
     of_total = f'/{total:,} ({done/total:.0%})' if total else ''
     parts = [f'{label}{done:,}{of_total}', format_duration(seconds)]
-    if seconds>0: parts.append(f'{done/seconds:.3g}/s')
-    if total and 0<done<total: parts.append(f'{format_duration((total-done)*seconds/done)} left')
+    if timed_seconds>0 and timed>0: parts.append(f'{timed/timed_seconds:.3g}/s')
+    if total and 0<timed and done<total: parts.append(f'{format_duration((total-done)*timed_seconds/timed)} left')
     return ', '.join(parts)
 
 # %% ../../nbs/core/02_console.ipynb #5d1c0a02
@@ -168,15 +172,16 @@ def log_message(
 def _with_progress_lines(iterable, total, desc, interval):
     "Yields the items and writes a line to stderr every `interval` seconds."
     start = last_line = time.monotonic()
-    done = 0
+    done,first_seconds = 0, None
     for done,item in enumerate(iterable, 1):
         yield item
         now = time.monotonic()
+        if done==1: first_seconds = now-start
         if now-last_line<interval or done==total: continue
         last_line = now
-        log_message(format_progress(desc, done, total, now-start))
+        log_message(format_progress(desc, done, total, now-start, first_seconds))
     seconds = time.monotonic()-start
-    if last_line>start or seconds>=interval: log_message(format_progress(desc, done, total, seconds))
+    if last_line>start or seconds>=interval: log_message(format_progress(desc, done, total, seconds, first_seconds))
 
 # %% ../../nbs/core/02_console.ipynb #2e6cfec2
 NOTEBOOK_DELAY,NOTEBOOK_REFRESH = 1., .3 # seconds until the bar appears, and between its updates
@@ -193,18 +198,19 @@ def _bar_html(text, done, total):
 def _with_notebook_bar(iterable, total, desc):
     "Yields the items and shows a bar in the output of the cell."
     from IPython.display import HTML, display
-    bar,start,done = None, time.monotonic(), 0
+    bar,start,done,first_seconds = None, time.monotonic(), 0, None
     next_update = start+NOTEBOOK_DELAY
     try:
         for done,item in enumerate(iterable, 1):
             yield item
             now = time.monotonic()
+            if done==1: first_seconds = now-start
             if now<next_update: continue
             next_update = now+NOTEBOOK_REFRESH
-            content = HTML(_bar_html(format_progress(desc, done, total, now-start), done, total))
+            content = HTML(_bar_html(format_progress(desc, done, total, now-start, first_seconds), done, total))
             if bar: bar.update(content)
             else: bar = display(content, display_id=True)
-        if bar: log_message(format_progress(desc, done, total, time.monotonic()-start))
+        if bar: log_message(format_progress(desc, done, total, time.monotonic()-start, first_seconds))
     finally:
         if bar: bar.update(HTML(''))
 

@@ -11,6 +11,7 @@ import json, shutil, tempfile, warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from ..core.console import log_message
 from ..core.files import atomic_write, check_output_path, readable_disk_errors
 from ..detector.images import resize_options
 from ..detector.nms import NmsOptions
@@ -123,6 +124,7 @@ def export_tensorflow(
     pixels = verification_pixels(model_file.arch, num_images or NUM_VERIFICATION_IMAGES)
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary_folder = tempfile.TemporaryDirectory(dir=destination.parent, prefix='.export')
+    log_message('converting the graph and comparing it with the model ...')
     with readable_disk_errors(path), temporary_folder as folder:
         temporary = Path(folder)/destination.name
         outputs = _write_and_run(model, pixels, temporary, batch_size, is_saved_model)
@@ -162,8 +164,10 @@ def export_mobile(
     if data_type=='int8':
         images = calibration_batches(cal_image_dir, arch.image_hw, 1, num_images, arch.channels,
                                      **resize_options(arch))
+    log_message('calibrating and converting the graph ...' if images else 'converting the graph ...')
     network = convert_detector(model, len(mobile_labels(model_file.classes)), data_type, images)
     pixels = verification_pixels(arch)
+    log_message('comparing the file with the model ...')
     difference = check_difference(verify_network(network, model, pixels, meta), TOLERANCES[data_type], path,
                                   partial(rounding_noise, model, pixels, meta))
     agreement = check_agreement(verify_ending(network, meta, options), path)
@@ -213,9 +217,12 @@ def export(
     if nms=='tflite':
         return export_mobile(model_file, path, data_type, cal_image_dir, num_images, **settings)
     if path.suffix.lower() in ('.pb','.tflite'): return export_tensorflow(model_file, path, max_batch_size, **settings)
+    log_message('converting the graph ...')
     raw, model = model_to_onnx(model_file, max_batch_size, opset)
+    if data_type!='fp32': log_message(f'converting to {data_type} ...')
     raw = quantize(raw, data_type, cal_image_dir, cal_cache_file, batches, batch_size, symmetric=nms!='onnx')
     proto = add_nms(raw, nms, **settings)
+    log_message('comparing the file with the model ...')
     verification = verify_export(proto, model, verification_images(model_file.arch.image_hw), path)
     return write_export(proto, path, key, verification)
 

@@ -11,6 +11,7 @@ __all__ = ['QUANTIZER_OPTIONS', 'IMAGE_SUFFIXES', 'PRECISIONS', 'convert_to_fp16
 import hashlib, json, tempfile
 from pathlib import Path
 import numpy as np
+from ..core.console import progress_bar
 from ..core.files import atomic_write
 from ..detector.images import read_resized_batches, to_channels
 from ..data.record_index import Records, require_record_files
@@ -149,8 +150,10 @@ def calibration_batches(
 ):                      # yields [N,H,W,channels] uint8
     "Reads calibration images in batches, those of a folder in the order of their names."
     sources = images if isinstance(images, list) else _image_files(images)
-    batches = read_resized_batches(sources[:batch_size*num_batches], tuple(image_hw), batch_size, **options)
-    return (_stack(batch, channels) for batch in batches)
+    sources = sources[:batch_size*num_batches]
+    batches = read_resized_batches(sources, tuple(image_hw), batch_size, **options)
+    stacked = (_stack(batch, channels) for batch in batches)
+    return progress_bar(stacked, -(-len(sources)//batch_size), 'calibrating')
 
 def _image_files(image_dir):
     "Lists the images of a folder; raises an error if there are none."

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 import numpy as np
+from ..core.console import log_message
 from ..data.classes import ClassTable
 from ..detector.images import to_channels
 from ..detector.detections import Detections, predict_image
@@ -451,5 +452,6 @@ def quantization_ap_drop(
     from effdet_nb.train.experiment import evaluate_spec
     file = load_detector(exported, key if model_file_type(exported)=='etlt' else '')
     model = load_detector(model_path, key, **asdict(file.nms_options))
-    before,after = (evaluate_spec(detector, spec)['AP'] for detector in (model, file))
+    log_message('measuring AP before and after ...')
+    before,after = (evaluate_spec(detector, spec, show_progress=True)['AP'] for detector in (model, file))
     return f"AP {before:.4f} before, {after:.4f} after ({file.meta['data_type']}, same suppression)"

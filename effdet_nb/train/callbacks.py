@@ -115,6 +115,9 @@ class ProgressCallback(MetricsCallback):
         self.trainer, self.bar, self.first_step = trainer, None, 0
         self.is_disabled, self.is_chief = trainer.config.disable_logging, is_chief()
 
+    def on_train_begin(self, logs=None):
+        if self.is_chief and not self.is_disabled: log_message('compiling the training step (once) ...')
+
     def on_epoch_begin(self, epoch, logs=None):
         plan = self.trainer.plan
         self.first_step = plan.step_at(epoch)

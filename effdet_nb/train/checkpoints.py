@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['CHECKPOINT_NAME', 'BEST_NAME', 'HISTORY_COLUMNS', 'RUN_FILES', 'optimizer_state', 'MetricHistory', 'training_pace',
            'save_checkpoint', 'reset_ema', 'restore_checkpoint', 'checkpoint_step', 'list_checkpoints',
-           'latest_checkpoint', 'check_checkpoint', 'load_latest_checkpoint', 'set_aside_run', 'CheckpointCallback']
+           'latest_checkpoint', 'check_checkpoint', 'load_latest_checkpoint', 'set_aside_run', 'CheckpointCallback',
+           'best_epoch', 'training_summary']
 
 # %% ../../nbs/train/08_checkpoints.ipynb #6c0209eb
-import os, re
+import os, re, shlex
 from itertools import count
 from pathlib import Path
 import keras, numpy as np
@@ -290,3 +291,32 @@ class CheckpointCallback(keras.callbacks.Callback):
         if keep and self.is_chief:
             for p in written[:-keep]: p.unlink()
         return path
+
+# %% ../../nbs/train/08_checkpoints.ipynb #502e4482
+def best_epoch(
+    history:list, # one dict per epoch
+)->dict:          # the first epoch with the highest AP; None if no epoch was evaluated
+    "Returns the epoch of a history whose model is in `model.best.tlt`."
+    evaluated = [row for row in history if row.get('AP', -1) > -1]       # -1: no ground truth
+    return max(evaluated, key=lambda row: row['AP'], default=None)
+
+# %% ../../nbs/train/08_checkpoints.ipynb #0ee825ba
+def training_summary(
+    history:list,    # one dict per epoch
+    model_dir,       # folder of the run
+    spec_file,       # spec file of the run
+    assignments=(),  # fields of the spec that `--set` overrides
+    has_key:bool=False, # whether the files are encrypted
+)->str:              # two lines
+    "Names the model that a training made, and the command to run next."
+    best, path = best_epoch(history), Path(model_dir)/BEST_NAME
+    if best and path.is_file():
+        line, next_command = f'best AP {best["AP"]:.3f} (epoch {best["epoch"]}): {path}', 'effdet_evaluate'
+    else:
+        path = latest_checkpoint(model_dir)
+        line, next_command = f'loss {history[-1]["loss"]:.4f} (epoch {len(history)}): {path}', 'effdet_inference'
+    source = [] if best else ['-i', 'IMAGES']
+    overrides = ['--set', *assignments] if assignments else []
+    key = ['-k', 'KEY'] if has_key else []
+    words = [next_command, '-e', spec_file, '-m', path, *source, *key, '-r', Path(model_dir)/'results', *overrides]
+    return f'{line}\nNext: {shlex.join(map(str, words))}'

@@ -95,7 +95,8 @@ class Evaluator:
     def evaluate(self)->Metrics:
         "Evaluates the model, with its averaged weights if it has them."
         timeout = self.evaluation.eval_timeout if num_workers() == 1 else 0    # machines must see the same images
-        score = partial(evaluate_data, self.detector, self.data, self.evaluation, self.classes, timeout=timeout)
+        score = partial(evaluate_data, self.detector, self.data, self.evaluation, self.classes,
+                        show_progress=is_chief() and not self.trainer.config.disable_logging, timeout=timeout)
         if not self.trainer.ema: return score()
         with self.trainer.ema.swapped_into(self.trainer.model.weights): return score()
 
@@ -129,19 +130,26 @@ class TrainingLoop:
         self.signals = signals or DeferredSignals()
         self.callbacks = keras.callbacks.CallbackList(list(callbacks), model=trainer.model)
         self.timer = StepTimer()
+        self.first_call = 0, 0.      # steps and seconds of the first call, which compiles
         self.images_per_step = trainer.plan.batch_size*trainer.num_replicas
 
     def run(self,
         batches, # endless iterator of batches, from the trainer's step on
     )->list:     # the history: a dict per epoch
         "Runs until the last epoch of the plan, or until a callback sets `model.stop_training`."
-        start, first, last = time.perf_counter(), len(self.history.epochs), self.trainer.plan.last_epoch
-        for epoch in range(first, last):
+        start, first_step = time.perf_counter(), self.trainer.step
+        for epoch in range(len(self.history.epochs), self.trainer.plan.last_epoch):
             row = self.run_epoch(epoch, batches)
-            mean_seconds = (time.perf_counter()-start)/(epoch+1-first)
-            self.end_epoch(epoch, row | dict(eta=mean_seconds*(last-epoch-1)))
+            eta = self.seconds_left(time.perf_counter()-start, self.trainer.step-first_step)
+            self.end_epoch(epoch, row | dict(eta=eta))
             if self.trainer.model.stop_training: break
         return self.history.epochs
+
+    def seconds_left(self, seconds, num_steps)->float:
+        "Estimates the time to the last epoch from the steps so far, without the first call if there are others."
+        plan, (first_steps, first_seconds) = self.trainer.plan, self.first_call
+        if num_steps > first_steps: num_steps, seconds = num_steps-first_steps, seconds-first_seconds
+        return (plan.step_at(plan.last_epoch)-self.trainer.step)*seconds/max(num_steps, 1)
 
     def run_epoch(self, epoch, batches)->dict:
         "Runs an epoch, counted from 0, and evaluates if it is due; returns the row of the history."
@@ -162,13 +170,14 @@ class TrainingLoop:
 
     def run_call(self, batches, end):
         "Calls the compiled step once, for `iterations_per_loop` steps but not beyond step `end`."
-        first_step = self.trainer.step
+        first_step, start, is_first = self.trainer.step, time.perf_counter(), not self.timer.is_warm
         num_steps = min(max(1, self.trainer.config.iterations_per_loop), end-first_step)
         self.callbacks.on_train_batch_begin(first_step)
         with self.signals.critical_section():
             metrics = self.take_steps(batches, num_steps)
             if self.is_log_due(first_step, end): self.read_metrics()
         self.timer.tick(num_steps, metrics)
+        if is_first: self.first_call = num_steps, time.perf_counter()-start
         loss = metrics[0] if num_steps == 1 else metrics[-1,0]
         self.callbacks.on_train_batch_end(self.trainer.step-1, {'loss': loss})
 

@@ -8,7 +8,7 @@ __all__ = ['WARMUP_STEPS', 'LEARNED_AP50', 'STUCK_RATIO', 'MANY_UNMATCHED', 'LOO
            'plot_losses']
 
 # %% ../../nbs/train/13_overfit.ipynb #21ffeca3
-import time
+import math, time
 import numpy as np, tensorflow as tf
 from dataclasses import dataclass
 from enum import Enum
@@ -103,6 +103,7 @@ class OverfitResult:
     box_sizes:np.ndarray   # [N, 2] height and width of the boxes, pixels of the input
     is_matched:np.ndarray  # [N] whether an anchor matches the box
     is_out_of_time:bool    # whether the time limit ended the run
+    seconds:float=None     # the time limit, seconds; None if unknown
 
     @property
     def loss_ratio(self)->float: return float(np.mean(self.losses[-5:])/self.losses[0])
@@ -150,7 +151,15 @@ def _stuck(result):
 
 def _out_of_time(result):
     return (f'Time ran out after {len(result.losses)} steps; the loss fell to {result.loss_ratio:.0%} of its first '
-            'value, and a hundred steps are often needed. Allow more time with --minutes, or take fewer images')
+            f'value, and a hundred steps are often needed. {_more_time(result)}, or take fewer images')
+
+def _more_time(result):
+    "The time that a hundred steps need at the speed of the run, or two hundred if it took a hundred."
+    if result.seconds is None: return 'Allow more time with --minutes'
+    num_steps = len(result.losses)
+    goal = 100 if num_steps<100 else 200
+    minutes = math.ceil(goal/num_steps*result.seconds/60)
+    return f'At this speed, {goal} steps need --minutes {minutes}. Allow this time'
 
 def _no_anchor(result):
     unmatched = result.box_sizes[~result.is_matched]
@@ -246,7 +255,7 @@ def overfit(
     is_matched = best_size_iou(sizes, anchor_sizes(arch_anchors(run.arch)))>=MATCH_IOU
     metrics = run.metrics if np.isfinite(run.losses[-1]) else None
     return OverfitResult(run.spec.training_config.learning_rate, len(numbers), run.losses, metrics, sizes, is_matched,
-                         is_out_of_time)
+                         is_out_of_time, seconds)
 
 def _image_numbers(spec, num_images):
     "Returns the numbers of images with objects to train on; raises if there is none."

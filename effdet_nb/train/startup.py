@@ -64,6 +64,11 @@ def check_same_network(
     raise ValueError(f'{initial.checkpoint_path}: belongs to another run, whose network {difference}. Give this run '
                      'its own folder with --model_dir, or set training_config.resume: False')
 
+def _was_finished(meta):
+    "Returns whether a checkpoint is of the last epoch that its own spec sets."
+    config = Spec.parse(meta['spec']).training_config
+    return len(meta['history']) >= min(config.stop_at_epoch or config.num_epochs, config.num_epochs)
+
 def continue_run(
     trainer:Trainer,        # the run
     history:MetricHistory,  # its metrics
@@ -75,6 +80,8 @@ def continue_run(
     path = initial.checkpoint_path
     changes = restore_checkpoint(initial.checkpoint, trainer, history, spec_text, path)
     line = f'continuing from {path} (step {trainer.step})'
+    if _was_finished(initial.checkpoint.meta):
+        line = f'the run was finished after epoch {len(history.epochs)} and goes on; {line}'
     return f'{line}; {changes}' if changes else line
 
 # %% ../../nbs/train/11_startup.ipynb #aade0c40
@@ -191,7 +198,9 @@ def prepare_training(
     strategy,               # devices, from `make_strategy`
 )->tuple:                   # (Trainer at its next step, MetricHistory, ClassTable)
     "Checks the data, builds the network and initialises its weights; logs where the run starts."
+    if is_chief(): log_message('checking the records ...')
     check_data(experiment)
+    if is_chief(): log_message('building the network ...')
     trainer = Trainer(experiment.arch, experiment.training, strategy)
     history = MetricHistory(trainer.metric_names)
     start = initialize_weights(trainer, history, initial, experiment.spec_text)

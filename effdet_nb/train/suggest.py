@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_OBJECT_SIDE', 'SIDES', 'SIDE_STEP', 'BATCH_SIZE', 'LEARNING_RATE', 'NUM_STEPS', 'MAX_EPOCHS',
-           'suggest_image_side', 'suggest_num_epochs', 'suggest_spec']
+           'suggest_image_side', 'suggest_num_epochs', 'suggest_spec', 'describe_suggestion']
 
 # %% ../../nbs/train/14_suggest.ipynb #1609e219
 import math
@@ -74,3 +74,14 @@ def _given(spec, section):
     "Returns the fields of a section that a spec sets."
     config = getattr(spec, section)
     return {name: getattr(config, name) for part,name in spec.fields_set if part==section}
+
+# %% ../../nbs/train/14_suggest.ipynb #f5da5d1b
+def describe_suggestion(
+    spec:Spec,      # from `suggest_spec`
+    num_images:int, # training images
+)->str:             # such as `32 epochs, about 1,000 steps of 8 images at 256 x 256 pixels`
+    "Describes the length of a suggested training."
+    config,(height,width) = spec.training_config, spec.dataset_config.image_hw
+    steps = round(config.num_epochs*num_images/config.train_batch_size)
+    return (f'{config.num_epochs} epochs, about {steps:,} steps of {config.train_batch_size} images at '
+            f'{height} x {width} pixels')
