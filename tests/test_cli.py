@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import warnings
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import effdet_nb.app.cli as cli
-from effdet_nb.app.options import parse_options
+from effdet_nb.app.options import (
+    OPTION_ALIASES, command_parser, explain_unknown, option_aliases, option_names, parse_options)
+from effdet_nb.app.quickstart_settings import QuickstartSettings
 from effdet_nb.core.console import read_status
 from effdet_nb.detector.toy_data import make_toy_dataset
 
@@ -207,7 +209,7 @@ WRONG_LINES = [
     ('evaluate -e a -m b --image_sise 5', '--image_sise', 'image_size'),
     ('train -e a --modeldir b', '--modeldir', 'Did you mean --model_dir?'),
     ('inference -m a -i b --treshold .5', '--treshold', 'Did you mean --threshold?'),
-    ('prune -m a --outdir b', '--outdir', 'Did you mean --output_dir?'),
+    ('prune -m a --outdir b', '--outdir', 'Did you mean -o/--output_dir?'),
     ('train -m model.tlt -e a', '-m', 'pruned_model_path'),
     ('dataset_convert -e spec.txt', '-e', 'reads no spec'),
     ('dataset_convert -i a -a b -o c -k key', '-k', 'not encrypted'),
@@ -219,7 +221,31 @@ WRONG_LINES = [
     ('prune -m a -o pruned/model.tlt', 'pruned/model.tlt', 'such as pruned'),
     ('train -e a -d run.json', 'run.json', 'such as run'),
     ('export -m a --deepstream ds/config.txt', 'ds/config.txt', 'such as ds'),
-    ('train -e a -d b --zzz', '--zzz', 'no such option'),
+    ('train -e a -d b --zzz', '--zzz', 'no such option. Run'),
+    ('train --epocs 5', '--epocs', 'num_epochs'),
+    ('train --lerning_rate .1', '--lerning_rate', 'learning_rate'),
+    ('train --imgsz 640', '--imgsz', 'dataset_config { image_size: ... }'),
+    ('train --lr0 .1', '--lr0', 'training_config { learning_rate: ... }'),
+    ('train --patience 5', '--patience', 'model.best.tlt'),
+    ('train --data coco.yaml', '--data', 'training_file_pattern'),
+    ('train --project runs', '--project', 'Did you mean -d/--model_dir?'),
+    ('train --device 0', '--device', 'Did you mean --gpu_index?'),
+    ('train --optimizer adam', '--optimizer', 'SGD'),
+    ('split --validation 0.2', '--validation', 'Did you mean --val?'),
+    ('split --train 0.7', '--train', 'such as --val 0.3'),
+    ('split --test-size 0.1', '--test-size', 'Did you mean --test?'),
+    ('export --format tflite', '--format', 'the end of -o chooses the format'),
+    ('export --int8', '--int8', '--data_type int8'),
+    ('export --half', '--half', '--data_type fp16'),
+    ('inference --conf 0.3', '--conf', 'Did you mean -t/--threshold?'),
+    ('inference --source a.jpg', '--source', 'Did you mean -i/--in_image_path?'),
+    ('inference --weights a.tlt', '--weights', 'Did you mean -m/--model_path?'),
+    ('inference --wieghts a.tlt', '--wieghts', 'Did you mean -m/--model_path?'),
+    ('inference --imgsz 640', '--imgsz', 'that of the model'),
+    ('inference --name first', '--name', 'Did you mean -r/--results_dir?'),
+    ('evaluate --conf 0.3', '--conf', 'Did you mean --score_threshold?'),
+    ('quickstart --epochs 3', '--epochs', 'Did you mean --num_epochs?'),
+    ('demo --weights a.tlt', '--weights', 'Did you mean -m/--model_path?'),
     ('export -m a --data_type fp8', '--data_type', 'fp16'),
     ('train -d b', '-e/--experiment_spec_file', 'required'),
 ]
@@ -234,7 +260,52 @@ def test_a_wrong_option_is_answered_by_one_line(line, option, advice, capsys):
     assert option in message and advice in message
 
 
-UMBRELLA_LINES = [('effdet', 'usage: effdet TASK'), ('effdet fly', 'fly: no such task'),
+@pytest.mark.parametrize('task', TASKS)
+def test_an_unknown_option_is_never_called_superfluous(task):
+    command = cli.TASKS[task]
+    names = [name for names in OPTION_ALIASES for name in names.split()]
+    for option in (*map('--{}'.format, names), '--validation', '--train', '--zzz', '--epocs', '--sorce'):
+        assert 'Leave it out' not in explain_unknown(option, command)
+    known = option_names(command)
+    for text in option_aliases(command).values(): assert all(name in known for name in text.split('/'))
+
+
+def test_every_alias_of_an_option_leads_to_a_command():
+    parameters = {name for command in cli.TASKS.values() for name in option_names(command)}
+    for candidates in OPTION_ALIASES.values():
+        assert all(f'--{parameter}' in parameters for parameter in candidates.split()), candidates
+    names = [name for names in OPTION_ALIASES for name in names.split()]
+    assert len(names)==len(set(names))
+
+
+def test_the_help_of_quickstart_has_its_default_settings():
+    options = option_names(cli.effdet_quickstart)
+    for name, value in asdict(QuickstartSettings()).items():
+        assert options[f'--{name}'].help.endswith(f'(default: {value})')
+
+
+@pytest.mark.parametrize('words, task', [('help train', 'train'), ('help effdet-split', 'split'),
+                                         ('effdet_compare --help', 'compare'), ('help', 'TASK')])
+def test_the_umbrella_command_prints_the_help_of_a_task(words, task, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['effdet', *words.split()])
+    with pytest.raises(SystemExit) as e: cli.efficientdet_tf1()
+    assert not e.value.code and capsys.readouterr().out.startswith(f'usage: effdet {task} ')
+
+
+def test_the_tasks_are_listed_in_the_order_of_the_work():
+    work = 'split tile dataset_convert check train evaluate compare prune export gen_trt_engine'.split()
+    assert sorted(work, key=list(cli.TASKS).index)==work and list(cli.TASKS)[0]=='quickstart'
+    assert all(task in cli.TASKS for task in cli.TASK_ALIASES.values())
+
+
+def test_the_help_of_completion_lists_the_shells():
+    assert '{bash,zsh,fish}' in command_parser(cli.effdet_completion).format_help()
+
+
+UMBRELLA_LINES = [('effdet', 'usage: effdet TASK'), ('effdet predict', 'Did you mean inference?'),
+                  ('effdet val', 'Did you mean evaluate?'), ('effdet detect', 'Did you mean inference?'),
+                  ('effdet help predict', 'Did you mean inference?'), ('effdet effdet_train', 'effdet train: error'),
+                  ('effdet fly', 'fly: no such task'),
                   ('effdet evalute', 'Did you mean evaluate?'), ('effdet convert', 'Did you mean dataset_convert?'),
                   ('efficientdet_tf1 tao model efficientdet_tf1 train', 'efficientdet_tf1 train: error'),
                   ('efficientdet_tf1 model train --epochs 3', 'num_epochs'),

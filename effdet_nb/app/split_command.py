@@ -10,7 +10,9 @@ from .command import command
 from .options import Option, log_option, verbose_option
 
 # %% ../../nbs/app/17_split_command.ipynb #dabf1d5f
-@command(example='-a labels.json -i images -o split --val 0.2 --group "(.*)_[0-9]+"')
+@command(example='-a labels.json -i images -o split --val 0.2 --group "(.*)_[0-9]+"', hints=dict.fromkeys(
+    ('--train', '--train_split', '--train_ratio', '--train_size'),
+    'all images that are not for validation or test are for training. Give the other shares, such as --val 0.3'))
 def effdet_split(
     annotations_file:Option('COCO file (.json), or a file or folder of Pascal VOC, YOLO, KITTI, LabelMe, VIA or Label '
                             'Studio labels; several are joined', '-a', required=True, nargs='+', metavar='PATH')=None,
