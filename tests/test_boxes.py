@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, strategies as st
 from hypothesis.extra.numpy import arrays
 
-from effdet_nb.detector.boxes import area, as_boxes, clip_boxes, draw_boxes, flip_boxes, iou, xywh_to_yxyx, yxyx_to_xywh
+from effdet_nb.detector.boxes import (
+    _draw_caption, area, as_boxes, caption_height, clip_boxes, draw_boxes, flip_boxes, iou, xywh_to_yxyx, yxyx_to_xywh)
 
 
 def integer_boxes(low=-50, high=250):
@@ -71,6 +72,28 @@ def test_drawing_accepts_any_box_and_does_not_change_the_image(boxes):
     image = np.full((40, 60, 3), 127, np.uint8)
     out = draw_boxes(image, boxes, np.arange(len(boxes)), np.linspace(0, 1, len(boxes)), ['a'])
     assert out.shape == image.shape and out.dtype == np.uint8 and (image == 127).all()
+
+
+@pytest.mark.parametrize('image_hw', [(300, 400), (480, 640), (1800, 2400), (60, 1000)])
+@pytest.mark.parametrize('name', ['a', 'kangaroo', 'a name that is longer than most'])
+def test_captions_are_inside_the_image_and_apart_where_there_is_room(image_hw, name):
+    from PIL import Image, ImageDraw, ImageFont
+    height, width = image_hw
+    draw, font = ImageDraw.Draw(Image.new('RGB', (width, height))), ImageFont.load_default(size=12)
+    corners = [(0, 0), (0, width-5), (height-5, 0), (height-5, width-5), (height//2, width//2), (height//2, width//2)]
+    used = []
+    for y, x in corners:
+        box = y, x, y+20, x+30
+        used.append(_draw_caption(draw, name, box, (255, 0, 0), font, (width, height), used))
+    y1, x1, y2, x2 = np.transpose(used)
+    assert (y1 >= 0).all() and (y2 <= height).all() and (x1 >= 0).all() and (x2 <= max(width, x2[0])).all()
+    assert iou(used[4:5], used[5:]).max() == 0          # two boxes at the same place
+
+
+@pytest.mark.parametrize('side, height', [(400, 40), (200, 25), (240, 30), (30, 20)])
+def test_captions_are_an_eighth_of_a_typical_box_within_limits(side, height):
+    boxes = [[0, 0, side, 2*side]]*3 + [[0, 0, 5, 5]]
+    assert caption_height(boxes, 40) == height and caption_height([], 40) == 40
 
 
 def test_functions_do_not_change_their_input():

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from ..core.files import atomic_write
 from ..core.fragments import Html, base64_uri, data_uri, format_cell, html_table, html_tag
-from ..detector.boxes import as_boxes, box_caption, label_color
+from ..detector.boxes import as_boxes, box_caption, caption_height, label_color
 
 # %% ../../nbs/app/05_html.ipynb #cd51f474
 def format_file_size(
@@ -109,8 +109,8 @@ def thumbnail(
     return np.asarray(small), np.asarray(boxes)*factor
 
 # %% ../../nbs/app/05_html.ipynb #1749b9ef
-def _svg_box(box, color, caption, font_size):
-    "Returns one box with its caption as SVG."
+def _svg_box(box, color, caption, font_size, width=float('inf')):
+    "Returns one box with its caption as SVG; the caption is inside an image of that width."
     y1,x1,y2,x2 = box
     outline = dict(fill='none', stroke=color, stroke_width=f'{font_size/8:.2f}')
     size = dict(width=f'{max(x2-x1, 0):.1f}', height=f'{max(y2-y1, 0):.1f}')
@@ -118,7 +118,8 @@ def _svg_box(box, color, caption, font_size):
     if not caption: return rect
     halo = dict(fill='white', stroke=color, stroke_width=f'{font_size/4:.1f}', paint_order='stroke',
                 stroke_linejoin='round')
-    corner = dict(x=f'{max(x1, 1):.1f}', y=f'{max(y1-font_size/4, font_size):.1f}')
+    left = max(1, min(x1, width-.6*font_size*len(caption)))       # a letter is about 0.6 of the height wide
+    corner = dict(x=f'{left:.1f}', y=f'{max(y1-font_size/4, font_size):.1f}')
     return rect + html_tag('text', caption, **corner, font_size=f'{font_size:.1f}', **halo)
 
 # %% ../../nbs/app/05_html.ipynb #ef988b26
@@ -133,19 +134,21 @@ def boxes_figure(
     "Returns a figure with boxes drawn over an image."
     height,width = np.shape(image)[:2]
     pixels = html_tag('image', href=data_uri(image), width=width, height=height)
-    outlines = _outline_boxes(as_boxes(boxes), labels, scores, names, max(height, width)/15)
+    boxes = as_boxes(boxes)
+    font_size = caption_height(boxes, max(height, width)/15)
+    outlines = _outline_boxes(boxes, labels, scores, names, font_size, width)
     view = dict(viewBox=f'0 0 {width} {height}', width=200, role='img', aria_label=title or 'image with boxes')
     figcaption = html_tag('figcaption', title) if title else None
     return html_tag('figure', html_tag('svg', pixels, *outlines, **view), figcaption, class_='picture')
 
-def _outline_boxes(boxes, labels, scores, names, font_size):
+def _outline_boxes(boxes, labels, scores, names, font_size, width):
     "Returns all boxes with their captions as SVG."
     if labels is None: labels = [None]*len(boxes)
     if scores is None: scores = [None]*len(boxes)
     outlines = []
     for box,label,score in zip(boxes, labels, scores):
         color = label_color(0 if label is None else label)
-        outlines.append(_svg_box(box, color, box_caption(label, score, names), font_size))
+        outlines.append(_svg_box(box, color, box_caption(label, score, names), font_size, width))
     return outlines
 
 # %% ../../nbs/app/05_html.ipynb #7b6f356c

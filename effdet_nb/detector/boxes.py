@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'as_boxes', 'xywh_to_yxyx', 'yxyx_to_xywh', 'label_color', 'box_caption', 'show_boxes', 'area', 'iou',
-           'clip_boxes', 'flip_boxes', 'draw_boxes']
+           'clip_boxes', 'flip_boxes', 'caption_height', 'draw_boxes']
 
 # %% ../../nbs/detector/01_boxes.ipynb #b685af82
 import numpy as np
@@ -138,12 +138,36 @@ def flip_boxes(
     return np.stack([y1, width-x2, y2, width-x1], -1)
 
 # %% ../../nbs/detector/01_boxes.ipynb #b9426ddb
-def _draw_caption(draw, text, corner, color, font):
-    "Writes a caption on a coloured rectangle, above `corner` if there is room."
+def caption_height(
+    boxes,           # `[N, 4]` y1 x1 y2 x2, pixels
+    largest:float,   # height that suits the image, pixels
+)->float:            # between half of `largest` and `largest`, pixels
+    "Returns the height of captions: at most an eighth of a typical box, so that they do not hide the objects."
+    boxes = as_boxes(boxes)
+    if not len(boxes): return largest
+    sides = np.minimum(boxes[:,2]-boxes[:,0], boxes[:,3]-boxes[:,1])
+    return float(np.clip(np.median(sides)/8, largest/2, largest))
+
+# %% ../../nbs/detector/01_boxes.ipynb #4c364ec6
+def _caption_area(size, box, image_size, used):
+    "Returns where a caption is drawn, as y1 x1 y2 x2: inside the image, and on no other caption if possible."
+    (width,height),(image_width,image_height) = size, image_size
+    y1,x1,y2,_ = box
+    x = max(0, min(x1, image_width-width))
+    areas = []
+    for y in (y1-height, y2, y1):
+        y = max(0, min(y, image_height-height))
+        areas.append((y, x, y+height, x+width))
+    free = [a for a in areas if not used or iou([a], used).max()==0]
+    return free[0] if free else areas[0]
+
+def _draw_caption(draw, text, box, color, font, image_size, used):
+    "Writes a caption on a coloured rectangle; returns the rectangle."
     _,_,right,bottom = draw.textbbox((0,0), text, font=font)
-    x,y = max(0, corner[0]), max(0, corner[1]-(bottom+2))
-    draw.rectangle((x, y, x+right+3, y+bottom+2), fill=color)
-    draw.text((x+2, y), text, fill=(255,255,255), font=font)
+    y1,x1,y2,x2 = _caption_area((right+4, bottom+3), box, image_size, used)
+    draw.rectangle((x1, y1, x2-1, y2-1), fill=color)
+    draw.text((x1+2, y1), text, fill=(255,255,255), font=font)
+    return y1,x1,y2,x2
 
 # %% ../../nbs/detector/01_boxes.ipynb #09ffcfa7
 def draw_boxes(
@@ -155,11 +179,12 @@ def draw_boxes(
 )->np.ndarray:    # `[H, W, 3]` uint8, a copy with boxes and captions
     "Draws boxes and captions into a copy of an image."
     copy = Image.fromarray(np.asarray(image, np.uint8))
-    draw,shorter_side = ImageDraw.Draw(copy), min(copy.size)
-    line_width = max(1, round(shorter_side/200))
-    font = ImageFont.load_default(size=max(10, shorter_side//32))
-    for (y1,x1,y2,x2),color,caption in _drawn_boxes(boxes, labels, scores, names):
-        color = ImageColor.getrgb(color)
-        draw.rectangle((x1, y1, max(x1,x2-1), max(y1,y2-1)), outline=color, width=line_width)
-        if caption: _draw_caption(draw, caption, (x1,y1), color, font)
+    draw = ImageDraw.Draw(copy)
+    height = max(10, caption_height(boxes, min(copy.size)/40))
+    font,line_width = ImageFont.load_default(size=round(height)), max(1, round(height/6))
+    drawn,used = list(_drawn_boxes(boxes, labels, scores, names)), []
+    for (y1,x1,y2,x2),color,_ in drawn:
+        draw.rectangle((x1, y1, max(x1,x2-1), max(y1,y2-1)), outline=ImageColor.getrgb(color), width=line_width)
+    for box,color,caption in drawn:
+        if caption: used.append(_draw_caption(draw, caption, box, ImageColor.getrgb(color), font, copy.size, used))
     return np.asarray(copy)
