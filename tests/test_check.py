@@ -52,14 +52,11 @@ def test_good_data_has_no_problems(toy_dataset):
 mistakes = {
     'too few channels': (dict(more='num_classes: 2'), 1, r'num_classes 2: 3 categories do not fit'),
     'too many objects': (dict(more='max_instances_per_image: 2'), 1,
-                         r'\d+ training images have more than 2 objects, the most is (\d+) in image \d+. '
+                         r'\d+ training images have more than 2 objects, the most is (\d+) in \d+.jpg \(id \d+\). '
                          r'Set it to \1'),
     'no such records': (dict(rec='nowhere'), 2, r'training_file_pattern: no file matches'),
-    'records of another set': (dict(more='validation_json_file: "{}/train.json" '
-                                         'validation_file_pattern: "{}/rec/train-*"'), 0,
-                               r'20 of 20 images are in the training set as well'),
-    'file of another set': (dict(more='validation_file_pattern: "{}/rec/train-*"'), 1,
-                            r'12 of 20 validation images are not in val.json, such as image'),
+    'file of another set': (dict(more='validation_file_pattern: "{}/rec/train-*"'), 2,
+                            r'12 of 20 validation images are not in val.json, such as 000009.jpg'),
     'a part of the validation': (dict(more='validation_file_pattern: "{}/rec/val-00000*"'), 0,
                                  r'4 of its 8 images have no record'),
     'a part of the shards': (dict(more='training_file_pattern: "{}/rec/train-00001*"'), 0,
@@ -84,6 +81,37 @@ def test_a_mistake_in_the_spec_is_found(toy_dataset, change, num_errors, message
                                                             for k,v in change.items()})))
 
 
+@pytest.mark.parametrize('val_ids, is_error', [('ab', True), ('b', True), ('bc', False), ('c', None)])
+def test_validation_images_that_are_training_images_are_found(val_ids, is_error, tmp_path):
+    check = check_spec(api_record_spec(tmp_path, [api_record(k) for k in 'ab'], [api_record(k) for k in val_ids]))
+    found = [p for p in check.problems if 'in the training set as well' in p.message]
+    assert [p.is_error for p in found]==([] if is_error is None else [is_error])
+    assert all(f'such as image {min(set("ab") & set(val_ids))}' in p.message for p in found)
+
+
+@pytest.mark.parametrize('num_classes, ids, expected', [
+    (5, [1], '1 category: 2 is enough; 3 channels stay unused'), (4, [1, 2], '2 categories: 3 is enough; 1 channel stays'),
+    (9, [0, 7], '2 categories: 3 is enough; 6 channels'), (9, [1, 7], '2 categories: 8 is enough; 1 channel stays'),
+    (3, [1, 2], None), (3, [0, 7], None), (2, [1, 2], None)])
+def test_channels_without_a_category_are_a_note(num_classes, ids, expected, tmp_path):
+    draw_toy(tmp_path, ids)
+    result = dataset_convert(tmp_path/'images', tmp_path/'a.json', tmp_path/'rec', 'train', num_shards=1, workers=1)
+    scan = C.scan_records(C.Records.from_files(result.files))
+    problems = [*C.check_classes(scan, f'{tmp_path}/rec/train-*', num_classes)]
+    assert not any(p.is_error for p in problems) and len(problems)==(expected is not None)
+    if expected: assert expected in problems[0].message and f'is {num_classes}, but' in problems[0].message
+
+
+def draw_toy(folder, ids):
+    "Writes an image with one box of each category."
+    (folder/'images').mkdir()
+    (folder/'images'/'a.jpg').write_bytes(noise_image(1))
+    boxes = [dict(id=i, image_id=1, category_id=k, bbox=[2, 2, 9, 9]) for i,k in enumerate(ids)]
+    categories = [dict(id=k, name=f'c{k}') for k in ids]
+    (folder/'a.json').write_text(json.dumps(dict(images=[dict(id=1, file_name='a.jpg')], annotations=boxes,
+                                                 categories=categories)))
+
+
 def api_record_spec(folder, records, val=None, more=''):
     write_shards(folder, records, 1)
     if val: write_shards(folder, val, 1, 'val')
@@ -97,23 +125,23 @@ faults = {
                     r'2 boxes have category ids that have no channel \(0, 7\), the channels are for 1 to 2. '
                     r'Set num_classes to 8'),
     'ids from 0': (lambda: [api_record('a', labels=[0]), api_record('b', labels=[1])], 1,
-                   r'1 boxes have category ids that have no channel \(0\), the channels are for 1 to 2. Ids below 1'),
+                   r'1 box has category ids that have no channel \(0\), the channels are for 1 to 2. Ids below 1'),
           # no num_classes is large enough
     'all empty': (lambda: [api_record(k, boxes=()) for k in 'abc'], 1, r'none of the 3 images has an object'),
     'mostly empty': (lambda: [api_record(k, boxes=() if k != 'a' else ((.1,.2,.5,.6),)) for k in 'abc'], 0,
                      r'2 of 3 images \(67%\) have no object'),
-    'no area': (lambda: [api_record('a', boxes=((.1,.2,.1,.6),))], 1, r'1 boxes have no area, such as one in image a'),
-    'outside': (lambda: [api_record('a', boxes=((.1,.2,1.4,.6),))], 0, r'1 boxes extend beyond their image'),
+    'no area': (lambda: [api_record('a', boxes=((.1,.2,.1,.6),))], 1, r'1 box has no area, such as one in image a'),
+    'outside': (lambda: [api_record('a', boxes=((.1,.2,1.4,.6),))], 0, r'1 box extends beyond the image'),
     'copies': (lambda: [api_record('a'), api_record('a2', encoded=noise_image(hash('a')%1000)), api_record('b')], 0,
-               r'1 of 3 images are exact copies of others'),
+               r'1 of 3 images is an exact copy of another, such as image a2 of image a'),
     'pixels': (lambda: [api_record('a', boxes=((10,20,30,45),)*2, hw=(60,60)), api_record('b')], 1,
                r'2 of 3 boxes are far outside their image, such as one in image a, so they look like pixels'),
     'pixels in part': (lambda: [api_record('a', boxes=((0,0,60,60),(1,2,1.5,50),(.1,.2,.3,.4)), hw=(60,60))], 1,
                        r'2 of 3 boxes are far outside their image'),
     'fractions': (lambda: [api_record('a', boxes=((.001,.002,.01,.012),)*2, hw=(60,60))], 1,
-                  r'the 2 boxes are smaller than a pixel, such as one in image a'),
+                  r'2 boxes are smaller than a pixel, such as one in image a'),
     'not finite': (lambda: [api_record('a', boxes=((.1,float('nan'),.3,.6),(.1,.1,.5,.5)))], 1,
-                   r'1 of 1 records are damaged: \S+, record 0: image/object/bbox/xmin of object 0 is nan, '
+                   r'1 of 1 record is damaged: \S+, record 0: image/object/bbox/xmin of object 0 is nan, '
                    r'which no object in an image has'),
     'copies with other boxes': (lambda: [api_record('a'), api_record('b', boxes=((.3,.3,.6,.6),),
                                          encoded=noise_image(hash('a')%1000)), api_record('c')], 1,
@@ -123,9 +151,9 @@ faults = {
     'small': (lambda: [api_record('a', boxes=((.1,.1,.17,.17),)*2, hw=(60,60))], 0,
               r'2 of 2 boxes \(100%\) are smaller than half of the smallest anchor .* the median is 9 pixels'),
     'thin': (lambda: [api_record('a', boxes=((.1,.1,.2,.95),), hw=(60,60))], 0,
-             r'1 of 1 boxes \(100%\) are longer than any anchor .* beyond 8.5 to 1. Add such a pair to aspect_ratios'),
+             r'1 of 1 box \(100%\) is longer than any anchor .* beyond 8.5 to 1. Add such a pair to aspect_ratios'),
     'damaged': (lambda: [api_record('a'), b'\x0anothing'], 1,
-                r'1 of 2 records are damaged: train-00000-of-00001, record 1: not a tf.train.Example'),
+                r'1 of 2 records is damaged: train-00000-of-00001, record 1: not a tf.train.Example'),
 }
 
 
@@ -160,7 +188,7 @@ def test_images_are_decoded_on_request(tmp_path):
     spec = api_record_spec(tmp_path, [api_record('a'), api_record('b', encoded=noise_image(2)[:200])])
     assert not check_spec(spec).errors
     text = problem_text(check_spec(spec, decode_images=True))
-    assert '1 of 2 records are damaged: train-00000-of-00001, record 1: its image cannot be decoded' in text
+    assert '1 of 2 records is damaged: train-00000-of-00001, record 1: its image cannot be decoded' in text
 
 
 def test_missing_and_changed_shards_are_found(toy_dataset, tmp_path):
@@ -169,7 +197,7 @@ def test_missing_and_changed_shards_are_found(toy_dataset, tmp_path):
     shutil.copy(toy_dataset/'val.json', tmp_path/'val.json')
     (rec/'train-00000-of-00002.tfrecord').unlink()
     text = problem_text(check_spec(make_spec(tmp_path)))
-    assert '1 of 2 shards are missing, such as train-00000-of-00002.tfrecord' in text
+    assert '1 of 2 shards is missing, such as train-00000-of-00002.tfrecord' in text
     shutil.copy(toy_dataset/'rec'/'train-00000-of-00002.tfrecord', rec)
     shard = rec/'train-00001-of-00002.tfrecord'
     data = bytearray(shard.read_bytes())
@@ -184,7 +212,7 @@ def test_a_repeated_image_id_in_validation_is_found(tmp_path):
     (tmp_path/'val.json').write_text(json.dumps(dict(images=[dict(id=1, file_name='a', height=40, width=60)],
                                                      annotations=[], categories=[dict(id=1, name='x')])))
     spec = spec.replace(dataset_config=dict(validation_json_file=str(tmp_path/'val.json')))
-    assert '1 images have the image id of another one' in problem_text(check_spec(spec))
+    assert '1 image has the image id of another one' in problem_text(check_spec(spec))
 
 
 def test_a_sample_is_spread_over_all_records(toy_dataset):

@@ -217,7 +217,7 @@ def test_loading_describes_what_is_left_out(tmp_path, capsys):
     data = good()
     data['annotations'][0]['category_id'] = 77
     load(tmp_path, data)
-    assert 'x.json: boxes left out: unknown category: 1, such as annotation 10 of image 1' in capsys.readouterr().err
+    assert 'x.json: boxes left out: unknown category: 1, such as annotation 10 of 1.jpg' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('raw,message', [

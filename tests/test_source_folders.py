@@ -5,6 +5,7 @@ from PIL import Image
 from effdet_nb.data.faults import Fault, Reason
 from effdet_nb.data.label_formats import SourceError
 from effdet_nb.data.sources import convert_sources, read_sources
+from effdet_nb.data.split import split_dataset
 
 XML = ('<annotation><filename>{}.jpg</filename><size><width>80</width><height>60</height></size><object>'
        '<name>car</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>30</ymax></bndbox></object></annotation>')
@@ -83,3 +84,23 @@ def test_a_coco_file_away_from_its_images_asks_for_their_folder(tmp_path):
     path = write_labels(tmp_path/'split', 'coco', 'abc')
     with pytest.raises(FileNotFoundError, match='all 3 images are missing.*give the folder of the images with --image'):
         convert_sources(path, (), tmp_path/'out')
+
+
+@pytest.mark.parametrize('kind, expected', [
+    ('voc', 'b.xml:1 of b.jpg'), ('kitti', 'b.txt:1 of b.jpg'), ('coco', 'annotation 2 of b.jpg')])
+def test_a_conversion_after_a_split_names_the_label_file_and_the_image(kind, expected, tmp_path):
+    draw(tmp_path/'images', 'abcd')
+    path = write_labels(tmp_path/'labels', kind, 'abcd')
+    for file in [path] if kind=='coco' else [path/f'b.{"xml" if kind=="voc" else "txt"}']:
+        text = file.read_text()
+        box = '"image_id": 2, "category_id": 1, "bbox": [5, 5, {}'
+        for old,new in [(box.format(15), box.format(999)), ('<xmax>20', '<xmax>999'), ('20 30', '999 30')]:
+            text = text.replace(old, new)
+        file.write_text(text)
+    split = split_dataset(path, tmp_path/'images', tmp_path/'split', near='skip')
+    results = [convert_sources(part, tmp_path/'images', tmp_path/'out', name, num_shards=1, workers=1)
+               for name,part in split.files.items()]
+    lines = [line for result in results for line in repr(result).splitlines() if 'out of bounds' in line]
+    assert len(lines)==1 and lines[0].endswith(expected if kind!='coco' else 'of b.jpg')
+    direct = convert_sources(path, tmp_path/'images', tmp_path/'direct', 'all', num_shards=1, workers=1)
+    assert f'such as {expected}' in repr(direct)

@@ -77,7 +77,7 @@ def test_an_object_that_no_tile_shows_is_reported(tmp_path):
     source = write_dataset(tmp_path, [(200, 200)], boxes)
     tiles_only = tile_dataset(*source, tmp_path/'a', Tiling((64, 64), whole_image=False))
     assert dict(tiles_only.report.dropped_boxes)=={'in no tile': [(10, 100)]}
-    assert tiles_only.num_objects==2 and 'in no tile: 1, such as annotation 100 of image 10' in repr(tiles_only)
+    assert tiles_only.num_objects==2 and 'in no tile: 1, such as annotation 100 of 0.png' in repr(tiles_only)
     with_whole = tile_dataset(*source, tmp_path/'b', Tiling((64, 64)))
     assert not with_whole.report.dropped_boxes and with_whole.num_boxes==tiles_only.num_boxes+2
 

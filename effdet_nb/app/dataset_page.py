@@ -9,6 +9,7 @@ __all__ = ['split_charts', 'sample_figures', 'split_section', 'write_dataset_pag
 from collections import Counter
 from pathlib import Path
 import numpy as np
+from ..core.console import counted
 from ..core.files import check_output_path
 from ..detector.efficientdet import arch_anchors
 from ..data.check import DataCheck, check_records
@@ -54,8 +55,8 @@ def sample_figures(
 )->list:               # a figure for each image
     "Draws some images of one split with their boxes."
     figures = []
-    for image,boxes,labels,image_id in sample_images(check.scans[split], num_images):
-        title = f'image {image_id}, {len(boxes)} boxes'
+    for image,boxes,labels,name in sample_images(check.scans[split], num_images):
+        title = f'{name}, {counted(len(boxes), "box", "boxes")}'
         figures.append(boxes_figure(*thumbnail(image, boxes, max_side), labels, names=check.category_names,
                                     title=title))
     return figures
@@ -90,7 +91,7 @@ def write_dataset_page(
     sections = {'Problems': [html_table(problems) if problems else 'None was found.']}
     for split in check.scans: sections[f'{split.capitalize()} records'] = split_section(check, split, num_images)
     num_errors = len(check.errors)
-    subtitle = (f'{num_errors} problems and {len(problems)-num_errors} notes; '
+    subtitle = (f'{counted(num_errors, "problem")} and {counted(len(problems)-num_errors, "note")}; '
                 f'network input {check.image_hw[0]}x{check.image_hw[1]} pixels.')
     return write_html_page(path, 'Dataset', sections, subtitle)
 

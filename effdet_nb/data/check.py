@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from ..core.fragments import html_table, html_tag
-from ..core.console import log_message
+from ..core.console import counted, log_message, plural
 from .anchor_fit import MATCH_IOU, anchor_sizes, best_size_iou
 from .classes import ClassTable
 from .coco import images_by_source_id
@@ -55,12 +55,23 @@ def check_classes(
     except ValueError as e:
         yield _error(NUM_CLASSES_FIELD, str(e))
         return
+    yield from _check_idle_channels(classes, pattern)
     without_channel = {k:n for k,n in counts.items() if k not in classes.ids}
     if without_channel: yield _error(NUM_CLASSES_FIELD, _no_channel_message(without_channel, classes))
     empty = [classes.class_name(classes.channel(k)) for k in classes.ids if k not in counts]
     if empty and scan.is_complete and load_sidecar(pattern):
-        yield _note(pattern_name(pattern), f'{len(empty)} of {len(classes.ids)} categories have no box, '
-                                           f'such as {", ".join(empty[:3])}')
+        have = f'{counted(len(classes.ids), "category", "categories")} {plural(len(empty), "has", "have")}'
+        yield _note(pattern_name(pattern), f'{len(empty)} of {have} no box, such as {", ".join(empty[:3])}')
+
+def _check_idle_channels(classes, pattern):
+    "Yields a note if more than one channel has no category."
+    enough = classes.ids[-1]+1 if classes.is_identity else len(classes.ids)+1
+    unused = classes.num_classes-enough
+    if unused<=0 or not load_sidecar(pattern): return
+    stay = counted(unused, 'channel stays', 'channels stay')
+    yield _note(NUM_CLASSES_FIELD, f'is {classes.num_classes}, but the records have '
+                                   f'{counted(len(classes.ids), "category", "categories")}: {enough} is enough; '
+                                   f'{stay} unused')
 
 def _no_channel_message(counts, classes):
     "Returns the message about boxes whose ids have no channel, too high or too low."
@@ -68,8 +79,9 @@ def _no_channel_message(counts, classes):
     if high>0: remedies.append(f'Set num_classes to {high+1} or more')
     if low<1: remedies.append('Ids below 1 need a class table: convert again with dataset_convert, '
                               'which writes one, or number the categories from 1')
-    ids = ', '.join(map(str, sorted(counts)[:5]))
-    return (f'{sum(counts.values()):,} boxes have category ids that have no channel ({ids}), the channels are for '
+    ids,num_boxes = ', '.join(map(str, sorted(counts)[:5])), sum(counts.values())
+    have = counted(num_boxes, 'box has', 'boxes have')
+    return (f'{have} category ids that have no channel ({ids}), the channels are for '
             f'{classes.ids[0]} to {classes.ids[-1]}. {". ".join(remedies)}')
 
 def pattern_name(
@@ -90,8 +102,9 @@ def check_box_counts(
     if len(crowded):
         worst = counts.argmax()
         yield _error('dataset_config.max_instances_per_image',
-                     f'{len(crowded):,} {split} images have more than {max_instances} objects, the most is '
-                     f'{counts[worst]:,} in image {scan.image_ids[worst]}. Set it to {counts.max()}')
+                     f'{counted(len(crowded), f"{split} image has", f"{split} images have")} more than '
+                     f'{counted(max_instances, "object")}, the most is {counts[worst]:,} in {scan.image_name(worst)}. '
+                     f'Set it to {counts.max()}')
     if num_images and num_empty==num_images:
         yield _error(split, f'none of the {num_empty:,} images has an object. '
                             'Were the annotations of another set converted?')
@@ -106,15 +119,16 @@ def check_boxes(
     split:str,         # for messages
 ):                     # yields problems
     "Finds boxes without area and boxes that extend beyond their image."
-    def first_image(chosen): return scan.image_ids[scan.image_index[chosen][0]]
+    def first_image(chosen): return scan.image_name(scan.image_index[chosen][0])
     is_flat = ~(scan.box_sizes>0).all(1)
     if is_flat.any():
-        yield _error(split, f'{is_flat.sum():,} boxes have no area, such as one in image {first_image(is_flat)}. '
+        have = counted(is_flat.sum(), 'box has', 'boxes have')
+        yield _error(split, f'{have} no area, such as one in {first_image(is_flat)}. '
                             'Convert again with dataset_convert, which leaves them out')
     yield from _check_edges(scan, split, first_image)
     if _are_fractions(scan):
-        yield _error(split, f'the {len(scan.boxes):,} boxes are smaller than a pixel, such as one in image '
-                            f'{scan.image_ids[scan.image_index[0]]}, so they look like fractions that were divided by '
+        yield _error(split, f'{counted(len(scan.boxes), "box is", "boxes are")} smaller than a pixel, such as one in '
+                            f'{scan.image_name(scan.image_index[0])}, so they look like fractions that were divided by '
                             'the image size twice. bbox in the JSON must be in pixels. Correct it and convert again')
 
 def _check_edges(scan, split, first_image):
@@ -123,11 +137,11 @@ def _check_edges(scan, split, first_image):
     is_outside,is_far = ((scan.boxes<-1) | (scan.boxes>limits+1)).any(1),(scan.boxes>2*limits).any(1)
     if len(is_far) and is_far.mean()>MANY:
         yield _error(split, f'{is_far.sum():,} of {len(is_far):,} boxes are far outside their image, such as one in '
-                            f'image {first_image(is_far)}, so they look like pixels. Records need fractions of the '
+                            f'{first_image(is_far)}, so they look like pixels. Records need fractions of the '
                             'image size, 0 to 1: divide by its width and height, or use dataset_convert')
     elif is_outside.any():
-        yield _note(split, f'{is_outside.sum():,} boxes extend beyond their image, such as one in image '
-                           f'{first_image(is_outside)}; training clips them')
+        yield _note(split, f'{counted(is_outside.sum(), "box extends", "boxes extend")} beyond the image, such as one '
+                           f'in {first_image(is_outside)}; training clips them')
 
 def _are_fractions(scan):
     "Tests whether almost all boxes are smaller than a pixel of their image."
@@ -141,7 +155,8 @@ def check_crowds(
 ):                   # yields problems
     "Finds a split in which every box is a crowd."
     if not len(scan.is_crowd) or not scan.is_crowd.all(): return
-    message = f'all {len(scan.is_crowd):,} boxes are crowds. Set iscrowd to 0 for single objects and convert again'
+    all_boxes = plural(len(scan.is_crowd), 'the only box is a crowd', f'all {len(scan.is_crowd):,} boxes are crowds')
+    message = f'{all_boxes}. Set iscrowd to 0 for single objects and convert again'
     yield _error(split, f'{message}; otherwise nothing is left to use') if is_skipped else _note(split, message)
 
 # %% ../../nbs/data/17_check.ipynb #dadadef7
@@ -169,25 +184,28 @@ def _elongation(sizes):
     height,width = np.maximum(sizes, 1e-3).T
     return np.abs(np.log(height/width))
 
-def _share(chosen): return f'{chosen.sum():,} of {len(chosen):,} boxes ({chosen.mean():.0%})'
+def _share(chosen):
+    "Returns how many of the boxes are chosen, and the verb."
+    count = int(chosen.sum())
+    return f'{count:,} of {counted(len(chosen), "box", "boxes")} ({count/len(chosen):.0%}) {plural(count, "is", "are")}'
 
 def _tiny_problem(tiny, image_hw):
     h,w = image_hw
-    message = (f'{_share(tiny)} are smaller than {MIN_SIDE} pixels at {h}x{w}: nothing is left of them. '
+    message = (f'{_share(tiny)} smaller than {MIN_SIDE} pixels at {h}x{w}: nothing is left of them. '
                'Raise image_size, or cut the images into tiles')
     return DataProblem(bool(tiny.mean()>.5), 'dataset_config.image_size', message)
 
 def _small_note(small, sizes, shapes):
     median = np.median(np.sqrt(sizes[small].prod(1)))
     return _note('dataset_config.image_size',
-                 f'{_share(small)} are smaller than half of the smallest anchor ({shapes.min():.0f} pixels) and match '
-                 f'only by force; the median is {median:.0f} pixels. '
+                 f'{_share(small)} smaller than half of the smallest anchor ({shapes.min():.0f} pixels) and '
+                 f'matched only by force; the median is {median:.0f} pixels. '
                  'Raise image_size, or lower model_config.anchor_scale')
 
 def _thin_note(thin, sizes):
     ratio = np.exp(np.median(_elongation(sizes[thin])))
     return _note('model_config.aspect_ratios',
-                 f'{_share(thin)} are longer than any anchor and match only by force; half of them are beyond '
+                 f'{_share(thin)} longer than any anchor and matched only by force; half of them are beyond '
                  f'{ratio:.1f} to 1. Add such a pair to aspect_ratios')
 
 # %% ../../nbs/data/17_check.ipynb #d99b7b4b
@@ -207,23 +225,27 @@ def check_annotation_file(
     known = {category['id'] for category in coco.categories}
     num_unknown = sum(k not in known for k in scan.labels.tolist())
     if num_unknown:
-        yield _error(JSON_FIELD, f'{num_unknown:,} validation boxes have categories that are not in {Path(path).name}. '
+        have = counted(num_unknown, 'validation box has a category', 'validation boxes have categories')
+        yield _error(JSON_FIELD, f'{have} that {plural(num_unknown, "is", "are")} not in {Path(path).name}. '
                                  'Give the file the records were made from')
 
 def _check_image_ids(scan, coco, file_name):
     "Yields problems of image ids: not in the file, not in the records, or used twice."
     images,record_ids = images_by_source_id(coco),{*scan.image_ids}
-    unknown = [i for i in scan.image_ids if i not in images]
+    unknown = [n for n,i in enumerate(scan.image_ids) if i not in images]
     num_present = len({images[i]['id'] for i in record_ids if i in images})
     num_absent,num_repeated = len(coco.images)-num_present,scan.num_images-len(record_ids)
     if unknown:
-        yield _error(JSON_FIELD, f'{len(unknown):,} of {scan.num_images:,} validation images are not in {file_name}, '
-                                 f'such as image {unknown[0]}. Give the file the records were made from')
+        yield _error(JSON_FIELD, f'{len(unknown):,} of {scan.num_images:,} validation images '
+                                 f'{plural(len(unknown), "is", "are")} not in {file_name}, such as '
+                                 f'{scan.image_name(unknown[0])}. Give the file the records were made from')
     elif num_absent and scan.is_complete:
         yield _note(JSON_FIELD,
-                    f'{num_absent:,} of its {len(coco.images):,} images have no record; they are not evaluated')
+                    f'{num_absent:,} of its {len(coco.images):,} images {plural(num_absent, "has", "have")} no record; '
+                    'only the others are evaluated')
     if num_repeated:
-        yield _error('validation', f'{num_repeated:,} images have the image id of another one. Evaluation would mix '
+        have = counted(num_repeated, 'image has', 'images have')
+        yield _error('validation', f'{have} the image id of another one. Evaluation would mix '
                                    'them up; make ids unique and convert again')
 
 # %% ../../nbs/data/17_check.ipynb #3164b0ac
@@ -236,7 +258,8 @@ def check_same_classes(
     moved = [name for name in train_channels if val_channels.get(name, train_channels[name])!=train_channels[name]]
     if not moved: return
     ids = [table.category_id(channels[moved[0]]) for table,channels in ((train, train_channels), (val, val_channels))]
-    yield _error('validation', f'{len(moved)} classes have another channel than in training, such as {moved[0]}, '
+    have = counted(len(moved), 'class has', 'classes have')
+    yield _error('validation', f'{have} another channel than in training, such as {moved[0]}, '
                                f'id {ids[0]} in training and id {ids[1]} in validation. Convert both splits with the '
                                'same list of classes (--label_map), or split the dataset with effdet_split')
 
@@ -250,14 +273,25 @@ def check_split_overlap(
     "Finds images that are in both splits, or twice in the training split."
     train_sums = {*train.checksums}
     shared = [i for i,checksum in enumerate(val.checksums) if checksum in train_sums] if val else ()
-    if shared:
-        yield _note('validation',
-                    f'{len(shared):,} of {val.num_images:,} images are in the training set as well, such as image '
-                    f'{val.image_ids[shared[0]]}. Scores will be too good; remove them from one of the two')
-    num_copies = train.num_images-len(train_sums)
-    if num_copies:
-        yield _note('training', f'{num_copies:,} of {train.num_images:,} images are exact copies of others')
+    if shared: yield _shared_problem(train, val, shared)
+    originals = {}                                                       # checksum -> first image that has it
+    pairs = [(i, originals[checksum]) for i,checksum in enumerate(train.checksums)
+             if originals.setdefault(checksum, i)!=i]
+    if pairs:
+        copy,original = map(train.image_name, pairs[0])
+        copies = plural(len(pairs), 'is an exact copy of another', 'are exact copies of others')
+        yield _note('training', f'{len(pairs):,} of {train.num_images:,} images {copies}, such as {copy} of {original}')
         yield from _check_copies(train)
+
+def _shared_problem(train, val, shared):
+    "Returns the problem that all validation images, or the note that some of them, are in the training set."
+    first = shared[0]
+    name,other = val.image_name(first), train.image_name(train.checksums.index(val.checksums[first]))
+    example = name if name==other else f'{name}, which is {other} there'
+    number = f'{len(shared):,} of {counted(val.num_images, "image")} {plural(len(shared), "is", "are")}'
+    return DataProblem(len(shared)==val.num_images, 'validation',
+                       f'{number} in the training set as well, such as {example}. Scores will be too good; '
+                       'remove them from one of the two')
 
 def _check_copies(scan):
     "Yields a problem if copies of an image have different boxes: a problem if they are many, otherwise a note."
@@ -265,8 +299,8 @@ def _check_copies(scan):
     for checksum,boxes in zip(scan.checksums, box_lists): boxes_by_checksum[checksum].add(boxes.tobytes())
     different = [i for i,checksum in enumerate(scan.checksums) if len(boxes_by_checksum[checksum])>1]
     if not different: return
-    message = (f'{len(different):,} of {scan.num_images:,} images are copies with different boxes, such as image '
-               f'{scan.image_ids[different[0]]}, so an object in one is background in another. '
+    message = (f'{len(different):,} of {scan.num_images:,} images are copies with different boxes, such as '
+               f'{scan.image_name(different[0])}, so an object in one is background in another. '
                'Give each image one entry in the JSON, with all of its boxes')
     yield DataProblem(len(different)>FEW*scan.num_images, 'training', message)
 
@@ -307,9 +341,10 @@ def _check_absent(absent, shards, matches, source):
     "Yields problems of shards that are missing or not matched by the pattern."
     missing = [path for path in absent if not os.path.isfile(path)]
     if missing:
-        yield _error(source, f'{len(missing)} of {len(shards)} shards are missing, such as {Path(missing[0]).name}. '
+        are = f'{counted(len(shards), "shard")} {plural(len(missing), "is", "are")}'
+        yield _error(source, f'{len(missing)} of {are} missing, such as {Path(missing[0]).name}. '
                              'Copy them, or convert again')
-    elif absent: yield _note(source, f'{matches} of {len(shards)} shards')
+    elif absent: yield _note(source, f'{matches} of {counted(len(shards), "shard")}')
 
 # %% ../../nbs/data/17_check.ipynb #39e0d590
 def check_epoch_size(
@@ -320,16 +355,17 @@ def check_epoch_size(
     eval_samples:int=None, # images to evaluate on in the spec; None is not checked
 ):                         # yields problems
     "Compares the numbers of images in the spec with the number of records."
+    def there_are(count, split): return f'there {plural(count, "is", "are")} {counted(count, f"{split} image")}'
     if epoch_size and epoch_size>num_train:
         yield _note('training_config.num_examples_per_epoch',
-                    f'{epoch_size:,}, but there are {num_train:,} training images: an epoch reads each '
+                    f'{epoch_size:,}, but {there_are(num_train, "training")}: an epoch reads each '
                     f'{epoch_size/num_train:.1f} times. Leave it out to have them counted')
     if batch_size and batch_size>num_train:
         yield _note('training_config.train_batch_size',
-                    f'{batch_size} is more than the {num_train:,} training images')
+                    f'{batch_size} is more than the {counted(num_train, "training image")}')
     if eval_samples and num_val is not None and eval_samples>num_val:
         yield _note('eval_config.eval_samples',
-                    f'{eval_samples:,}, but there are {num_val:,} validation images; all are used')
+                    f'{eval_samples:,}, but {there_are(num_val, "validation")}; all are used')
 
 # %% ../../nbs/data/17_check.ipynb #7b382f81
 @dataclass(eq=False)
@@ -347,7 +383,9 @@ class DataCheck:
 
     def __repr__(self):
         summary = 'no problems'
-        if self.problems: summary = f'{len(self.errors)} problems, {len(self.problems)-len(self.errors)} notes'
+        num_errors = len(self.errors)
+        if self.problems:
+            summary = f'{counted(num_errors, "problem")}, {counted(len(self.problems)-num_errors, "note")}'
         scans = [f'{split}: {scan}{_sample_note(scan)}' for split,scan in self.scans.items()]
         return '\n'.join([*scans, *map(str, self.problems), summary])
 
@@ -388,7 +426,8 @@ def _check_split(config, split, scan, verify_checksums):
 def _check_damage(scan, split, skip_corrupt):
     "Yields a problem or note if some records cannot be read."
     if not scan.damaged_records: return
-    message = (f'{len(scan.damaged_records):,} of {scan.num_records:,} records are damaged: '
+    count = len(scan.damaged_records)
+    message = (f'{count:,} of {counted(scan.num_records, "record")} {plural(count, "is", "are")} damaged: '
                f'{scan.damaged_records[0]}')
     yield _note(split, f'{message} (skip_corrupt leaves them out)') if skip_corrupt else _error(split, message)
 
@@ -463,6 +502,5 @@ def check_before_training(
     for p in check.problems:
         if not p.is_error: log_message(f'{p.source}: {p.message}')
     if not errors: return check
-    problems = f'{len(errors)} problem{"s" if len(errors)>1 else ""}'
-    head = f'the data does not fit the spec: {problems}. Run effdet_check for details'
+    head = f'the data does not fit the spec: {counted(len(errors), "problem")}. Run effdet_check for details'
     raise ValueError('\n  '.join([head, *errors]))

@@ -8,7 +8,7 @@ __all__ = ['RECOVERABLE', 'REQUIRED_KEYS', 'MAX_SIDE', 'MAX_AREA', 'MAX_ID', 'MA
            'load_coco_lenient', 'report_annotation_issues', 'load_coco', 'images_by_source_id']
 
 # %% ../../nbs/data/03_coco.ipynb #67c04f38
-import gc, json, math, reprlib, sys
+import gc, json, math, re, reprlib, sys
 from array import array
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -499,13 +499,23 @@ def _coordinate_mistake_of(coco):
 
 # %% ../../nbs/data/03_coco.ipynb #958fec3a
 def report_annotation_issues(
-    issues:list,         # of (AnnotationIssue, its entries), as `load_coco_lenient` returns them
-)->ConversionReport:     # images, boxes and notes
+    issues:list,            # of (AnnotationIssue, its entries), as `load_coco_lenient` returns them
+    coco:CocoDataset=None,  # the rest of the file, for the names of its images
+)->ConversionReport:        # images, boxes and notes
     "Converts the issues of an annotation file to a report."
     report = ConversionReport()
     for issue,entries in issues:
         for entry in entries: _report_entry(report, issue, entry)
+    if coco: _add_names(report, coco)
     return report
+
+def _add_names(report, coco):
+    "Adds the file names of the images, and the places of the labels in a file that `effdet_split` wrote."
+    report.file_names |= {image['id']:image['file_name'] for image in coco.images}
+    for annotations in coco.annotations.values():
+        report.labels |= {a['id']:a['label'] for a in annotations if _is_place(a.get('label'))}
+
+def _is_place(label): return isinstance(label, str) and re.fullmatch(r'.+:\d+( \(\d+\))?', label) is not None
 
 def _report_entry(report, issue, entry):
     "Adds an entry to the report as an image or box that was left out, or as a note."
@@ -525,7 +535,7 @@ def load_coco(
 )->CocoDataset:     # its images, annotations by image, categories
     "Reads a COCO annotation file, and writes a line to stderr for each kind of entry that was left out."
     coco,issues = load_coco_lenient(path)
-    for line in describe_issues(report_annotation_issues(issues)): log_message(f'{coco.path.name}: {line}')
+    for line in describe_issues(report_annotation_issues(issues, coco)): log_message(f'{coco.path.name}: {line}')
     return coco
 
 # %% ../../nbs/data/03_coco.ipynb #0ae00cd5

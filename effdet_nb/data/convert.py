@@ -354,7 +354,7 @@ def run(
     labels_name:str=None, # what the user calls the labels, for messages
 )->ConversionResult:
     "Writes all shards to a work folder and, when they are complete, moves them to the target."
-    report,shards = report_annotation_issues(issues),[]
+    report,shards = report_annotation_issues(issues, self.coco),[]
     if earlier: report.merge(earlier)
     for name,path in self.renamed: report.add_note(Fault.NAME_DIFFERS, f'{path} ({name} in the JSON)')
     with ExitStack() as stack:

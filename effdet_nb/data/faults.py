@@ -151,6 +151,8 @@ class ConversionReport:
     clipped_boxes:list = field(default_factory=list)    # (image id, annotation id) of boxes cut at the edge
     masks_outside_box:list = field(default_factory=list)# (image id, annotation id) of masks outside their box
     notes:dict = field(default_factory=_lists)          # reason -> file names or annotation ids of data that was kept
+    file_names:dict = field(default_factory=dict)       # image id -> file name, for examples
+    labels:dict = field(default_factory=dict)           # annotation id -> file and line of the label, for examples
 
 # %% ../../nbs/data/02_faults.ipynb #e0b34841
 @patch
@@ -176,6 +178,8 @@ def merge(
     self.boxes_by_category += other.boxes_by_category
     self.clipped_boxes += other.clipped_boxes
     self.masks_outside_box += other.masks_outside_box
+    self.file_names |= other.file_names
+    self.labels |= other.labels
     for name in ('dropped_boxes','dropped_images','notes'):
         groups = getattr(self, name)
         for reason,items in getattr(other, name).items(): groups[reason] += items
@@ -184,9 +188,10 @@ def merge(
 # %% ../../nbs/data/02_faults.ipynb #eb498d59
 @patch
 def to_dict(self:ConversionReport)->dict:
-    "Converts the report to plain data for JSON."
+    "Converts the report to plain data for JSON, without the names for examples."
     notes = [[fault, detail, items] for (fault,detail),items in self.notes.items()]
-    return {**vars(self), 'notes':notes}
+    values = {**vars(self), 'notes':notes}
+    return {name:value for name,value in values.items() if name not in ('file_names','labels')}
 
 def _tuples(items): return [tuple(item) if isinstance(item, list) else item for item in items]
 
@@ -219,6 +224,7 @@ class Issue:
     outcome:Outcome
     reason:Reason
     items:list      # ids or file names, as in the report
+    report:ConversionReport=field(default=None, compare=False, repr=False) # with names for the ids
 
     @property
     def count(self)->int: return len(self.items)
@@ -235,12 +241,22 @@ class Issue:
 # %% ../../nbs/data/02_faults.ipynb #028d9522
 @patch
 def example(self:Issue)->str:
-    "Describes the first item, such as 'annotation 918 of image 200365'."
-    item = self.items[0]
+    "Describes the first item, such as 'annotation 918 of a.jpg' or 'a.xml:2 of a.jpg'."
+    item,report = self.items[0],self.report or ConversionReport()
     if isinstance(item, str): return item
-    if not isinstance(item, tuple): return f'annotation {item}'
-    if self.outcome is Outcome.IMAGES_LEFT_OUT: return f'{item[1]} (image {item[0]})'
-    return f'annotation {item[1]} of image {item[0]}'
+    if not isinstance(item, tuple): return _label_text(item, report)
+    image_id,other = item
+    if self.outcome is Outcome.IMAGES_LEFT_OUT: return f'{other} (image {image_id})'
+    return f'{_label_text(other, report)} of {_name_of(image_id, report.file_names, f"image {image_id}")}'
+
+def _label_text(annotation_id, report):
+    "Returns the file and line of a label, or the id of an annotation."
+    place = str(_name_of(annotation_id, report.labels, annotation_id))
+    return place if ':' in place else f'annotation {place}'
+
+def _name_of(key, names, default):
+    "Returns the name of an id; an id of a damaged file may be of any type."
+    return names.get(key, default) if isinstance(key, (int,str)) else default
 
 # %% ../../nbs/data/02_faults.ipynb #d51160f3
 def list_issues(
@@ -255,7 +271,7 @@ def list_issues(
         Outcome.KEPT: kept}
     issues = []
     for outcome,reasons in groups.items():
-        found = [Issue(outcome, reason, items) for reason,items in reasons.items() if items]
+        found = [Issue(outcome, reason, items, report) for reason,items in reasons.items() if items]
         issues += sorted(found, key=lambda issue: -issue.count)
     return issues
 

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
-from ..core.console import progress_bar
+from ..core.console import counted, progress_bar
 from ..core.fragments import Html, html_table, html_tag, image_tag
 from ..detector.boxes import draw_boxes
 from .anchor_fit import ANCHOR_COLOR, anchor_sizes, plot_sizes
@@ -34,6 +34,7 @@ class SplitScan:
     is_crowd:np.ndarray         # [N] bool, whether a box is a crowd
     image_index:np.ndarray      # [N] index of the image, 0 to I-1
     damaged_records:list        # [str] one message for each record that cannot be read
+    file_names:list=()          # [I] name of the image file, '' for a record without one
 
     @property
     def num_images(self)->int: return len(self.image_ids)
@@ -45,8 +46,15 @@ class SplitScan:
         return self.boxes[:,2:]-self.boxes[:,:2]
 
     def __repr__(self):
-        text = f'{self.num_images:,} images, {len(self.labels):,} boxes, {len({*self.labels.tolist()})} categories'
-        return text + (f', {len(self.damaged_records):,} damaged records' if self.damaged_records else '')
+        counts = [counted(self.num_images, 'image'), counted(len(self.labels), 'box', 'boxes'),
+                  counted(len({*self.labels.tolist()}), 'category', 'categories')]
+        if self.damaged_records: counts.append(counted(len(self.damaged_records), 'damaged record'))
+        return ', '.join(counts)
+
+    def image_name(self, index:int)->str:
+        "Returns the file name of an image and its id, or the id alone."
+        name,image_id = self.file_names[index] if len(self.file_names) else '', self.image_ids[index]
+        return f'{name} (id {image_id})' if name else f'image {image_id}'
 
 # %% ../../nbs/data/16_scan.ipynb #779defae
 def scan_records(
@@ -70,7 +78,7 @@ def _scan_record(records, i, decode_images):
     encoded = example.pop('image')
     if decode_images: decode_image(encoded)
     example['sha256'] = example['sha256'] or hashlib.sha256(encoded).hexdigest()
-    return {key:example[key] for key in ('source_id','sha256','height','width','boxes','labels','is_crowd')}
+    return {key:example[key] for key in ('source_id','filename','sha256','height','width','boxes','labels','is_crowd')}
 
 def _join_examples(records, examples, damaged):
     "Joins the contents of many records into one scan."
@@ -82,7 +90,7 @@ def _join_examples(records, examples, damaged):
         np.array(list(examples), int), np.concatenate([np.zeros((0,4), np.float32), *(row['boxes'] for row in rows)]),
         np.concatenate([np.zeros(0, np.int64), *(row['labels'] for row in rows)]),
         np.concatenate([np.zeros(0, bool), *(row['is_crowd'] for row in rows)]),
-        np.repeat(np.arange(len(rows)), counts), damaged)
+        np.repeat(np.arange(len(rows)), counts), damaged, [row['filename'] for row in rows])
 
 # %% ../../nbs/data/16_scan.ipynb #d9dae903
 @patch
@@ -152,14 +160,14 @@ def sample_images(
     scan:SplitScan,
     num_images:int=8, # number of images
     seed:int=0,       # seed of the random choice
-)->list:              # (image [H, W, 3] uint8, boxes [N, 4] in its pixels, category ids [N], image id)
+)->list:              # (image [H, W, 3] uint8, boxes [N, 4] in its pixels, category ids [N], name of the image)
     "Decodes randomly chosen images of a split with their boxes, including images without boxes."
     samples = []
     for i in np.random.default_rng(seed).permutation(scan.num_images)[:num_images]:
         example = decode_example(scan.records.read(int(scan.record_index[i])))
         image = decode_image(example['image']).numpy()
         per_pixel = np.float32(image.shape[:2])/np.float32([example['height'],example['width']])
-        samples.append((image, example['boxes']*np.tile(per_pixel, 2), example['labels'], example['source_id']))
+        samples.append((image, example['boxes']*np.tile(per_pixel, 2), example['labels'], scan.image_name(i)))
     return samples
 
 # %% ../../nbs/data/16_scan.ipynb #17301563
@@ -178,8 +186,8 @@ def _sample_tags(scan, names, num_images):
     "Returns some images with their boxes; none if the records cannot be read any more."
     try: samples = sample_images(scan, num_images)
     except Exception: return []          # an object must be shown, whatever happened to its files
-    return [image_tag(draw_boxes(image, boxes, labels, names=names), f'image {image_id}', 200)
-            for image,boxes,labels,image_id in samples]
+    return [image_tag(draw_boxes(image, boxes, labels, names=names), name, 200)
+            for image,boxes,labels,name in samples]
 
 @patch
 def _repr_html_(self:SplitScan): return str(scan_html(self))

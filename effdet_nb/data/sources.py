@@ -68,17 +68,27 @@ def _read_coco(labels, path, image_dir, prefix):
     "Adds the usable entries of a COCO file; the others are reported."
     coco,issues = load_coco_lenient(path)
     coco,renamed = find_image_files(coco, image_dir)
-    labels.report.merge(report_annotation_issues(issues))
     for name,found in renamed: labels.report.add_note(Fault.NAME_DIFFERS, f'{found} ({name} in the JSON)')
     names = {category['id']:str(category['name']) for category in coco.categories}
     labels.add_class_names(names[k] for k in sorted(names))
-    _add_coco_entries(labels, coco, names, image_dir, prefix)
+    ids = _add_coco_entries(labels, coco, names, image_dir, prefix)
+    labels.report.merge(_with_own_ids(report_annotation_issues(issues), ids))
 
 def _add_coco_entries(labels, coco, names, image_dir, prefix):
+    "Adds images and annotations; returns image id in the file -> image id in `labels`."
+    ids = {}
     for info in coco.images:
         image = _add_coco_image(labels, info, image_dir)
+        ids[info['id']] = image['id']
         for annotation in coco.annotations[info['id']]:
             _add_coco_annotation(labels, image, annotation, names[annotation['category_id']], prefix)
+    return ids
+
+def _with_own_ids(report, ids):
+    "Replaces the image ids of a file by those of `ids`; an unknown id becomes text, so that it means no other image."
+    for items in report.dropped_boxes.values():
+        items[:] = [(ids.get(i, str(i)) if isinstance(i, (int,str)) else str(i), label) for i,label in items]
+    return report
 
 def _add_coco_annotation(labels, image, annotation, class_name, prefix):
     label_id = f'{prefix}{annotation["id"]}' if prefix else annotation['id']
@@ -233,6 +243,8 @@ def read_sources(
     labels,sources = LabelSet(),list(map(find_source, paths))
     _read_each(labels, sources, image_dirs*len(paths) if len(image_dirs)==1 else image_dirs or [None]*len(paths))
     _separate_files(labels)
+    folder = labels.image_dir()
+    labels.report.file_names = {image['id']:os.path.relpath(image['path'], folder) for image in labels.by_path.values()}
     if class_map: map_classes(labels, class_map)
     return labels
 

@@ -214,7 +214,8 @@ def tile_dataset(
     _check_replaceable(_coco_path(target), annotations_file)
     cutter = ImageCutter(str(image_dir), target, tiling, min_visible, empty_share)
     with output_lock(Path(output_dir), tag):
-        return _publish(_cut_images(cutter, coco, workers), coco, target, report_annotation_issues(issues))
+        return _publish(_cut_images(cutter, coco, workers), coco, target,
+                        report_annotation_issues(issues, coco))
 
 def _cut_images(cutter, coco, workers):
     "Writes the tiles of all images; the COCO file of earlier tiles is removed before, unless no tile replaces them."

@@ -79,7 +79,7 @@ def load_ground_truth(
 )->tuple:   # `CocoDataset` of the boxes that can be evaluated, and a `ConversionReport` of what was left out
     "Reads a COCO annotation file for evaluation."
     coco,issues = load_coco_lenient(path, drop_masks)
-    report = report_annotation_issues(issues)
+    report = report_annotation_issues(issues, coco)
     annotations = {image_id:[a for a in of_image if _has_place(a, image_id, report)]
                    for image_id,of_image in coco.annotations.items()}
     usable = replace(coco, annotations=annotations)
