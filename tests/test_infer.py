@@ -13,14 +13,15 @@ import pytest
 from hypothesis import given, strategies as st
 from PIL import Image
 
-from effdet_nb.app.infer import (InferenceSummary, find_images, infer, load_for_inference, predict_files,
-                                 read_label_map)
+from effdet_nb.app.infer import (InferenceSummary, choose_channels, find_images, infer, load_for_inference,
+                                 predict_files, read_label_map)
 from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.detector.boxes import area, iou
 from effdet_nb.detector.detections import Detections, kitti_line, predict_image
-from effdet_nb.detector.images import PAD_RGB, read_resized
+from effdet_nb.detector.images import PAD_RGB, read_image, read_resized
 from effdet_nb.detector.nms import NmsOptions
+from effdet_nb.detector.tiles import Tiling
 from effdet_nb.evaluate.ground_truth import GroundTruth
 from effdet_nb.evaluate.predict import predict_samples
 
@@ -442,3 +443,126 @@ def test_an_image_with_any_ending_gets_an_annotated_copy(tmp_path, name, copy):
     from effdet_nb.app.infer import output_paths
     (tmp_path/name).write_bytes(b'')
     assert output_paths([tmp_path/name], tmp_path/name, tmp_path/'out') == [tmp_path/'out'/copy]
+
+
+class LeftDetector:
+    "Finds the light left half of an upright image, and in every image a second object of another class."
+    image_hw, classes, meta = (64,64), TWO_CLASSES, {}
+    nms_options = NmsOptions()
+
+    def __call__(self, images): return [self.find(image) for image in images]
+
+    def find(self, image):
+        y,x = np.nonzero(image.min(-1)>200)
+        if not len(y): return Detections([[0,0,8,8]], [.6], [1])
+        return Detections([[y.min(),x.min(),y.max()+1,x.max()+1], [0,0,8,8]], [.9,.6], [0,1])
+
+
+def save_turned(path, pixels, orientation):
+    "Writes an image so that a viewer that obeys the EXIF orientation shows these pixels."
+    stored = {1: pixels, 2: pixels[:,::-1], 3: pixels[::-1,::-1], 4: pixels[::-1], 5: pixels.transpose(1,0,2),
+              6: np.rot90(pixels), 7: np.rot90(pixels, 2).transpose(1,0,2), 8: np.rot90(pixels, 3)}[orientation]
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif)
+
+
+def light_on_the_left(hw=(40,80)):
+    pixels = np.full((*hw,3), 20, np.uint8)
+    pixels[:,:hw[1]//4] = 250
+    return pixels
+
+
+@pytest.mark.parametrize('name', ['a.jpg', 'a.png', 'a.webp'])
+@pytest.mark.parametrize('orientation', [3, 6, 8, 5])
+@pytest.mark.parametrize('tiling', [None, Tiling((32,32))], ids=['whole', 'tiles'])
+def test_photographs_of_phones_are_detected_upright_if_asked(tmp_path, capsys, name, orientation, tiling):
+    save_turned(tmp_path/name, light_on_the_left(), orientation)
+    options = dict(score_threshold=.5, tiling=tiling, classes=['a'])
+    summary = infer(LeftDetector(), tmp_path/name, tmp_path/'out', tmp_path/'labels', upright=True, **options)
+    assert 'warning: 1 of 1' not in capsys.readouterr().err
+    boxes = summary.predictions[0].detections.boxes
+    boxes = [boxes[:,:2].min(0), boxes[:,2:].max(0)]                     # a tile may cut the object
+    assert np.allclose(boxes, [[0,0], [40,20]], atol=2.1) and summary.predictions[0].image_hw==(40,80)
+    with Image.open(tmp_path/'out'/name) as copy:
+        assert copy.size==(80,40) and copy.getexif().get(0x112, 1)==1
+        assert np.asarray(copy.convert('RGB'))[30:,8:16].mean()>200>np.asarray(copy.convert('RGB'))[30:,50:].mean()
+    infer(LeftDetector(), tmp_path/name, tmp_path/'out', **options)
+    warning = capsys.readouterr().err
+    assert f'warning: 1 of 1 images, such as {tmp_path/name}' in warning and '--upright' in warning
+    with Image.open(tmp_path/'out'/name) as copy: assert (copy.size==(80,40))==(orientation==3)
+
+
+def test_images_without_a_flag_are_the_same_upright(tmp_path, capsys):
+    save_turned(tmp_path/'a.png', light_on_the_left(), 1)
+    Image.fromarray(light_on_the_left()).save(tmp_path/'b.png')
+    both = [infer(LeftDetector(), tmp_path, tmp_path/'out', upright=upright) for upright in (False, True)]
+    assert [p.detections.boxes.tolist() for p in both[0].predictions]==[p.detections.boxes.tolist()
+                                                                        for p in both[1].predictions]
+    assert 'warning' not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('hw', [(401,603), (400,600), (64,500)])
+@pytest.mark.parametrize('orientation', [2, 3, 4, 5, 6, 7, 8])
+def test_an_upright_jpeg_is_read_at_a_reduced_size_like_the_turned_file(tmp_path, hw, orientation):
+    rows,columns = np.indices(hw)
+    pixels = np.stack([rows*255//hw[0], columns*255//hw[1], (rows+columns)%64], -1).astype(np.uint8)
+    save_turned(tmp_path/'a.jpg', pixels, orientation)
+    read = read_resized(tmp_path/'a.jpg', (64,96), upright=True)
+    Image.fromarray(read_image(tmp_path/'a.jpg', upright=True)).save(tmp_path/'b.png')
+    full = read_resized(tmp_path/'b.png', (64,96))
+    assert read.original_hw==full.original_hw==hw and read.scale==full.scale
+    assert np.abs(read.image[...,:2].astype(int)-full.image[...,:2]).mean()<3
+
+
+@pytest.mark.parametrize('chosen,expected', [(['b'], {'b'}), (['B'], {'b'}), (['1'], {'a'}), ([2], {'b'}), (['a', '2'],
+                                                                                                        {'a', 'b'})])
+def test_classes_are_chosen_by_name_or_id(tmp_path, chosen, expected):
+    Image.fromarray(light_on_the_left()).save(tmp_path/'a.png')
+    summary = infer(LeftDetector(), tmp_path, out_label_path=tmp_path/'labels', classes=chosen)
+    assert set(summary.boxes_per_class)==expected
+    assert {line.split()[0] for line in (tmp_path/'labels/a.txt').read_text().splitlines()}==expected
+
+
+@pytest.mark.parametrize('ids', [(10,20,30), (1,3,7)])
+@pytest.mark.parametrize('name', ['red', 'green', 'blue'])
+def test_channels_of_classes_do_not_depend_on_the_ids(ids, name):
+    names = ('red','green','blue')
+    for num_classes in (4, 10):
+        table = ClassTable(ids, names, num_classes)
+        assert choose_channels(table, [name])==choose_channels(table, [ids[names.index(name)]])==(
+            table.channel(ids[names.index(name)]),)
+
+
+def test_an_unknown_class_is_one_sentence_with_a_suggestion(tmp_path):
+    Image.fromarray(light_on_the_left()).save(tmp_path/'a.png')
+    table = ClassTable.from_categories([dict(id=1, name='kangaroo'), dict(id=2, name='RBC')])
+    for name,hint in (('kangeroo', 'Did you mean kangaroo'), ('rbcs', 'Did you mean RBC'), ('9', 'are kangaroo, RBC')):
+        with pytest.raises(ValueError, match=f'--classes {name}: .*{hint}'): choose_channels(table, [name])
+    with pytest.raises(ValueError, match='--classes c'):
+        infer(LeftDetector(), tmp_path, tmp_path/'out', classes=['c'])
+    assert not (tmp_path/'out').exists()
+
+
+def save_list(path, names):
+    images = [dict(id=i, file_name=name, height=30, width=40) for i,name in enumerate(names)]
+    path.write_text(json.dumps(dict(images=images, annotations=[], categories=[dict(id=1, name='a')])))
+
+
+def test_only_the_images_of_an_annotation_file_are_processed(image_folder, tmp_path, capsys):
+    part = tmp_path/'val.json'
+    for names,expected in ((['c.png', 'a.jpg'], ['a.jpg', 'c.png']), (['inner/a.png'], ['a.png']),
+                           (['C.PNG', 'é.png'], ['c.png', 'é.png'])):
+        save_list(part, names)
+        summary = infer(FullImageDetector(), image_folder, tmp_path/'out', only=part)
+        assert [p.path.name for p in summary.predictions]==expected and not summary.passed_over
+    assert (tmp_path/'out/inner/a.png').is_file() and not (tmp_path/'out/d.bmp').exists()
+    save_list(part, ['c.png', 'gone.jpg', 'away.jpg'])
+    capsys.readouterr()
+    assert infer(FullImageDetector(), image_folder, tmp_path/'out', only=part).num_images==1
+    assert '2 of the 3 images in' in capsys.readouterr().err
+    save_list(part, ['gone.jpg', 'away.jpg'])
+    with pytest.raises(FileNotFoundError, match='2 of the 2 images .* such as away.jpg. Give the folder'):
+        infer(FullImageDetector(), image_folder, tmp_path/'out', only=part)
+    with pytest.raises(ValueError, match='--only needs the folder'):
+        infer(FullImageDetector(), image_folder/'a.jpg', tmp_path/'out', only=part)

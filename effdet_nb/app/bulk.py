@@ -13,8 +13,9 @@ from ..core.console import Status
 from ..core.files import check_output_path, write_json
 from ..detector.detections import Detections
 from .infer import (
-    FilePrediction, InferenceSummary, OutputWriter, detection_limit, find_images, load_for_inference,
-    make_output_writer, predict_files, predictions_to_coco, read_label_map, rename_classes)
+    FilePrediction, InferenceSummary, OutputWriter, choose_channels, chosen_images, detection_limit,
+    load_for_inference, make_output_writer, predict_files, predictions_to_coco, read_label_map, rename_classes,
+    warn_of_orientation)
 
 # %% ../../nbs/app/02_bulk.ipynb #738e1811
 @lru_cache(1)
@@ -29,6 +30,8 @@ def predict_and_save(
     score_threshold:float=.5, # lowest score to keep, 0 to 1
     max_detections:int=None,  # largest number of detections; None: that of the model
     class_agnostic:bool=False,# suppress across classes
+    upright:bool=False,       # turn the image as its EXIF orientation says
+    channels:tuple=None,      # channels of the classes to keep; None: all
 )->dict:                      # JSON-ready: the path, and either an error or the detections
     "Detects the objects in one image and writes its files; an unreadable image becomes a row with an error."
     path,image_path,label_path = job
@@ -37,10 +40,11 @@ def predict_and_save(
     detector = _load_once(model_path, score_threshold, max_detections, class_agnostic)
     class_table = rename_classes(detector.classes, names, source=None)     # `infer_bulk` has printed the warning
     limit = detection_limit(detector, max_detections)
-    found = list(predict_files(detector, [Path(path)], 1, 1, on_error, score_threshold, limit, class_table))
+    found = list(predict_files(detector, [Path(path)], 1, 1, on_error, score_threshold, limit, class_table, upright,
+                               channels))
     if errors: return dict(path=path, error=errors[0])
     prediction, = found
-    writer = OutputWriter({prediction.path: image_path}, {prediction.path: label_path})
+    writer = OutputWriter({prediction.path: image_path}, {prediction.path: label_path}, upright)
     _,error = writer(prediction)
     return dict(path=path, error=str(error)) if error else _to_row(prediction)
 
@@ -49,7 +53,7 @@ def _to_row(prediction):
     found = prediction.detections
     return dict(path=str(prediction.path), boxes=found.boxes.tolist(), scores=found.scores.tolist(),
                 ids=found.category_ids, best_score=prediction.best_score, image_hw=list(prediction.image_hw),
-                seconds=prediction.stage_seconds)
+                seconds=prediction.stage_seconds, orientation=prediction.orientation)
 
 # %% ../../nbs/app/02_bulk.ipynb #267f8c31
 def summarize_predictions(
@@ -71,7 +75,8 @@ def _from_row(row, class_table):
     "Converts a row of found.jsonl to a prediction."
     channels = [class_table.channel(category_id) for category_id in row['ids']]
     found = Detections(row['boxes'], row['scores'], channels, row['path'], class_table)
-    return FilePrediction(Path(row['path']), found, row['best_score'], tuple(row['image_hw']), row['seconds'])
+    return FilePrediction(Path(row['path']), found, row['best_score'], tuple(row['image_hw']), row['seconds'],
+                          row['orientation'])
 
 # %% ../../nbs/app/02_bulk.ipynb #e2e8cde4
 def infer_bulk(
@@ -85,19 +90,25 @@ def infer_bulk(
     recursive:bool=False,     # also search subfolders
     draw:bool=True,           # also write annotated images
     options=(),               # Beam options as on its command line, such as '--runner=FlinkRunner'
+    upright:bool=False,       # turn images as their EXIF orientation says; boxes are in pixels of the upright image
+    classes:list=None,        # names or category ids of the classes to keep; None: all
+    only=None,                # COCO file; only the images in it are processed. None: all images of the folder
 )->InferenceSummary:
     "Detects objects in images with a Beam pipeline."
     beam = _import_beam()
     results,model_path = Path(results_dir), str(model_path)
     names = read_label_map(label_map) if label_map else {}
-    limits = dict(score_threshold=score_threshold, max_detections=max_detections, class_agnostic=class_agnostic)
+    paths = chosen_images(in_image_path, recursive, only)
     with Status(results, 'inference') as status:
-        jobs = _make_jobs(find_images(in_image_path, recursive), in_image_path, results, draw)
+        jobs = _make_jobs(paths, in_image_path, results, draw)
         rows = check_output_path(results/'found.jsonl')
         detector = _load_once(model_path, score_threshold, max_detections, class_agnostic)
         class_table = rename_classes(detector.classes, names, label_map)
+        limits = dict(score_threshold=score_threshold, max_detections=max_detections, class_agnostic=class_agnostic,
+                      upright=upright, channels=choose_channels(class_table, classes))
         _run_pipeline(beam, jobs, rows, options, model_path, names, limits)
         summary = summarize_predictions(rows, class_table, score_threshold, results)
+        if not upright: warn_of_orientation(summary.predictions)
         status.log_progress(f'Processed {summary.num_images} images.', kpi=summary.counts)
         return summary
 

@@ -301,6 +301,11 @@ def effdet_inference(
     class_agnostic:Option("Suppress duplicates across classes, as TAO's inference does; not possible if the exported "
                           'file contains NMS', flag=True)=False,
     recursive:Option('Also search subfolders', flag=True)=False,
+    only:Option('Annotation file (COCO): process only the images that it lists, such as one part of a split',
+                metavar='FILE')=None,
+    classes:Option('Names or ids of the classes to keep (default: all)', nargs='+', metavar='CLASS')=None,
+    upright:Option('Turn images as their EXIF orientation says, such as the photographs of phones; annotated images '
+                   'and labels are upright too', flag=True)=False,
     tile:Option('Cut larger images into overlapping tiles of this size, to find small objects: one side in pixels, or '
                 '"height,width"', metavar='SIZE')=None,
     tile_overlap:Option('Smallest share of a tile that the next one repeats, 0 to 0.9', type=float, metavar='X')=.2,
@@ -328,12 +333,14 @@ def effdet_inference(
     max_detections = config.max_detections_per_image if is_limit_set else None
     tiling = _tiling(tile, tile_overlap, tile_only)
     options = dict(label_map=label_map, score_threshold=threshold, class_agnostic=class_agnostic,
-                   max_detections=max_detections, recursive=recursive, key=key)
+                   max_detections=max_detections, recursive=recursive, key=key, classes=classes)
+    selection = dict(upright=upright, only=only)
     if runner:
         _check_beam_options(in_image_path, tiling, label_format, annotations_file, out_label_path)
-        summary = FilesSummary(_infer_with_beam(model_path, in_image_path, results_dir, runner=runner, **options))
+        summary = FilesSummary(_infer_with_beam(model_path, in_image_path, results_dir, runner=runner, **selection,
+                                                **options))
     else:
-        image_options = dict(label_format=label_format, annotations_file=annotations_file,
+        image_options = dict(label_format=label_format, annotations_file=annotations_file, **selection,
                              batch_size=config.eval_batch_size if batch_size is None else batch_size)
         summary = infer_files(model_path, in_image_path, out_image_path, out_label_path, results_dir, image_options,
                               every, tiling=tiling, **options)

@@ -15,11 +15,11 @@ from pathlib import Path
 from ..core.console import Status, format_duration, log_message, progress_bar
 from ..core.files import atomic_write, check_output_path
 from ..data.classes import ClassTable
-from ..detector.tiles import Tiling, detect_image, detect_tiled
+from ..detector.tiles import Tiling, detect_image, detect_tiled, warn_of_small_tiles
 from ..evaluate.result_files import CSV_COLUMNS, detection_rows
 from .infer import (
-    IMAGE_FORMATS, LABEL_EXTENSIONS, InferenceSummary, check_score_threshold, count_passed_over, detection_limit,
-    find_images, infer, load_for_inference, read_label_map, rename_classes)
+    IMAGE_FORMATS, LABEL_EXTENSIONS, InferenceSummary, check_score_threshold, choose_channels, count_passed_over,
+    detection_limit, find_images, infer, load_for_inference, read_label_map, rename_classes, warm_up)
 from effdet_nb.app.video import (
     CONTAINERS, VIDEO_EXTENSIONS, VideoReader, VideoWriter, check_video_path, import_av, in_background, is_live,
     is_video)
@@ -68,13 +68,14 @@ def predict_video(
     max_detections:int=None,     # largest number of detections per frame; None: no limit
     class_table:ClassTable=None, # ids and names of the classes; None: the detector's own
     tiling:Tiling=None,          # cut frames larger than a tile into tiles; None: scale them down
+    channels:tuple=None,         # channels of the classes to keep; None: all
 ):                               # yields (`Frame`, `Detections` in pixels of the frame)
     "Runs a detector on the frames of a video."
     class_table = class_table or detector.classes
     def predict(frame):
         if tiling: found = detect_tiled(detector, frame.image, tiling, class_table=class_table)
         else: found = detect_image(detector, frame.image, class_table)
-        return frame, found.select(score_threshold, max_detections)
+        return frame, found.of_channels(channels).select(score_threshold, max_detections)
     def predictions():
         with closing(in_background(reader, drop=reader.drops_frames)) as frames: yield from map(predict, frames)
     return in_background(predictions())
@@ -103,7 +104,7 @@ def infer_video(
     out_video_path=None,         # annotated video to write
     out_label_path=None,         # .csv or .jsonl to write, with the detections of each frame
     every:int=1,                 # process each n-th frame; the annotated video has these frames only
-    **options,                   # of `predict_video`: score_threshold, max_detections, class_table, tiling
+    **options,                   # of `predict_video`: score_threshold, max_detections, class_table, tiling, channels
 )->VideoSummary:
     "Detects objects in a video, and writes an annotated video and the detections of each frame."
     reader = VideoReader(source, every)
@@ -199,6 +200,7 @@ def infer_videos(
     key:str='',               # key of the model file
     tiling:Tiling=None,       # cut frames larger than a tile into overlapping tiles
     every:int=1,              # process each n-th frame
+    classes:list=None,        # names or category ids of the classes to keep; None: all
 )->list:                      # a `VideoSummary` for each video
     "Detects objects in videos."
     import_av()
@@ -208,10 +210,15 @@ def infer_videos(
     jobs = [(video, output_of_video(video, source, out_image_path),
              output_of_video(video, source, out_label_path, for_labels=True)) for video in videos]
     names = read_label_map(label_map) if label_map else {}
+    is_file = not callable(detector)
     detector = load_for_inference(detector, key, score_threshold, max_detections, class_agnostic)
     limit = max_detections if tiling else detection_limit(detector, max_detections)
-    options = dict(class_table=rename_classes(detector.classes, names, label_map), max_detections=limit,
-                   score_threshold=score_threshold, tiling=tiling, every=every)
+    class_table = rename_classes(detector.classes, names, label_map)
+    channels = choose_channels(class_table, classes)
+    if tiling: warn_of_small_tiles(tiling, detector)
+    if is_file: warm_up(detector, [1])
+    options = dict(class_table=class_table, max_detections=limit, score_threshold=score_threshold, tiling=tiling,
+                   every=every, channels=channels)
     return [_infer_or_report(detector, *job, **options) for job in jobs]
 
 def _infer_or_report(detector, video, out_video, out_labels, **options):
@@ -252,14 +259,17 @@ def infer_files(
     **options,                # arguments of both, such as score_threshold, label_map, key, tiling
 )->FilesSummary:
     "Detects objects in images and videos."
+    image_options = image_options or {}
     videos,has_images = list_videos(source, recursive), _has_images(source, recursive)
-    label_format = (image_options or {}).get('label_format')
+    if image_options.get('only') is not None: videos = []
+    label_format = image_options.get('label_format')
     if videos and not has_images: _check_label_format(label_format)
     if videos and has_images and not _has_av(len(videos)): videos = []
+    if videos and Path(source).is_dir(): _check_outputs_of_folder(videos, source, out_image_path, out_label_path)
     summary = FilesSummary()
     if has_images or not videos:
         summary.images = infer(detector, source, out_image_path, out_label_path, results_dir=results_dir,
-                               recursive=recursive, **(image_options or {}), **options)
+                               recursive=recursive, **image_options, **options)
         if videos: summary.images.passed_over = count_passed_over(source, recursive, VIDEO_EXTENSIONS)
     if videos:
         summary.videos = _infer_all_videos(detector, source, out_image_path, out_label_path, results_dir,
@@ -276,6 +286,15 @@ def _infer_all_videos(detector, source, out_video, out_labels, results_dir, **op
         num_frames = sum(summary.num_frames for summary in summaries)
         status.log_progress(f'Processed {len(summaries)} videos.', kpi=dict(frames=num_frames))
         return summaries
+
+def _check_outputs_of_folder(videos, source, *outputs):
+    "Raises if an output is a file, and the folder contains videos."
+    for path in map(Path, filter(None, outputs)):
+        if path.suffix.lower() not in _FILE_ENDINGS or path.is_dir(): continue
+        count = 'a video' if len(videos)==1 else f'{len(videos):,} videos'
+        raise ValueError(f'{path}: {source} contains {count}, such as {videos[0].name}, and each video gets files of '
+                         f'its own. Give a folder, such as {path.with_suffix("")}, or a source without videos, such '
+                         f'as -i "{source}/*.jpg"')
 
 def _has_images(source, recursive):
     "Whether there are images at a path; False for a single video and for a path that does not exist."

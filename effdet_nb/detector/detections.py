@@ -67,6 +67,13 @@ def select(self:Detections,
     return self[is_kept][:max_detections]
 
 @patch
+def of_channels(self:Detections,
+    channels, # of the network; None: all
+)->Detections:
+    "Keeps the detections of some channels."
+    return self if channels is None else self[np.isin(self.classes, list(channels))]
+
+@patch
 def _has_category(self:Detections):
     "`[N]` bool: whether the channel stands for a category."
     if self.class_table is None: return np.ones(len(self), bool)
