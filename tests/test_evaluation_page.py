@@ -208,7 +208,9 @@ def test_advice_is_about_the_most_expensive_errors():
         kinds = 'location', 'classification', 'both', 'duplicate', 'background', 'missed'
         return dict(errors=[dict(kind=kind, what=kind, count=1, cost=costs.get(kind, 0.)) for kind in kinds])
     advice = suggest_improvements(analysis(missed=.2, both=.3, duplicate=.1))
-    assert [sentence.split(',')[0] for sentence in advice]==['Both', 'Missed']
+    assert [sentence.split(':')[0] for sentence in advice]==['Both', 'Missed']
+    assert 'Without this error, AP50 would be 0.300 higher' in advice[0]
+    assert 'AP75 would be 0.200' in suggest_improvements(analysis(missed=.2) | dict(iou_threshold=.75))[0]
     assert len(suggest_improvements(analysis()))==1
 
 

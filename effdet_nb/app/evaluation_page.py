@@ -62,12 +62,14 @@ def suggest_improvements(
     if not costly:
         return ['No kind of error costs 0.01 AP or more at this IoU. To find what is left to improve, analyse the '
                 'errors at a higher IoU (--iou_threshold), and compare AP50 with AP75.']
-    return [_advice(error) for error in costly]
+    ap_name = f'AP{round(100*error_analysis.get("iou_threshold", .5))}'
+    return [_advice(error, ap_name) for error in costly]
 
-def _advice(error):
+def _advice(error, ap_name):
     "The kind of error, its count, its cost and the advice."
     what = error['what'][0].upper() + error['what'][1:]
-    return f'{what}, {error["count"]:,} times; costs {error["cost"]:.3f} AP. {ERROR_ADVICE[error["kind"]]}'
+    cost = f'Without this error, {ap_name} would be {error["cost"]:.3f} higher'
+    return f'{what}: {error["count"]:,} times. {cost}. {ERROR_ADVICE[error["kind"]]}'
 
 # %% ../../nbs/app/08_evaluation_page.ipynb #e74250d5
 def ground_truth_figure(
@@ -116,7 +118,7 @@ def worst_image_figures(
     pairs = []
     for ap,image_id in worst:
         truth,detections = results[image_id]
-        left = ground_truth_figure(images[image_id], truth, classes, f'image {image_id}: ground truth')
+        left = ground_truth_figure(images[image_id], truth, classes, f'{truth.title}: ground truth')
         title = f'detections; all scores: AP {ap:.2f}'
         pairs.append((left, detections_figure(images[image_id], detections, classes, threshold, title)))
     return pairs
@@ -134,7 +136,7 @@ def most_different_figures(
     rows = []
     for image_id,aps in different:
         truth,classes = results[0][image_id][0], evaluations[0].metrics.classes
-        figures = [ground_truth_figure(images[image_id], truth, classes, f'image {image_id}: ground truth')]
+        figures = [ground_truth_figure(images[image_id], truth, classes, f'{truth.title}: ground truth')]
         for e,result,ap in zip(evaluations, results, aps):
             title,threshold = f'{e.name}, AP {ap:.2f}', display_score_threshold(e)
             figures.append(detections_figure(images[image_id], result[image_id][1], e.metrics.classes, threshold,
@@ -199,7 +201,8 @@ def _most_confused(counts, max_classes):
 def _confusion_title(analysis, num_classes, max_classes):
     "The title of the matrix: its axes, its thresholds and its limit on classes."
     iou,score = f'{analysis["iou_threshold"]:g}', f'{analysis["score_threshold"]:g}'
-    title = f'Rows: true class, columns: detected class, at IoU {iou} with scores of {score} or more'
+    title = (f'Rows: true class, columns: detected class, at IoU {iou} with scores of {score} or more; '
+             'colour: share of the row')
     if num_classes<=max_classes: return title
     return f'{title}; the {max_classes} of {num_classes} classes that are confused most'
 

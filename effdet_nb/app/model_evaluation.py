@@ -158,10 +158,11 @@ class EvaluationResults(list):
 
     def difference_lines(self):
         "Returns a line for each of the images on which the models differ most."
+        titles = {truth.image_id: truth.title for truth,_ in self[0].metrics.results}
         lines = []
         for image_id,aps in most_different_images(self):
             scores = ', '.join(f'#{number} {ap:.2f}' for number,ap in enumerate(aps, 1))
-            lines.append(f'image {image_id}: {scores}')
+            lines.append(f'{titles[image_id]}: {scores}')
         return lines
 
     def _comparison(self, format_table):

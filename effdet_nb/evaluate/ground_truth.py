@@ -39,6 +39,12 @@ class GroundTruth:
     is_crowd:np.ndarray=None # [M] bool; None: no crowds
     area:np.ndarray=None     # [M] area of the outlines, square pixels; None: area of the boxes
     bbox:np.ndarray=None     # [M, 4] float64, x y width height, as in the file; None: computed from `boxes`
+    file_name:str=''         # name of the image file; empty if unknown
+
+    @property
+    def title(self)->str:
+        "The name of the file with the id in brackets, or the id alone."
+        return f'{self.file_name} (id {self.image_id})' if self.file_name else f'image {self.image_id}'
 
     def __post_init__(self):
         self.boxes = np.asarray(self.boxes, np.float32).reshape(-1, 4)
@@ -63,13 +69,15 @@ class GroundTruth:
 def ground_truth_from_coco(
     coco:CocoDataset, # as returned by `load_ground_truth`
     image_id,         # id of one of its images
+    file_name:str='', # name of its file
 )->GroundTruth:
     "Returns the ground truth of one image of a COCO file."
     annotations = coco.annotations[image_id]
     bbox = np.array([a['bbox'] for a in annotations], np.float64).reshape(-1, 4)
     category_ids = [a['category_id'] for a in annotations]
     is_crowd = [a.get('iscrowd') or 0 for a in annotations]
-    return GroundTruth(image_id, xywh_to_yxyx(bbox), category_ids, is_crowd, [_area(a) for a in annotations], bbox)
+    return GroundTruth(image_id, xywh_to_yxyx(bbox), category_ids, is_crowd, [_area(a) for a in annotations], bbox,
+                       file_name)
 
 def _area(annotation):
     "Returns the area of an annotation, or the area of its box if the annotation has none."
@@ -84,7 +92,8 @@ def samples_from_coco(
     "Yields the samples of a COCO file and a folder of images."
     if not isinstance(coco, CocoDataset): coco,_ = load_ground_truth(coco)
     coco,_ = find_image_files(coco, image_dir)
-    for image in coco.images: yield Path(image_dir)/image['file_name'], ground_truth_from_coco(coco, image['id'])
+    for image in coco.images:
+        yield Path(image_dir)/image['file_name'], ground_truth_from_coco(coco, image['id'], image['file_name'])
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #65a4cfe8
 def _size(info):
@@ -106,7 +115,8 @@ class _CocoMatcher:
         return None in sizes or sizes[0] == sizes[1]
 
     def ground_truth(self, example):
-        return ground_truth_from_coco(self.coco, self.images[str(example['source_id'])]['id'])
+        image = self.images[str(example['source_id'])]
+        return ground_truth_from_coco(self.coco, image['id'], image.get('file_name', ''))
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #b0b8deeb
 def _mismatch_error(matcher, first, others, num_before):
@@ -142,7 +152,8 @@ def samples_from_records(
 
 def _sample_of_example(example):
     image_id = _number_if_numeric(str(example['source_id']))
-    truth = GroundTruth(image_id, example['boxes'], example['labels'], example.get('is_crowd'), example.get('area'))
+    truth = GroundTruth(image_id, example['boxes'], example['labels'], example.get('is_crowd'), example.get('area'),
+                        file_name=example.get('filename', ''))
     return example['image'], truth
 
 def _samples_matched(examples, matcher):
