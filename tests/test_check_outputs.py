@@ -61,6 +61,8 @@ def test_a_notebook_with_outputs_of_its_cells_passes(tmp_path):
         ('import sys\nprint("warning", file=sys.stderr)', []),
         ('{"a": 1.50}', [shown("{'a': 1.5}")]),
         ('x = 3', []),
+        ('print(x)\nx;      # shown by no notebook', [printed('3\n')]),
+        ('import pathlib\npathlib.Path("a")', [shown("PosixPath('a')")]),
         ('#| varies\nimport time\ntime.time()', [shown('1.0')]),
         ('#| eval: false\n1/0', [printed('not run')]),
         ('#| slow\n1/0', [printed('not run')]),

@@ -13,6 +13,7 @@ import re
 
 import nbdev.test
 from execnb.shell import CaptureShell
+from IPython.core.displayhook import DisplayHook
 
 
 # A version of three parts is text. All else that looks like a number is one.
@@ -25,11 +26,14 @@ MAX_LINES = 12       # of a difference that is shown
 class OutputDiffers(Exception): pass
 
 
-def output_texts(outputs):
-    "The text of a cell: everything that it printed, then each object that it displayed."
+def output_texts(outputs, is_quiet=False):
+    "The text of a cell: everything that it printed, then each object that it displayed, unless a `;` ends the cell."
     printed = [''.join(o['text']) for o in outputs if o['output_type']=='stream' and o['name']=='stdout']
-    shown = [''.join(o['data'].get('text/plain', '')) for o in outputs if 'data' in o]
-    return [''.join(printed), *filter(None, shown)]
+    displayed = [o for o in outputs if o['output_type']=='display_data' or 'data' in o and not is_quiet]
+    shown = [''.join(o['data'].get('text/plain', '')) for o in displayed]
+    # execnb drops what a quiet cell printed. nbdev imports fastcore, which shortens the text of paths.
+    texts = ['' if is_quiet else ''.join(printed), *filter(None, shown)]
+    return [text.replace('PosixPath(', 'Path(') for text in texts]
 
 
 def is_close(kept, new):
@@ -62,10 +66,10 @@ class ComparingShell(CaptureShell):
     "Runs the cells of a notebook, and fails after the last one if the text of any differs from the kept one."
     def cell(self, cell, **kwargs):
         if cell.cell_type!='code': return
-        kept, cell.outputs = output_texts(cell.get('outputs', [])), []
+        is_quiet = DisplayHook.semicolon_at_end_of_expression(cell.source)
+        kept, cell.outputs = output_texts(cell.get('outputs', []), is_quiet), []
         super().cell(cell, **kwargs)
-        new = output_texts(cell.outputs)
-        if cell.source.rstrip().endswith(';'): kept[0] = new[0] = ''        # execnb drops what such a cell printed
+        new = output_texts(cell.outputs, is_quiet)
         if not self.exc and 'varies' not in cell.directives_ and not is_same(kept, new):
             self.differences.append(f'cell {cell.id} (- kept, + now):\n{difference(kept, new)}')
 
