@@ -90,7 +90,8 @@ def test_validation_images_that_are_training_images_are_found(val_ids, is_error,
 
 
 @pytest.mark.parametrize('num_classes, ids, expected', [
-    (5, [1], '1 category: 2 is enough; 3 channels stay unused'), (4, [1, 2], '2 categories: 3 is enough; 1 channel stays'),
+    (5, [1], '1 category: 2 is enough; 3 channels stay unused'),
+    (4, [1, 2], '2 categories: 3 is enough; 1 channel stays'),
     (9, [0, 7], '2 categories: 3 is enough; 6 channels'), (9, [1, 7], '2 categories: 8 is enough; 1 channel stays'),
     (3, [1, 2], None), (3, [0, 7], None), (2, [1, 2], None)])
 def test_channels_without_a_category_are_a_note(num_classes, ids, expected, tmp_path):

@@ -8,8 +8,10 @@ from effdet_nb.data.sources import convert_sources, read_sources
 from effdet_nb.data.split import split_dataset
 
 XML = ('<annotation><filename>{}.jpg</filename><size><width>80</width><height>60</height></size><object>'
-       '<name>car</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>30</ymax></bndbox></object></annotation>')
-LABELME = '{{"shapes": [{{"label": "car", "shape_type": "rectangle", "points": [[5,5],[20,30]]}}], "imagePath": "{}.jpg"}}'
+       '<name>car</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>30</ymax></bndbox>'
+       '</object></annotation>')
+LABELME = ('{{"shapes": [{{"label": "car", "shape_type": "rectangle", "points": [[5,5],[20,30]]}}], '
+           '"imagePath": "{}.jpg"}}')
 KITTI = 'car 0 0 0 5 5 20 30 0 0 0 0 0 0 0\n'
 
 

@@ -295,6 +295,7 @@ def test_the_next_commands_can_be_pasted_into_a_shell(name, tmp_path, monkeypatc
 def test_labels_without_a_usable_image_say_why(tmp_path):
     for folder in ('labels', 'images'): (tmp_path/folder).mkdir()
     for name in 'abc': (tmp_path/'labels'/f'{name}.txt').write_text('0 .5 .5 .1 .1\n')
-    with pytest.raises(SourceError, match='no image can be used, since none of its 3 images is in .*images, such as a. Give'):
+    message = 'no image can be used, since none of its 3 images is in .*images, such as a. Give'
+    with pytest.raises(SourceError, match=message):
         split_dataset(tmp_path/'labels', tmp_path/'images', tmp_path/'out')
     assert not (tmp_path/'out').exists()
