@@ -12,7 +12,7 @@ from conftest import skip_missing
 from onnx_toy import toy_onnx_model
 from PIL import Image
 
-from effdet_nb.detector.detections import predict_image
+from effdet_nb.detector.images import read_resized, resize_options
 from effdet_nb.detector.efficientdet import Arch
 from effdet_nb.detector.images import resize_to_input, to_channels
 from effdet_nb.detector.toy_data import make_toy_image
@@ -102,7 +102,8 @@ def found_by_python(model, data, tmp_path, resize='letterbox'):
     path, detector = tmp_path/'image', load_detector(model)
     path.write_bytes(data)
     detector.resize = resize
-    found = predict_image(detector, path, threshold=0.)
+    resized = read_resized(path, detector.image_hw, upright=True, **resize_options(detector))
+    found = detector(resized.image[None])[0].to_original(resized, path, detector.classes).select(0.)
     return np.column_stack([found.boxes, found.scores, found.classes])
 
 

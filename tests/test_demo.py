@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 from onnx_toy import toy_onnx_model
+from PIL import Image
 from test_browser_page import drop, encode, found_by_page, textured
 
 from effdet_nb.app.demo import MAX_UPLOAD, DemoModel, DemoServer
@@ -168,3 +169,35 @@ def test_command_ends_with_ctrl_c(models):
         _, stderr = demo.communicate(timeout=20)
     assert demo.returncode==130 and 'Traceback' not in stderr
     assert stderr.strip().splitlines()[-1].startswith('effdet_demo: ')
+
+
+@pytest.mark.parametrize('name,options', [('a.jpg', {}), ('a.png', {}), ('a.webp', dict(lossless=True))])
+@pytest.mark.parametrize('orientation', [3, 6, 8])
+def test_photographs_of_phones_are_shown_and_detected_upright(browser, server, name, options, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    pixels = textured(90, 150)
+    stored = np.ascontiguousarray({3: pixels[::-1, ::-1], 6: np.rot90(pixels), 8: np.rot90(pixels, 3)}[orientation])
+    file_format = {'.jpg': 'JPEG', '.png': 'PNG', '.webp': 'WEBP'}[name[1:]]
+    open_demo(browser, server.address)
+    drop(browser, {name: encode(stored, file_format, exif=exif, **options), 'b.png': encode(pixels, 'PNG')})
+    sizes = browser.evaluate_js('images.map(image => [image.bitmap.height, image.bitmap.width])')
+    assert sizes==[[90, 150], [90, 150]]
+    turned, plain = found_by_page(browser, -2), found_by_page(browser, -1)
+    if name!='a.jpg': np.testing.assert_allclose(turned, plain, atol=1e-3)       # the same pixels
+    browser.evaluate_js("element('threshold').value = 1; drawAll()")             # the image without boxes
+    drawn = 'canvas => [...canvas.getContext("2d").getImageData(0, 0, 150, 90).data]'
+    pixels_of = f'Promise.all(images.map(({{results}}) => ({drawn})(results[0].canvas)))'
+    a, b = (np.reshape(data, (90, 150, 4)) for data in browser.evaluate_js(pixels_of))
+    assert np.abs(a-b).mean()<(20 if name=='a.jpg' else 1)
+
+
+def test_an_image_without_objects_shows_the_best_score(browser, server):
+    open_demo(browser, server.address)
+    drop(browser, {'a.png': encode(textured(90, 150), 'PNG')})
+    best = found_by_page(browser)[:, 4].max()
+    browser.evaluate_js("element('threshold').value = 1; element('threshold').oninput()")
+    caption = browser.evaluate_js('images.at(-1).results[0].caption.textContent')
+    assert f'0 objects; the best score is {best:.3f}' in caption
+    browser.evaluate_js('images.at(-1).results[0].detections = []; drawAll()')
+    assert '0 objects; no score reaches 0.3' in browser.evaluate_js('images.at(-1).results[0].caption.textContent')

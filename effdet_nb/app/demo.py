@@ -34,7 +34,8 @@ class DemoModel:
     )->dict:        # ready for JSON: detections, best first, and milliseconds
         "Detects the objects in an image."
         from effdet_nb.detector.images import read_resized, resize_options
-        resized = read_resized(data, self.detector.image_hw, 'image', **resize_options(self.detector))
+        options = resize_options(self.detector)
+        resized = read_resized(data, self.detector.image_hw, 'image', upright=True, **options)
         with self.lock:
             start = time.perf_counter()
             found = self.detector(resized.image[None])[0]
@@ -64,9 +65,10 @@ class RemoteDetector {
   constructor(settings, number) { this.settings = settings; this.number = number }
   async detect(file) { return (await send(`/detect/${this.number}`, file)).json() }
 }
-async function decodeAny(file) {
-  try { return await decode(file) }
-  catch { return createImageBitmap(await (await send('/image', file)).blob()) }
+async function decodeAny(file) {                      // not all browsers turn a WebP upright, but Python does
+  const isWebp = await file.slice(8, 12).text() === 'WEBP'
+  try { if (!isWebp) return await decode(file) } catch {}
+  return createImageBitmap(await (await send('/image', file)).blob())
 }
 startPage(async () => MODELS.map((settings, i) => new RemoteDetector(settings, i)), decodeAny)
 """
@@ -173,7 +175,7 @@ def _as_png(data):
     from PIL import Image
     out = io.BytesIO()
     from effdet_nb.detector.images import read_image
-    Image.fromarray(read_image(data, 'image')).save(out, 'PNG', compress_level=1)
+    Image.fromarray(read_image(data, 'image', upright=True)).save(out, 'PNG', compress_level=1)
     return out.getvalue()
 
 # %% ../../nbs/app/15_demo.ipynb #9be9105e

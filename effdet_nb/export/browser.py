@@ -137,26 +137,9 @@ def browser_settings(
 
 # %% ../../nbs/export/11_browser.ipynb #463ef07c
 DECODE_JS = """
-const DECODING = {colorSpaceConversion: 'none', premultiplyAlpha: 'none'}
-const EXIF = 0x45786966, APP1 = 0xffe1, JPEG_START = 0xffd8, ORIENTATION = 0x112
-function clearOrientation(bytes) {                    // marks a JPEG as upright, so that no browser turns it
-  const view = new DataView(bytes.buffer)
-  if (view.getUint16(0) !== JPEG_START) return
-  let at = 2
-  while (view.getUint16(at) !== APP1 || view.getUint32(at + 4) !== EXIF) at += 2 + view.getUint16(at + 2)
-  const header = at + 10, isLittle = view.getUint16(header) === 0x4949
-  const table = header + view.getUint32(header + 4, isLittle), count = view.getUint16(table, isLittle)
-  for (let entry = table + 2; entry < table + 2 + 12*count; entry += 12)
-    if (view.getUint16(entry, isLittle) === ORIENTATION) view.setUint16(entry + 8, 1, isLittle)
-}
-async function asStored(file) {                       // the file, without the orientation of a JPEG
-  const bytes = new Uint8Array(await file.arrayBuffer())
-  try { clearOrientation(bytes) }
-  catch (e) { if (!(e instanceof RangeError)) throw e }     // the end of the file: no EXIF
-  return new Blob([bytes])
-}
+const DECODING = {colorSpaceConversion: 'none', premultiplyAlpha: 'none', imageOrientation: 'from-image'}
 async function decode(file) {
-  try { return await createImageBitmap(await asStored(file), DECODING) }
+  try { return await createImageBitmap(file, DECODING) }
   catch { throw Error('the browser cannot read it as an image. Choose a JPEG, PNG, WebP, GIF or BMP file') }
 }
 """
@@ -293,7 +276,10 @@ function drawResult(image, result) {
   for (const d of [...shown].reverse()) {
     drawBox(context, d, `${labels[d.channel]} ${d.score.toFixed(2)}`, colors[d.channel], unit)
   }
-  const objects = shown.length === 1 ? '1 object' : `${shown.length} objects`
+  const count = shown.length === 1 ? '1 object' : `${shown.length} objects`
+  const best = Math.max(...(result.detections ?? []).map(d => d.score))           // -Infinity if there are none
+  const hint = best > 0 ? `; the best score is ${best.toFixed(3)}` : `; no score reaches ${detector.settings.lowest}`
+  const objects = shown.length ? count : count + hint
   caption.textContent = result.detections ? `${name}: ${objects}, ${Math.round(result.milliseconds)} ms` : `${name} …`
   const counts = {}
   for (const d of shown) counts[labels[d.channel]] = (counts[labels[d.channel]] ?? 0) + 1
