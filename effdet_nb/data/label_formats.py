@@ -232,9 +232,11 @@ def _check_one_format(folder, found):
         kinds = ', '.join(f'{FORMATS[name]} (such as {paths[0].relative_to(folder)})' for name,paths in found.items())
         raise SourceError(f'{folder}: labels in several formats, {kinds}. Give the folder or the file of one of them')
     [(name,paths)] = found.items()
-    if name not in ('coco','via','label_studio') or len(paths)==1: return
+    if name in ('coco','via','label_studio') and len(paths)>1: raise _several_files(folder, name, paths)
+
+def _several_files(folder, name, paths):
     listed = ', '.join(str(path.relative_to(folder)) for path in paths[:4])
-    raise SourceError(f'{folder}: {len(paths)} {FORMATS[name]} files, {listed}. Give the one that you mean')
+    return SourceError(f'{folder}: {len(paths)} {FORMATS[name]} files, {listed}. Give the one that you mean')
 
 def _text_source(folder, files):
     "Returns the source of a folder with YOLO or KITTI labels."
@@ -321,7 +323,10 @@ def _list_source(path):
     "Returns the source of a list of images, or of a single text label."
     names = list(map(_listed_name, (read_label_lines(path) or {}).values()))
     if voc := _listed_voc(path, names): return Source(path, 'voc', voc)
-    if names and names[0].lower().endswith(IMAGE_ENDINGS): return _listed_yolo(path, names)
+    return _listed_yolo(path, names) if names and names[0].lower().endswith(IMAGE_ENDINGS) else _single_label(path)
+
+def _single_label(path):
+    "Returns the source of one text file with the labels of an image."
     found = text_format(path)
     if found=='kitti': return Source(path, found, (path,))
     if found!='yolo': raise SourceError(f'{path}: neither labels of YOLO or KITTI, nor a list of images. '

@@ -39,7 +39,10 @@ def labelme_outline(
     kind,points = shape.get('shape_type') or 'polygon', _flat_points(shape.get('points'))
     if kind in _LINE_SHAPES: return Fault.NO_AREA
     if kind=='polygon': return _polygon_outline(points)
-    if kind not in ('rectangle','circle','mask'): return Fault.UNSUPPORTED_SHAPE
+    return _corner_outline(kind, points) if kind in ('rectangle','circle','mask') else Fault.UNSUPPORTED_SHAPE
+
+def _corner_outline(kind, points):
+    "Returns the outline of a shape with two points or four corners, or its fault."
     if kind=='rectangle' and points and len(points)==8: return _four_corners(points)
     if points is None or len(points)!=4: return Fault.UNUSABLE_LABEL
     if kind=='circle': return ellipse_points(points[:2], [math.dist(points[:2], points[2:])]*2)
@@ -70,7 +73,11 @@ def labelme_mask(
     if isinstance(box, Fault) or image_hw[0]*image_hw[1]>MAX_PIXELS: return None
     try: pixels = read_image(base64.b64decode(shape['mask']))[...,0]>0
     except (KeyError, TypeError, ValueError): return None
-    (x,y),(height,width) = map(round, box[:2]),pixels.shape
+    return _placed_mask(pixels, *map(round, box[:2]), image_hw)
+
+def _placed_mask(pixels, x, y, image_hw):
+    "Returns the run lengths of an image with a mask at some place, or None if it extends beyond the image."
+    height,width = pixels.shape
     if min(x, y)<0 or y+height>image_hw[0] or x+width>image_hw[1]: return None
     from pycocotools import mask as M
     full = np.zeros(image_hw, np.uint8, order='F')
