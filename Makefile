@@ -91,8 +91,8 @@ NBTEST_COMPARE = $(NBTEST_ENV) $(BIN)/python tools/check_outputs.py $(NBTEST_OPT
 NBTEST_ENV     = OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=1
 NBTEST_OPTIONS = --timing --n_workers $(WORKERS)
 # Chapters of the first list train networks, and numbers of a training may depend on the processor.
-TRAINING_PARTS = detector|evaluate|train|export
-OTHER_PARTS    = core|accel|data|weights|prune|app|reference
+TRAINING_PARTS = detector|train|export
+OTHER_PARTS    = core|accel|data|evaluate|weights|prune|app|reference
 
 # Compiling once saves seconds at every start of TensorFlow; the files that do not compile are templates inside packages.
 install = PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -q -e '$(1)' && \

@@ -221,9 +221,12 @@ def export(
     raw, model = model_to_onnx(model_file, max_batch_size, opset)
     if data_type!='fp32': log_message(f'converting to {data_type} ...')
     raw = quantize(raw, data_type, cal_image_dir, cal_cache_file, batches, batch_size, symmetric=nms!='onnx')
-    proto = add_nms(raw, nms, **settings)
+    return _write_verified(add_nms(raw, nms, **settings), model, model_file.arch.image_hw, path, key)
+
+def _write_verified(proto, model, image_hw, path, key):
+    "Writes an ONNX model if its outputs agree with those of the network."
     log_message('comparing the file with the model ...')
-    verification = verify_export(proto, model, verification_images(model_file.arch.image_hw), path)
+    verification = verify_export(proto, model, verification_images(image_hw), path)
     return write_export(proto, path, key, verification)
 
 def _has_cache(path): return bool(path) and Path(path).is_file()
