@@ -1,5 +1,6 @@
 "Tiles: they cover every image, and each object that is not larger than the overlap is found once."
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from PIL import Image
 
 from effdet_nb.app.infer import infer, predict_tiled_files
 from effdet_nb.data.classes import ClassTable
-from effdet_nb.detector.boxes import iou
+from effdet_nb.detector.boxes import area, iou
 from effdet_nb.detector.detections import Detections
 from effdet_nb.detector.images import letterbox
-from effdet_nb.detector.nms import NmsOptions
-from effdet_nb.detector.tiles import (MAX_OVERLAP, MIN_TILE, Tiling, detect_tiled, drop_fragments, is_cut, merge_tiles,
-                                      parse_tile_size, tile_starts)
+from effdet_nb.detector.nms import NmsOptions, nms
+from effdet_nb.detector.tiles import (
+    MAX_OVERLAP, MIN_TILE, Tiling, covered_share, detect_tiled, drop_fragments, is_cut, merge_tiles, neighbours,
+    parse_tile_size, tile_starts, warn_of_small_tiles)
 from effdet_nb.export.runtimes import OnnxDetector
 
 
@@ -170,3 +172,59 @@ def test_the_limit_of_a_user_is_one_of_the_image(tmp_path):
         prediction, = predict_tiled_files(SquareDetector(), [path], tiling, max_detections=limit)
         counts.append(len(prediction.detections))
     assert counts==[9, 4]
+
+
+def merge_every_pair(parts, tiles, image_hw, options):
+    "Merges by comparing each box with all others."
+    names = 'boxes', 'scores', 'classes'
+    boxes, scores, classes = (np.concatenate([getattr(d, name) for d in parts]) for name in names)
+    together = replace(parts[0], boxes=boxes, scores=scores, classes=classes)
+    kept = ~(cut := np.concatenate([is_cut(d.boxes, tile, image_hw) for d, tile in zip(parts, tiles)]))
+    fragments = np.flatnonzero(cut)
+    for i in fragments[np.argsort(-area(boxes[fragments]), kind='stable')]:
+        rivals = kept & (scores>=.5*scores[i])
+        if options.per_class: rivals &= classes==classes[i]
+        kept[i] = not (covered_share(boxes[i], boxes[rivals])>=.5).any()
+    together = together[kept]
+    groups = together.classes if options.per_class else None
+    return together[nms(together.boxes, together.scores, groups, options.iou_threshold, max_detections=len(together))]
+
+
+def random_parts(rng, tiles, most):
+    "Boxes inside each tile, many of them at its borders; scores repeat."
+    parts = []
+    for y1, x1, y2, x2 in tiles:
+        n = rng.integers(0, most)
+        corners = np.sort(rng.uniform(-.1, 1.1, (n, 2, 2)).clip(0, 1), 1)*(y2-y1, x2-x1)+(y1, x1)
+        parts.append(Detections(corners.reshape(-1, 4), rng.integers(0, 20, n)/20, rng.integers(0, 2, n)))
+    return parts
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32-1), st.booleans(), st.booleans(), st.sampled_from([.3, .5, .8]),
+       st.sampled_from([1, 4, 30]))
+def test_merging_neighbours_gives_the_same_boxes_as_comparing_all(seed, per_class, whole_image, threshold, most):
+    rng, image_hw = np.random.default_rng(seed), (300, 420)
+    tiles = Tiling((96, 96), rng.choice([0, .2, .6])).boxes(image_hw)
+    if whole_image: tiles = np.concatenate([tiles, [(0, 0, *image_hw)]])
+    parts, options = random_parts(rng, tiles, most), NmsOptions(per_class=per_class, iou_threshold=threshold)
+    merged, expected = (f(parts, tiles, image_hw, options) for f in (merge_tiles, merge_every_pair))
+    for name in ('boxes', 'scores', 'classes'):
+        np.testing.assert_array_equal(getattr(merged, name), getattr(expected, name))
+
+
+def test_the_time_of_merging_grows_with_the_number_of_tiles():
+    "Compares numbers of pairs, which do not depend on the machine."
+    def num_pairs(side):
+        tiles = Tiling((64, 64)).boxes((side, side))
+        parts = random_parts(np.random.default_rng(0), tiles, 6)
+        owners = np.repeat(np.arange(len(parts)), [len(d) for d in parts])
+        boxes = np.concatenate([d.boxes for d in parts])
+        return sum(len(own)*len(near) for own, near in neighbours(boxes, owners))/len(tiles)
+    assert num_pairs(1600)<1.5*num_pairs(800)
+
+
+def test_a_tile_smaller_than_the_input_is_a_warning(capsys):
+    for tile_hw, is_small in (((32, 32), True), ((64, 64), False), ((48, 200), False), ((40, 60), True)):
+        warn_of_small_tiles(Tiling(tile_hw), SquareDetector())
+        assert ('are enlarged to the network input, 64 x 64' in capsys.readouterr().err)==is_small
