@@ -410,7 +410,7 @@ def test_verbose_shows_the_traceback_and_log_file_appends_everything(tmp_path):
 def test_results_go_to_stdout_and_dashes_in_task_names_are_accepted(work, tmp_path):
     out = run_ok(f'efficientdet_tf1 dataset-convert -i {work}/data/val -a {work}/data/val.json -o x/y -s 1 -r res '
                  '--log_file log.txt', tmp_path)
-    assert re.search(r'images +6\n', out.stdout) and 'val: 1 shards' in out.stdout
+    assert re.search(r'images +6\n', out.stdout) and 'val: 1 shard\n' in out.stdout
     assert (tmp_path/'log.txt').read_text()==out.stdout
     assert (tmp_path/'x'/'y'/'val-00000-of-00001.tfrecord').is_file()
     assert [row['status'] for row in read_status(tmp_path/'res')]==['STARTED', 'RUNNING', 'SUCCESS']

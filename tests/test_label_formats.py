@@ -389,8 +389,8 @@ def test_a_name_that_leads_out_of_the_image_folder_is_not_followed(tmp_path):
     draw_images(tmp_path/'private', {'secret.jpg': (60, 80)})
     draw_images(tmp_path/'set', {'inside.jpg': (60, 80)})
     shape = dict(label='car', shape_type='rectangle', points=[[1, 1], [5, 5]])
-    secret = str(tmp_path/'private'/'secret.jpg')
-    for i,name in enumerate(['inside.jpg', '../private/secret.jpg', secret, '../../../etc/passwd']):
+    names = ['inside.jpg', '../private/secret.jpg', str(tmp_path/'private'/'secret.jpg'), '../../../etc/passwd']
+    for i,name in enumerate(names):
         write_json(tmp_path/'set'/f'x{i}.json', dict(version='5', shapes=[shape], imagePath=name))
     labels = read_sources(tmp_path/'set')
     assert [image['path'].name for image in labels.images]==['inside.jpg']

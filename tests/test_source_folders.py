@@ -5,13 +5,15 @@ from PIL import Image
 from effdet_nb.data.faults import Fault, Reason
 from effdet_nb.data.label_formats import SourceError
 from effdet_nb.data.sources import convert_sources, read_sources
-from effdet_nb.data.split import split_dataset
+from effdet_nb.data.split import part_shares, split_dataset
+from effdet_nb.data.tile_dataset import tile_dataset
+from effdet_nb.detector.tiles import Tiling
 
 XML = ('<annotation><filename>{}.jpg</filename><size><width>80</width><height>60</height></size><object>'
-       '<name>car</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>30</ymax></bndbox>'
-       '</object></annotation>')
-LABELME = ('{{"shapes": [{{"label": "car", "shape_type": "rectangle", "points": [[5,5],[20,30]]}}], '
-           '"imagePath": "{}.jpg"}}')
+       '<name>car</name><bndbox><xmin>5</xmin><ymin>5</ymin><xmax>20</xmax><ymax>30</ymax></bndbox></object>'
+       '</annotation>')
+LABELME = ('{{"shapes": [{{"label": "car", "shape_type": "rectangle", "points": [[5,5],[20,30]]}}],'
+           ' "imagePath": "{}.jpg"}}')
 KITTI = 'car 0 0 0 5 5 20 30 0 0 0 0 0 0 0\n'
 
 
@@ -106,3 +108,60 @@ def test_a_conversion_after_a_split_names_the_label_file_and_the_image(kind, exp
     assert len(lines)==1 and lines[0].endswith(expected if kind!='coco' else 'of b.jpg')
     direct = convert_sources(path, tmp_path/'images', tmp_path/'direct', 'all', num_shards=1, workers=1)
     assert f'such as {expected}' in repr(direct)
+
+
+@pytest.mark.parametrize('same, expected', [(['a', 'b'], 2), (['a'], 1), ([], 0)])
+def test_the_same_images_in_two_sources_are_reported(same, expected, tmp_path):
+    paths = []
+    for part in ('one', 'two'):
+        draw(tmp_path/part/'images', 'abc')
+        paths.append(write_labels(tmp_path/part/'labels', 'voc', 'abc'))
+        for name in {*'abc'}-{*same}: draw_other(tmp_path/part/'images'/f'{name}.jpg', part)
+    notes = read_sources(paths, [tmp_path/part/'images' for part in ('one', 'two')]).report.notes
+    found = notes.get(Reason(Fault.SAME_IMAGE), [])
+    assert sorted(found)==[f'two/images/{name}.jpg and one/images/{name}.jpg' for name in same] and len(found)==expected
+
+
+def draw_other(path, part): Image.fromarray(np.full((60,80,3), len(part)*ord(part[0])%255, np.uint8)).save(path)
+
+
+@pytest.mark.parametrize('names, expected', [
+    (['Kangaroo', 'kangaroo'], ['Kangaroo=kangaroo']), (['red cell', 'Red Cell', 'dog'], ["'Red Cell=red cell'"]),
+    (['CAR', 'Car', 'bus'], ['Car=CAR']), (['car', 'cart'], [])])
+def test_classes_that_differ_only_in_case_are_a_note(names, expected, tmp_path):
+    draw(tmp_path/'images', 'a')
+    boxes = [dict(id=i, image_id=1, category_id=i, bbox=[5*i,5,4,9]) for i in range(1, len(names)+1)]
+    categories = [dict(id=i, name=name) for i,name in enumerate(names, 1)]
+    images = [dict(id=1, file_name='a.jpg', height=60, width=80)]
+    (tmp_path/'a.json').write_text(json.dumps(dict(images=images, annotations=boxes, categories=categories)))
+    result = convert_sources(tmp_path/'a.json', tmp_path/'images', tmp_path/'out', num_shards=1, workers=1)
+    assert result.notes.get(str(Fault.CASE_DIFFERS), [])==[f'--map_classes {text}' for text in expected]
+
+
+@pytest.mark.parametrize('box, fault', [([5,5,0,25], Fault.NO_SIZE), ([5,5,15,-1], Fault.NO_SIZE),
+                                        ([70,5,50,25], Fault.OUT_OF_BOUNDS)])
+def test_a_split_counts_boxes_as_a_conversion_does(box, fault, tmp_path):
+    draw(tmp_path/'images', 'abcdef')
+    path = write_labels(tmp_path/'labels', 'coco', 'abcdef')
+    contents = json.loads(path.read_text())
+    contents['annotations'][2]['bbox'] = box
+    path.write_text(json.dumps(contents))
+    split = split_dataset(path, tmp_path/'images', tmp_path/'split', near='skip')
+    assert sum(split.boxes['car'])==5 and len(split.report.dropped_boxes[fault])==1
+    results = [convert_sources(part, tmp_path/'images', tmp_path/'out', name, num_shards=1, workers=1)
+               for name,part in split.files.items()]
+    assert [result.num_boxes for result in results]==split.boxes['car']
+    assert sum(len(result.report.dropped_boxes.get(fault, [])) for result in results)==1
+
+
+@pytest.mark.parametrize('val, test, text', [(20, 0, '20 percent is 0.2'), (25, 10, '25 percent is 0.25'),
+                                             (.2, 15, '15 percent is 0.15')])
+def test_percent_in_place_of_a_share_is_explained(val, test, text):
+    with pytest.raises(SourceError, match=f'each is a share from 0 to 1 \\({text}\\)'): part_shares(val, test)
+
+
+def test_tiles_of_images_in_subfolders_are_reported(tmp_path):
+    draw(tmp_path/'photos'/'day', 'abc')
+    path = write_labels(tmp_path/'labels', 'coco', 'abc')
+    result = tile_dataset(tmp_path/'photos', path, tmp_path/'tiles', Tiling((32, 32)))
+    assert 'file found under another name: 3, such as day/a.jpg (a.jpg in the JSON)' in repr(result)

@@ -90,10 +90,12 @@ def write_dataset_page(
     problems = [dict(kind='problem' if p.is_error else 'note', where=p.source, what=p.message) for p in check.problems]
     sections = {'Problems': [html_table(problems) if problems else 'None was found.']}
     for split in check.scans: sections[f'{split.capitalize()} records'] = split_section(check, split, num_images)
-    num_errors = len(check.errors)
-    subtitle = (f'{counted(num_errors, "problem")} and {counted(len(problems)-num_errors, "note")}; '
-                f'network input {check.image_hw[0]}x{check.image_hw[1]} pixels.')
-    return write_html_page(path, 'Dataset', sections, subtitle)
+    return write_html_page(path, 'Dataset', sections, _subtitle(check))
+
+def _subtitle(check):
+    num_errors,(height,width) = len(check.errors), check.image_hw
+    counts = f'{counted(num_errors, "problem")} and {counted(len(check.problems)-num_errors, "note")}'
+    return f'{counts}; network input {height}x{width} pixels.'
 
 # %% ../../nbs/app/06_dataset_page.ipynb #11d259c2
 def check_dataset(

@@ -21,8 +21,8 @@ def effdet_split(
     output_dir:Option('Folder to write train.json, val.json and test.json to', '-o', required=True,
                       metavar='FOLDER')=None,
     val:Option('Share of the images for validation', type=float, metavar='X')=.2,
-    test:Option('Share of the images for a test set; 0 makes none', type=float, metavar='X')=0.,
-    seed:Option('Random seed; the same seed makes the same split', type=int, metavar='N')=0,
+    test:Option('Share of the images for a test set (default: 0, no test set)', type=float, metavar='X')=0.,
+    seed:Option('Random seed; the same seed makes the same split (default: 0)', type=int, metavar='N')=0,
     group:Option('Regular expression for the names of the images: those with the same match, such as the frames of a '
                  'video, are kept together', metavar='PATTERN')=None,
     near_duplicates:Option('Images that are nearly equal: keep them together, only report those in different parts, '

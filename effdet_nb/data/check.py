@@ -79,8 +79,8 @@ def _no_channel_message(counts, classes):
     if high>0: remedies.append(f'Set num_classes to {high+1} or more')
     if low<1: remedies.append('Ids below 1 need a class table: convert again with dataset_convert, '
                               'which writes one, or number the categories from 1')
-    ids,num_boxes = ', '.join(map(str, sorted(counts)[:5])), sum(counts.values())
-    have = counted(num_boxes, 'box has', 'boxes have')
+    ids = ', '.join(map(str, sorted(counts)[:5]))
+    have = counted(sum(counts.values()), 'box has', 'boxes have')
     return (f'{have} category ids that have no channel ({ids}), the channels are for '
             f'{classes.ids[0]} to {classes.ids[-1]}. {". ".join(remedies)}')
 
@@ -222,6 +222,10 @@ def check_annotation_file(
         return
     for line in describe_issues(report): yield _note(JSON_FIELD, f'{Path(path).name}: {line}')
     yield from _check_image_ids(scan, coco, Path(path).name)
+    yield from _check_categories(scan, coco, path)
+
+def _check_categories(scan, coco, path):
+    "Yields a problem if boxes have categories that are not in the annotation file."
     known = {category['id'] for category in coco.categories}
     num_unknown = sum(k not in known for k in scan.labels.tolist())
     if num_unknown:
@@ -243,6 +247,10 @@ def _check_image_ids(scan, coco, file_name):
         yield _note(JSON_FIELD,
                     f'{num_absent:,} of its {len(coco.images):,} images {plural(num_absent, "has", "have")} no record; '
                     'only the others are evaluated')
+    yield from _check_repeated_ids(num_repeated)
+
+def _check_repeated_ids(num_repeated):
+    "Yields a problem if images have the id of another one."
     if num_repeated:
         have = counted(num_repeated, 'image has', 'images have')
         yield _error('validation', f'{have} the image id of another one. Evaluation would mix '
@@ -274,6 +282,10 @@ def check_split_overlap(
     train_sums = {*train.checksums}
     shared = [i for i,checksum in enumerate(val.checksums) if checksum in train_sums] if val else ()
     if shared: yield _shared_problem(train, val, shared)
+    yield from _check_equal_images(train)
+
+def _check_equal_images(train):
+    "Yields a note about images that are equal, and what `_check_copies` finds."
     originals = {}                                                       # checksum -> first image that has it
     pairs = [(i, originals[checksum]) for i,checksum in enumerate(train.checksums)
              if originals.setdefault(checksum, i)!=i]

@@ -8,7 +8,7 @@ __all__ = ['MAX_SHARDS', 'Conversion', 'ConversionResult', 'tao_warnings', 'uniq
            'choose_num_shards', 'dataset_convert']
 
 # %% ../../nbs/data/11_convert.ipynb #c65ddbfd
-import io, json, os, re, shutil
+import io, json, math, os, re, shlex, shutil
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ..core.console import Status, log_message, progress_bar
+from ..core.console import Status, counted, log_message, plural, progress_bar
 from ..core.files import atomic_write
 from .classes import ClassTable
 from .coco import CocoDataset, drop_masks, load_coco_lenient, pack_polygons, report_annotation_issues
@@ -123,14 +123,14 @@ def _category_rows(boxes_by_name, limit=12):
     if len(boxes_by_name)<=limit: return list(boxes_by_name.items())
     rows = sorted(boxes_by_name.items(), key=lambda item: -item[1])
     rest = rows[limit-2:]
-    return rows[:limit-2] + [(f'{len(rest)} more categories', sum(count for _,count in rest))]
+    return rows[:limit-2] + [(counted(len(rest), 'more category', 'more categories'), sum(count for _,count in rest))]
 
 @patch
 def __repr__(self:ConversionResult):
     rows = [('images', self.num_images), ('  of them without objects', self.num_empty_images),
             ('boxes', self.num_boxes)]
     rows += [(f'  {name}', count) for name,count in _category_rows(self.boxes_by_name)]
-    lines = [f'{self.tag}: {len(self.files)} shards', *(f'  {name:<44}{count:>9,}' for name,count in rows)]
+    lines = [f'{self.tag}: {counted(len(self.files), "shard")}', *(f'  {name:<44}{count:>9,}' for name,count in rows)]
     return '\n'.join([*lines, *_issue_lines(self.report), f'  all ids and fixes: {self.report_file.name}'])
 
 # %% ../../nbs/data/11_convert.ipynb #a704b3f0
@@ -271,8 +271,10 @@ def old_shards(
                          'another output_dir, or remove them')
     own = _listed_shards(contents)
     if old<=own: return old
-    raise ValueError(f'{conversion.output_dir}: {len(old-own)} files such as {min(old-own)} are of another conversion '
-                     'and would be read together with the new ones. Remove them or choose another tag')
+    verb = plural(len(old-own), 'is', 'are')
+    raise ValueError(f'{conversion.output_dir}: {counted(len(old-own), "file")} such as {min(old-own)} '
+                     f'{verb} of another conversion and would be read together with the new ones. Remove them or '
+                     'choose another tag')
 
 def _sidecar(path):
     "Returns the contents of a sidecar, empty if it cannot be read."
@@ -292,6 +294,8 @@ def _is_same_source(conversion, contents):
     return contents.get('annotations_sha256')==sha256_of(conversion.coco.path)
 
 # %% ../../nbs/data/11_convert.ipynb #25548cd1
+def _hint_lines(issues): return [f'  {issue.reason}: {issue.fault.hint}' for issue in issues if issue.fault.hint]
+
 def check_result(
     coco:CocoDataset,         # the annotation file
     report:ConversionReport,  # of the whole conversion
@@ -302,11 +306,12 @@ def check_result(
     serious = [issue for issue in list_issues(report) if issue.fault.is_serious]
     num_boxes,num_lost = sum(report.boxes_by_category.values()),sum(map(len, report.dropped_boxes.values()))
     if not report.num_images or num_lost and not num_boxes:
-        head = f'nothing usable is left, {report.num_images:,} images with {num_boxes:,} boxes'
-    elif strict and serious: head = f'{sum(issue.count for issue in serious):,} findings, and --strict allows none'
+        head = (f'nothing usable is left, {counted(report.num_images, "image")} with '
+                f'{counted(num_boxes, "box", "boxes")}')
+    elif strict and serious:
+        head = f'{counted(sum(issue.count for issue in serious), "finding")}, and --strict allows none'
     else: return
-    hints = [f'  {issue.reason}: {issue.fault.hint}' for issue in serious if issue.fault.hint]
-    name = labels_name or coco.path.name
+    name,hints = labels_name or coco.path.name, _hint_lines(serious)
     raise ValueError('\n'.join([f'{name}: {head}. Nothing was written', *_issue_lines(report), *hints]))
 
 # %% ../../nbs/data/11_convert.ipynb #409ce92c
@@ -344,6 +349,13 @@ def _write_json(path, contents, indent=None):
     with atomic_write(path, 'w') as f: json.dump(contents, f, indent=indent, default=str)
 
 # %% ../../nbs/data/11_convert.ipynb #590b44aa
+def _note_similar_names(names, report):
+    "Reports classes whose names differ only in upper and lower case or in blanks."
+    by_key = {}
+    for name in sorted({*names}, key=lambda name: (name!=name.lower(), name)):
+        first = by_key.setdefault(''.join(name.casefold().split()), name)
+        if first!=name: report.add_note(Fault.CASE_DIFFERS, f'--map_classes {shlex.quote(f"{name}={first}")}')
+
 @patch
 def run(
     self:Conversion,
@@ -356,6 +368,7 @@ def run(
     "Writes all shards to a work folder and, when they are complete, moves them to the target."
     report,shards = report_annotation_issues(issues, self.coco),[]
     if earlier: report.merge(earlier)
+    _note_similar_names(self.encoder.names.values(), report)
     for name,path in self.renamed: report.add_note(Fault.NAME_DIFFERS, f'{path} ({name} in the JSON)')
     with ExitStack() as stack:
         stack.enter_context(output_lock(self.output_dir, self.tag))
@@ -378,10 +391,8 @@ def choose_num_shards(
     num_images:int,  # images of the dataset
 )->int:
     "Chooses the number of shards, and logs a message if it may surprise the user."
-    count = min(256, num_images) if num_shards is None else num_shards
-    if num_shards is None and count<256:
-        log_message(f'{tag}: {count} shards, one per image, since there are fewer than 256 images')
-    elif count>num_images:
+    count = min(256, max(1, math.ceil(num_images/16))) if num_shards is None else num_shards
+    if count>num_images:
         log_message(f'{tag}: {count-num_images:,} of the {count:,} shards will be empty, since there are '
                     f'{num_images:,} images. Set --num_shards to {num_images} or less')
     return count
@@ -392,7 +403,7 @@ def dataset_convert(
     annotations_file,          # COCO annotation file (.json)
     output_dir,                # folder for the records; created if it does not exist
     tag:str=None,              # first part of the file names; None is the annotation file's name
-    num_shards:int=None,       # files to write; None is 256, or one for each image if there are fewer images
+    num_shards:int=None,       # files to write; None is one for each 16 images, at most 256
     include_masks:bool=False,  # add a PNG mask for every object
     clip:bool=False,           # clip boxes that extend beyond their image instead of leaving them out
     workers:int=None,          # processes; None is one per core, or only this one for a small annotation file

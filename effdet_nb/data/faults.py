@@ -119,6 +119,10 @@ class Fault(StrEnum):
     NO_XML_FILE = ('no XML file: image not used',
                    'Label these images; one that shows no object needs an XML file without objects', False)
     NOT_LABELS = ('not a label file, ignored', '', False)
+    SAME_IMAGE = ('same image in two folders',
+                  'Each copy counts as an image, and has only its own boxes. Remove one of them', False)
+    CASE_DIFFERS = ('class names that differ only in case', 'If they are one class, convert with this option',
+                    False)
     SCORE_IGNORED = ('score of the label ignored', 'These labels are predictions. Check them before you train', False)
     # masks
     MASK_OUTSIDE_BOX = 'masks outside their box (kept)', 'Redraw the mask or the box; training uses only the box'

@@ -8,7 +8,7 @@ __all__ = ['read_source', 'parse_class_map', 'map_classes', 'ordered_names', 're
 
 # %% ../../nbs/data/22_sources.ipynb #2078d183
 import json, os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,6 +21,7 @@ from .image_files import OutsideFolder, find_image_files, image_path
 from .label_files import read_kitti, read_label_lines, read_voc, read_yolo
 from .label_formats import Source, SourceError, default_image_dir, find_source, read_yaml
 from .label_json import read_label_studio, read_labelme, read_via
+from .shards import sha256_of
 from .label_set import ROLE_FOLDERS, ImageFinder, LabelSet
 
 # %% ../../nbs/data/22_sources.ipynb #d98415f4
@@ -198,6 +199,7 @@ def _read_each(labels, sources, image_dirs):
         read_source(labels, source, image_dir, f'{source.path.name}:' if len(sources)>1 else '')
         _check_found(labels.named, source, image_dir, len(sources))
     if len(sources)>1: _forget_labelled(labels)
+    _note_copies(labels)
 
 def _check_found(paths, source, image_dir, num_sources):
     "Raises an error if none of the images of a source exists."
@@ -206,6 +208,15 @@ def _check_found(paths, source, image_dir, num_sources):
     missing = plural(len(paths), 'its image is not', f'none of its {len(paths):,} images is')
     raise SourceError(f'{source.path}: no image can be used, since {missing} in {image_dir}, '
                       f'such as {os.path.basename(min(paths))}. Give {remedy}')
+
+def _note_copies(labels):
+    "Reports images of the same name and the same bytes in two folders."
+    folder,copies = labels.image_dir(),defaultdict(list)
+    counts = Counter(image['path'].name for image in labels.images)
+    for path in (image['path'] for image in labels.images if counts[image['path'].name]>1):
+        if path.is_file(): copies[path.name, sha256_of(path)].append(os.path.relpath(path, folder))
+    for first,*others in copies.values():
+        for other in others: labels.report.add_note(Fault.SAME_IMAGE, f'{other} and {first}')
 
 def _forget_labelled(labels):
     "Removes the notes about images without a label file in one source that another source labels."
@@ -227,6 +238,11 @@ def _separate_files(labels):
         same_id.add(contents)
         labels.annotations.append(_with_own_id(annotation, len(same_id)))
 
+def _name_images(labels):
+    "Gives the report the names of all images."
+    folder = labels.image_dir()
+    labels.report.file_names = {image['id']:os.path.relpath(image['path'], folder) for image in labels.by_path.values()}
+
 def _with_own_id(annotation, count):
     return annotation if count==1 else annotation | dict(id=f'{annotation["id"]} ({count})')
 
@@ -243,8 +259,7 @@ def read_sources(
     labels,sources = LabelSet(),list(map(find_source, paths))
     _read_each(labels, sources, image_dirs*len(paths) if len(image_dirs)==1 else image_dirs or [None]*len(paths))
     _separate_files(labels)
-    folder = labels.image_dir()
-    labels.report.file_names = {image['id']:os.path.relpath(image['path'], folder) for image in labels.by_path.values()}
+    _name_images(labels)
     if class_map: map_classes(labels, class_map)
     return labels
 
@@ -330,14 +345,18 @@ def _checked_tag(tag, paths):
         raise SourceError('--tag: several annotation files need a name. Give one, such as --tag train')
     return default_tag(paths[0]) if tag is None else tag
 
+def _check_not_empty(labels, paths):
+    "Raises an error with all reasons if no image is left."
+    if labels.images: return
+    reasons = [f'  {line}' for line in describe_issues(labels.report)]
+    raise SourceError('\n'.join([f'{paths[0]}: no image can be used. There is nothing to convert', *reasons]))
+
 def _convert_labels(paths, image_dirs, output_dir, tag, class_map, label_map, options):
     "Writes labels as a COCO file and converts it."
     tag = _checked_tag(tag, paths)
     check_target(output_dir, tag, options.get('num_shards'))
     labels = read_sources(paths, image_dirs, class_map)
-    if not labels.images:
-        raise SourceError('\n'.join([f'{paths[0]}: no image can be used. There is nothing to convert',
-                                     *(f'  {line}' for line in describe_issues(labels.report))]))
+    _check_not_empty(labels, paths)
     path,names = output_dir/f'{tag}_coco.json', ordered_names(labels, label_map)
     labels_name = ', '.join(map(str, paths))
     origin = check_origin(path, paths)

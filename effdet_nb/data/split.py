@@ -9,18 +9,19 @@ __all__ = ['MAX_BITS', 'MAX_GREY', 'PARTS', 'NEAR_DUPLICATES', 'Signature', 'ima
 # %% ../../nbs/data/24_split.ipynb #aeee7252
 import io, os, re, shlex
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import starmap
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ..core.console import progress_bar
+from ..core.console import counted, progress_bar
 from ..core.files import read_file
 from .faults import ConversionReport, describe_issues
 from .label_formats import SourceError
 from .label_set import LabelSet
 from .sources import ordered_names, read_sources, write_coco
 from .tile_dataset import is_output_of
+from .validate import validate_box
 
 # %% ../../nbs/data/24_split.ipynb #7fe83570
 @dataclass(frozen=True, eq=False)
@@ -178,20 +179,27 @@ class SplitResult:
         return [f'{"":<24}' + ''.join(f'{name:>10}' for name in self.files), *starmap(line, rows)]
 
     def __repr__(self):
-        lines = self._table()
-        lines += [f'{part} has no {label}: only {count} group{"s" if count!=1 else ""} of images with it'
+        lines = [*self._table(), self._shares_line()]
+        lines += [f'{part} has no {label}: only {counted(count, "group")} of images with it'
                   for label,part,count in self.absent]
         if self.duplicates: lines.append(self._duplicates_line())
-        return '\n'.join([*lines, *describe_issues(self.report), *self._next_commands()])
+        return '\n'.join([*lines, *describe_issues(self.report), 'Next:', *self._next_commands()])
 
     def _duplicates_line(self):
         a,b = self.duplicates[0]
         where = f'{self.num_apart:,} of them in different parts' if self.num_apart else 'kept together'
-        return f'nearly equal images: at least {len(self.duplicates):,} pairs, such as {a} and {b}, {where}'
+        return f'nearly equal images: at least {counted(len(self.duplicates), "pair")}, such as {a} and {b}, {where}'
+
+    def _shares_line(self):
+        totals = [sum(counts) for counts in zip(*self.boxes.values())] or [0]*len(self.files)
+        num_images,num_boxes = sum(self.num_images.values()), max(sum(totals), 1)
+        shares = [f'{name} {images/num_images:.0%} of the images, {boxes/num_boxes:.0%} of the boxes'
+                  for (name,images),boxes in zip(self.num_images.items(), totals)]
+        return f'{"; ".join(shares)} (images that belong together are not divided)'
 
     def _next_commands(self):
-        return [f'effdet_dataset_convert -i {_quoted(self.image_dir)} -a {_quoted(path)} -o records -t {name}'
-                for name,path in self.files.items()]
+        return [f'effdet_dataset_convert -i {_quoted(self.image_dir)} -a {_quoted(path)} '
+                f'-o {_quoted(path.parent/"records")} -t {name}' for name,path in self.files.items()]
 
 def _quoted(path):
     "Returns a path for a command line, relative if it is below the current folder."
@@ -209,8 +217,9 @@ def part_shares(
 )->dict:         # name of a part -> its share
     "Checks the shares of the parts."
     if not (0<val<1 and 0<=test<1 and val+test<1):
-        raise SourceError(f'--val {val:g}, --test {test:g}: shares of the images are needed, such as --val 0.2 '
-                          '--test 0.1, and some must be left for training')
+        percent = next((x for x in (val, test) if 1<x<100), 20)
+        raise SourceError(f'--val {val:g}, --test {test:g}: each is a share from 0 to 1 ({percent:g} percent is '
+                          f'{percent/100:g}), and some images must be left for training')
     shares = dict(zip(PARTS, (1-val-test, val, test)))
     return {name:share for name,share in shares.items() if share}
 
@@ -263,14 +272,26 @@ def split_dataset(
     earlier = _earlier_parts(Path(output_dir), paths)
     names = ordered_names(labels, label_map)
     groups,duplicates = _checked_groups(labels, pattern, near, len(shares))
-    counts,sizes = _group_counts(labels, names, groups)
+    usable,report = _usable_annotations(labels)
+    counts,sizes = _group_counts(labels.images, usable, names, groups)
     part_of_group = assign_groups(counts, sizes, list(shares.values()), seed)
     part_of_image = [int(part_of_group[group]) for group in groups]
     for path in earlier: path.unlink()
     for number,path in enumerate(files.values()):
         ids = {image['id'] for image,part in zip(labels.images, part_of_image) if part==number}
         write_coco(path, _subset(labels, ids), names, description='written by effdet_split', seed=seed)
-    return _split_result(labels, files, names, part_of_image, groups, duplicates)
+    counted_labels = replace(labels, annotations=usable, report=report)
+    return _split_result(counted_labels, files, names, part_of_image, groups, duplicates)
+
+def _usable_annotations(labels):
+    "Returns the annotations that a conversion keeps, and a report that counts the others."
+    sizes = {image['id']:(image['height'],image['width']) for image in labels.images}
+    usable,report = [],ConversionReport().merge(labels.report)
+    for annotation in labels.annotations:
+        box,fault = validate_box(annotation['bbox'], sizes[annotation['image_id']])
+        if box: usable.append(annotation)
+        else: report.dropped_boxes[fault].append((annotation['image_id'], annotation['id']))
+    return usable, report
 
 def _check_replaceable(path):
     if path.is_dir() or path.is_file() and not is_output_of(path, 'effdet_split'):
@@ -298,12 +319,12 @@ def _checked_groups(labels, pattern, near, num_parts):
     raise SourceError(f'{len(groups):,} images in {max(groups)+1} groups that are kept together cannot be divided into '
                       f'{num_parts} parts. Label more images, or change --group or --near_duplicates')
 
-def _group_counts(labels, names, groups):
+def _group_counts(images, annotations, names, groups):
     "Returns boxes by group and class, [G, C], and images by group, [G]."
-    group_of = {image['id']:group for image,group in zip(labels.images, groups)}
+    group_of = {image['id']:group for image,group in zip(images, groups)}
     column = {name:i for i,name in enumerate(names)}
     counts = np.zeros((max(groups)+1, len(names)), int)
-    for annotation in labels.annotations:
+    for annotation in annotations:
         counts[group_of[annotation['image_id']], column[annotation['class_name']]] += 1
     return counts, np.bincount(groups)
 
@@ -325,12 +346,15 @@ def _split_result(labels, files, names, part_of_image, groups, duplicates):
         groups_of[annotation['class_name']].add(group)
     absent = _absent_classes(boxes, list(files), groups_of)
     num_images = {name:part_of_image.count(part) for part,name in enumerate(files)}
-    pairs = _names_of_pairs(images, duplicates)
+    pairs = _names_of_pairs(images, duplicates, labels.image_dir())
     num_apart = sum(part_of_image[i]!=part_of_image[j] for i,j in duplicates)
     return SplitResult(files, labels.image_dir(), num_images, boxes, absent, max(groups)+1, pairs, num_apart,
                        labels.report)
 
-def _names_of_pairs(images, pairs): return [(images[i]['path'].name, images[j]['path'].name) for i,j in pairs]
+def _names_of_pairs(images, pairs, folder):
+    "Returns the names of pairs of images, with their folders below a common one."
+    names = [Path(os.path.relpath(image['path'], folder)).as_posix() for image in images]
+    return [(names[i], names[j]) for i,j in pairs]
 
 def _absent_classes(boxes, parts, groups_of):
     "Returns (class name, part, groups of images with this class) of the classes that a part lacks."

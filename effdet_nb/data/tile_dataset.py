@@ -208,14 +208,15 @@ def tile_dataset(
     _check_share('min_visible', min_visible)
     _check_share('empty_share', empty_share)
     coco,issues = load_coco_lenient(annotations_file, drop_masks)
-    coco,_ = find_image_files(coco, image_dir)
+    coco,renamed = find_image_files(coco, image_dir)
     tag = tag or Path(annotations_file).stem
     target = _tile_folder(output_dir, tag, image_dir)
     _check_replaceable(_coco_path(target), annotations_file)
     cutter = ImageCutter(str(image_dir), target, tiling, min_visible, empty_share)
+    report = report_annotation_issues(issues, coco)
+    for name,path in renamed: report.add_note(Fault.NAME_DIFFERS, f'{path} ({name} in the JSON)')
     with output_lock(Path(output_dir), tag):
-        return _publish(_cut_images(cutter, coco, workers), coco, target,
-                        report_annotation_issues(issues, coco))
+        return _publish(_cut_images(cutter, coco, workers), coco, target, report)
 
 def _cut_images(cutter, coco, workers):
     "Writes the tiles of all images; the COCO file of earlier tiles is removed before, unless no tile replaces them."
