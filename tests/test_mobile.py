@@ -192,6 +192,22 @@ def test_mediapipe_does_not_open_a_file_for_greyscale_images(folder, grey):
     with pytest.raises(AssertionError, match='depth = 3 or 4'): mediapipe_detections(grey.path, images_of(folder))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(('hw', 'precision'), [((128, 192), 'fp32'), ((200, 136), 'int8'), ((136, 320), 'fp16')])
+def test_mediapipe_takes_any_size(folder, tmp_path, hw, precision):
+    pytest.importorskip('mediapipe', reason='needs mediapipe: pip install mediapipe')
+    stored = load_model_file(folder/'m.tlt')
+    arch = replace(stored.arch, image_hw=hw)
+    save_detector(tmp_path/'m.tlt', random_detector(arch), arch, stored.classes)
+    Image.fromarray(make_toy_image(seed=3, image_hw=hw).image).save(tmp_path/'a.png')
+    export(tmp_path/'m.tlt', tmp_path/'m.tflite', data_type=precision, cal_image_dir=folder/'images', batches=12)
+    found, = mediapipe_detections(tmp_path/'m.tflite', [tmp_path/'a.png'])
+    own = load_detector(tmp_path/'m.tflite')(as_pixels([tmp_path/'a.png']))[0]
+    scores = [score for *_, score, _ in found]
+    assert len(scores) >= 10
+    np.testing.assert_allclose(scores[:10], own.scores[:10], atol=.05)
+
+
 def test_a_file_for_greyscale_images_is_opened_here(folder, grey):
     assert len(load_detector(grey.path)(as_pixels(images_of(folder)))) == 3
 
