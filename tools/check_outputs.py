@@ -31,9 +31,13 @@ def output_texts(outputs, is_quiet=False):
     printed = [''.join(o['text']) for o in outputs if o['output_type']=='stream' and o['name']=='stdout']
     displayed = [o for o in outputs if o['output_type']=='display_data' or 'data' in o and not is_quiet]
     shown = [''.join(o['data'].get('text/plain', '')) for o in displayed]
-    # execnb drops what a quiet cell printed. nbdev imports fastcore, which shortens the text of paths.
-    texts = ['' if is_quiet else ''.join(printed), *filter(None, shown)]
-    return [text.replace('PosixPath(', 'Path(') for text in texts]
+    texts = ['' if is_quiet else ''.join(printed), *filter(None, shown)]       # execnb drops what quiet cells print
+    return list(map(comparable_text, texts))
+
+
+def comparable_text(text):
+    "A text without what depends on libraries: the class of a path, and the size of the images in HTML."
+    return re.sub(r'Html\([\d,]+ characters\)', 'Html', text.replace('PosixPath(', 'Path('))
 
 
 def is_close(kept, new):
