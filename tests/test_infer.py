@@ -566,3 +566,63 @@ def test_only_the_images_of_an_annotation_file_are_processed(image_folder, tmp_p
         infer(FullImageDetector(), image_folder, tmp_path/'out', only=part)
     with pytest.raises(ValueError, match='--only needs the folder'):
         infer(FullImageDetector(), image_folder/'a.jpg', tmp_path/'out', only=part)
+
+
+@pytest.mark.parametrize('options,message', [
+    (dict(out_label_path='r.jsonl'), r'r.jsonl: labels of images are not written to files ending in .jsonl. Give'),
+    (dict(out_label_path='r.PNG'), 'r.PNG: labels of images are not'),
+    (dict(out_image_path='r.csv'), 'r.csv: annotated images are not'),
+    (dict(out_image_path='r.mp4'), 'Give a folder, such as r, or for one image a name in .jpg')])
+def test_a_folder_is_not_created_under_the_name_of_a_file(image_folder, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    for source in (image_folder, image_folder/'a.jpg'):
+        with pytest.raises(ValueError, match=message): infer(FullImageDetector(), source, **options)
+    assert [p.name for p in tmp_path.iterdir()]==['in']
+    (tmp_path/'r.v2').mkdir()
+    assert infer(FullImageDetector(), image_folder/'a.jpg', 'r.v2').num_images==1
+
+
+def test_an_annotation_file_of_other_images_is_an_error_before_the_work(image_folder, tmp_path):
+    other, results = tmp_path/'other.json', tmp_path/'results.json'
+    detector = FullImageDetector()
+    images = [dict(id=1, file_name='x.jpg', height=30, width=40)]
+    other.write_text(json.dumps(dict(images=images, annotations=[], categories=[dict(id=7, name='traffic light')])))
+    for source, count in ((image_folder, 10), (image_folder/'a.jpg', 1), (image_folder/'c.png', 1)):
+        with pytest.raises(ValueError, match=f'lists none of the {count} images'):
+            infer(detector, source, out_label_path=results, annotations_file=other)
+    assert detector.batches==[] and not results.exists()
+
+
+def test_nothing_is_named_as_written_if_no_image_could_be_read(tmp_path):
+    for name in ('a.txt', 'b.jpg', 'c'):
+        (tmp_path/name).write_text('text')
+        summary = infer(FullImageDetector(), tmp_path/name, tmp_path/'out')
+        assert 'written to' not in repr(summary) and not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('best,hint', [(.285, '-t 0.2 '), (.05, '-t 0.05 '), (.0042, '-t 0.004 '), (.9, '-t 0.9 ')])
+def test_a_run_without_boxes_names_a_threshold_that_the_best_score_reaches(best, hint):
+    assert hint in repr(InferenceSummary(3, best_score=best, score_threshold=.95))
+    assert 'add -t' not in repr(InferenceSummary(3, best_score=0.))
+
+
+@pytest.mark.parametrize('width,has_tiles,is_hint', [(300, False, True), (193, False, True), (192, False, False),
+                                                     (300, True, False)])
+def test_a_run_without_boxes_names_tiles_if_the_images_are_large(tmp_path, width, has_tiles, is_hint):
+    Image.new('RGB', (width, 50)).save(tmp_path/'a.png')
+    tiling = Tiling((64,64)) if has_tiles else None
+    summary = infer(FullImageDetector(), tmp_path, tmp_path/'out', score_threshold=.95, tiling=tiling)
+    assert ('add --tile 64' in repr(summary))==is_hint
+
+
+def test_compiling_is_not_part_of_the_time(tmp_path, monkeypatch):
+    class SlowStart(FullImageDetector):
+        def __call__(self, images):
+            if len(images) not in self.batches: time.sleep(.5)
+            return super().__call__(images)
+    for i in range(5): Image.new('RGB', (40,30)).save(tmp_path/f'{i}.png')
+    detector = SlowStart()
+    monkeypatch.setattr('effdet_nb.export.runtimes.load_detector', lambda *args: detector)
+    detector.set_nms_options = lambda **options: None
+    summary = infer('model.tlt', tmp_path, tmp_path/'out', batch_size=3)
+    assert detector.batches==[3,2,3,2] and summary.seconds<.5

@@ -384,3 +384,16 @@ def test_names_of_outputs():
     assert paths==['out/camera0.mp4', 'out/stream.csv', 'out/a.mpg.mp4', 'b.jsonl']
     assert I.output_of_video('0', '0', None) is None
     assert SimpleNamespace(path=V.check_video_path('x.MKV')).path.name=='x.MKV'
+
+
+@pytest.mark.parametrize('options', [dict(out_label_path='mix.csv'), dict(out_label_path='mix.jsonl'),
+                                     dict(out_image_path='mix.mp4')])
+@pytest.mark.parametrize('has_image', [False, True])
+def test_one_file_for_a_folder_with_a_video_is_refused_before_the_work(tmp_path, monkeypatch, options, has_image):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'in').mkdir()
+    write_clip(tmp_path/'in/a.mp4', 2)
+    if has_image: Image.fromarray(image_at(0)).save(tmp_path/'in/a.png')
+    with pytest.raises(ValueError, match='in contains a video, such as a.mp4, .* Give a folder, such as mix'):
+        I.infer_files(RedDetector(), 'in', **options)
+    assert [p.name for p in tmp_path.iterdir()]==['in']

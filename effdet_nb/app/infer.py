@@ -339,6 +339,7 @@ def output_paths(
     source,output = Path(source), Path(output)
     endings = LABEL_EXTENSIONS if for_labels else IMAGE_FORMATS
     is_file_name = output.suffix.lower() in endings and not output.is_dir()
+    if not is_file_name: _check_folder_name(output, endings, for_labels)
     if is_file_name and not source.is_file():
         raise ValueError(f'{output}: this is the name of a file, but the output of a folder or pattern needs a folder. '
                          f'Give one, such as {output.with_suffix("")}')
@@ -348,6 +349,15 @@ def output_paths(
     check_output_path(outputs[0])
     if not for_labels: _refuse_replacing(paths, outputs, output)
     return outputs
+
+_FILE_ENDINGS = {*IMAGE_FORMATS, *LABEL_EXTENSIONS, '.jsonl', '.tsv', '.yaml', '.html', '.mp4', '.avi', '.mov', '.mkv'}
+
+def _check_folder_name(output, endings, for_labels):
+    "Raises if the name of an output folder is that of a file of another kind."
+    if output.suffix.lower() not in _FILE_ENDINGS or output.exists(): return
+    hint = 'one .csv or .json for all images' if for_labels else f'for one image a name in {", ".join(endings)}'
+    raise ValueError(f'{output}: {"labels of images" if for_labels else "annotated images"} are not written to files '
+                     f'ending in {output.suffix}. Give a folder, such as {output.with_suffix("")}, or {hint}')
 
 def _refuse_replacing(paths, outputs, output):
     "Raises if an output would overwrite an original."
@@ -448,8 +458,8 @@ def _remarks(self:InferenceSummary):
 def _lower_threshold(score):
     "Returns a score rounded down to its first digit: a threshold that some box reaches."
     if score<.001: return 0
-    digit = 10.**np.floor(np.log10(score))
-    return round(float(score//digit*digit), 3)
+    places = -int(np.floor(np.log10(score)))
+    return float(np.floor(score*10**places+1e-9))/10**places
 
 @patch
 def _are_objects_small(self:InferenceSummary, times=3):
@@ -588,14 +598,14 @@ def infer(
         writer = make_output_writer(paths, in_image_path, image_output, None if result_file else label_output, upright)
         names = read_label_map(label_map) if label_map else {}
         threads = 1 if len(paths)>1 or tiling else None
-        sizes = [] if callable(detector) else batch_sizes(len(paths), batch_size)
+        is_new = not callable(detector)
         detector = load_for_inference(detector, key, score_threshold, max_detections, class_agnostic, threads)
         class_table = rename_classes(detector.classes, names, label_map)
         choice = dict(score_threshold=score_threshold, class_table=class_table, upright=upright,
                       channels=choose_channels(class_table, classes))
-        warm_up(detector, sizes)
+        if result_file: result_file.check_images(paths)
         summary = _new_summary(detector, score_threshold, tiling, outputs)
-        predictions = _predict(detector, paths, tiling, max_detections, batch_size=batch_size, workers=workers,
+        predictions = _predict(detector, paths, tiling, max_detections, is_new, batch_size=batch_size, workers=workers,
                                on_error=summary.skip, **choice)
         _write_all(predictions, writer, summary, len(paths), min(workers or 2, 2) if tiling else workers)
         if not upright: warn_of_orientation(summary.predictions)
@@ -604,8 +614,9 @@ def infer(
         if results_dir is not None: _report(summary, class_table, Path(results_dir), status)
         return summary
 
-def _predict(detector, paths, tiling, max_detections, **options):
+def _predict(detector, paths, tiling, max_detections, is_new, **options):
     "Runs a detector on whole images or, with a `Tiling`, on tiles, where only the caller limits the number of boxes."
+    if is_new: warm_up(detector, batch_sizes(len(paths), options['batch_size']))
     if not tiling:
         return predict_files(detector, paths, max_detections=detection_limit(detector, max_detections), **options)
     warn_of_small_tiles(tiling, detector)

@@ -151,6 +151,14 @@ class ResultFile:
     file_format:str         # 'json', 'csv' or 'coco'
     ids:AnnotationIds=None  # of the annotation file, for 'coco'
 
+    def check_images(self,
+        paths:list, # of images
+    ):
+        "Raises if the annotation file lists none of the images."
+        if self.ids is None or any(self.ids.image_id(path) is not None for path in paths): return
+        raise ValueError(f'{self.ids.path}: lists none of the {len(paths):,} images, such as {paths[0]}. The names in '
+                         'this file must be the ends of the paths. Give the annotation file of these images')
+
     def write(self,
         predictions:list,       # with `path`, `detections` and `image_hw`
         class_table:ClassTable, # category ids and names
