@@ -1,113 +1,81 @@
-"What objects show in a notebook: escaped names, images where they can be read, and a bar while a loop runs."
-import IPython.display
+"What objects show of themselves in a notebook: short, with counts and names, and safe with names from files."
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
-from PIL import Image
-from test_html import PageParser
 
-import effdet_nb.core.console as console
-from effdet_nb.core.fragments import image_tag
-from effdet_nb.data.check import DataCheck, DataProblem
+from effdet_nb.app.infer import InferenceSummary
+from effdet_nb.core.fragments import html_facts
 from effdet_nb.data.classes import ClassTable
-from effdet_nb.data.convert import dataset_convert
-from effdet_nb.data.record_index import Records
-from effdet_nb.data.scan import scan_html, scan_records
-from effdet_nb.detector.detections import Detections
-from effdet_nb.detector.toy_data import make_toy_dataset
+from effdet_nb.data.convert import ConversionResult
+from effdet_nb.data.faults import ConversionReport
+from effdet_nb.detector.detections import Detections, network_facts
+from effdet_nb.evaluate.ground_truth import EvalDataset
+from effdet_nb.export.runtimes import OnnxDetector
+from effdet_nb.train.spec import Spec
 
-NAMES = st.text(st.characters(exclude_categories=('Cs', 'Cc')), min_size=1, max_size=12)
-
-
-@given(NAMES)
-def test_names_of_classes_are_text(name):
-    found = Detections([[1, 2, 3, 4]], [.5], [0], class_table=ClassTable((1,), (name,), 1))
-    page = PageParser(found._repr_html_())
-    assert name in page.text_of('td') and not page.events and 'script' not in page.names
+HOSTILE = '<script>alert(1)</script>'
 
 
-@pytest.mark.parametrize('num', [0, 1, 20, 21, 500])
-def test_detections_show_a_count_and_at_most_twenty_rows(num):
-    boxes = np.tile([1, 2, 30, 40], (num, 1))
-    page = PageParser(Detections(boxes, np.linspace(1, .1, num), np.zeros(num))._repr_html_())
-    assert page.text_of('p')[0]==('1 object' if num==1 else f'{num:,} objects')
-    assert len(page.text_of('td'))==6*min(num, 20)
-    assert (f'and {num-20:,} more' in page.text_of('p'))==(num>20)
+def dataset(coco):
+    "An `EvalDataset` of seven records."
+    samples = EvalDataset.__new__(EvalDataset)
+    samples.records, samples.coco = range(7), coco
+    return samples
 
 
-def test_images_are_shown_if_they_can_be_read(tmp_path):
-    Image.new('RGB', (2000, 1000)).save(tmp_path/'a.png')
-    (tmp_path/'b.png').write_bytes(b'no image')
-    def shows_image(image): return '<img' in Detections([[1, 2, 3, 4]], [.5], [0], image=image)._repr_html_()
-    assert shows_image(tmp_path/'a.png') and shows_image(np.zeros((9, 9, 3), np.uint8))
-    for missing in (None, tmp_path/'b.png', tmp_path/'absent.png', tmp_path): assert not shows_image(missing)
+def detector(num_classes=3, name='runs/m.onnx', is_fixed=True):
+    "An `OnnxDetector` without its session."
+    found = OnnxDetector.__new__(OnnxDetector)
+    found.name, found.image_hw, found.suppresses_itself = name, (320, 640), is_fixed
+    found.meta = dict(arch=dict(name='efficientdet-lite0'), data_type='int8')
+    names = tuple(f'class {i}' for i in range(num_classes))
+    found.classes = ClassTable(tuple(range(1, num_classes+1)), names, num_classes+1)
+    return found
 
 
-@pytest.mark.parametrize('hw', [(1, 1), (10, 3000), (3000, 10), (320, 320), (500, 700)])
-def test_images_are_small_and_their_text_is_escaped(hw):
-    tag = image_tag(np.zeros((*hw, 3), np.uint8), '"><b>')
-    assert PageParser(tag).names=={'img'} and len(tag)<5000
+RESULT = ConversionResult('train', 12, 3, {'cat': 20, HOSTILE: 4}, ConversionReport(), ['a', 'b'], None, Path('r.json'))
+SUMMARY = InferenceSummary(5, Counter({'cat': 7, HOSTILE: 1}), written_to=['out'], seconds=2.)
+SPEC = Spec.parse('dataset_config { num_classes: 3 training_file_pattern: "<script>alert(1)</script>" }')
 
 
-@pytest.fixture(scope='module')
-def records(tmp_path_factory):
-    folder = make_toy_dataset(tmp_path_factory.mktemp('views'), num_train=6, num_val=1, image_hw=(64, 64))
-    dataset_convert(folder/'train', folder/'train.json', folder/'records', 'train', num_shards=1, workers=1)
-    return folder/'records'
+@pytest.mark.parametrize('shown, words', [
+    (RESULT, ['train', '>12<', '>24<', 'cat', 'r.json']), (SUMMARY, ['>5<', '>8<', 'cat', 'written to out']),
+    (SPEC, ['dataset_config.num_classes', 'training_file_pattern']),
+    (Spec(), ['all defaults']),
+    (dataset(None), ['>7<', 'that of the records']),
+    (dataset(SimpleNamespace(path=HOSTILE, num_annotations=42)), ['>7<', '>42<']),
+    (detector(), ['runs/m.onnx', 'efficientdet-lite0', '320 x 640 pixels', 'class 0, class 1, class 2', 'int8']),
+    (detector(name=HOSTILE), ['inside the file'])])
+def test_a_notebook_shows_counts_and_names_and_runs_no_names(shown, words):
+    page = shown._repr_html_()
+    for word in words: assert word in page
+    assert '<script>' not in page and 'object at 0x' not in repr(shown)
 
 
-def test_scans_and_checks_show_counts_and_images(records):
-    scan = scan_records(Records.from_files(sorted(records.glob('train-*'))))
-    page = PageParser(scan_html(scan, {1: '<b>', 2: '&'}))
-    counts = np.unique(scan.labels, return_counts=True)[1]
-    assert {'<b>', '&', *map(str, counts)} <= set(page.text_of('td')) and 'b' not in page.names
-    check = DataCheck([DataProblem(True, 'training', 'a<b')], {'training': scan}, (64, 64), {})
-    assert 'a<b' in PageParser(check._repr_html_()).text_of('td') and check._repr_html_().count('<img')==4
+@pytest.mark.parametrize('num_classes, end', [
+    (1, 'class 0'), (10, 'class 9'), (11, 'class 9 and 1 more'), (91, 'class 9 and 81 more')])
+def test_a_detector_of_many_classes_names_ten(num_classes, end):
+    assert network_facts('d0', (1, 2), detector(num_classes).classes)['classes'].endswith(end)
+    assert f'{end}, precision int8, NMS outside the file' in repr(detector(num_classes, is_fixed=False))
 
 
-def test_a_scan_is_shown_although_its_records_are_gone(records, tmp_path):
-    copy = tmp_path/'train-00000-of-00001.tfrecord'
-    copy.write_bytes(sorted(records.glob('train-*'))[0].read_bytes())
-    scan = scan_records(Records.from_files([copy]))
-    copy.unlink()
-    assert '<table' in scan._repr_html_() and '<img' not in scan._repr_html_()
+@pytest.mark.parametrize('num', [0, 1, 20, 21, 300])
+def test_printed_detections_are_a_table_of_at_most_twenty(num):
+    classes = ClassTable((1,), ('a very long name of a class that is cut',), 2)
+    boxes = np.tile(np.float32([1, 2, 30, 4000]), (num, 1))
+    found = Detections(boxes, np.full(num, .5), np.zeros(num), class_table=classes)
+    lines = str(found).splitlines()
+    assert len(lines) == (1 if num==0 else 1+min(num, 20)+(num>20))
+    if num:
+        assert lines[1].split()[-5:] == ['0.50', '1.0', '2.0', '30.0', '4000.0']
+        assert len(set(map(len, lines[:20]))) == 1
+    if num>20: assert lines[-1] == f'and {num-20} more'
+    assert ('upper left corner' in found._repr_html_()) == (num>0)
 
 
-@pytest.fixture
-def displayed(monkeypatch):
-    "What a notebook displays: a list of HTML texts, in order."
-    texts = []
-    class Handle:
-        def update(self, content): texts.append(content.data)
-    def display(content, display_id=None):
-        texts.append(content.data)
-        return Handle()
-    monkeypatch.setattr(IPython.display, 'display', display)
-    monkeypatch.setattr(console, '_is_notebook', lambda: True)
-    monkeypatch.setattr(console, 'NOTEBOOK_REFRESH', 0)
-    monkeypatch.setattr(console, 'NOTEBOOK_DELAY', 0)
-    return texts
-
-
-def test_a_bar_is_updated_and_removed(displayed, capsys):
-    assert list(console.progress_bar('abc', desc='<letters>'))==list('abc')
-    assert ['value="1" max="3"' in displayed[0], 'value="3" max="3"' in displayed[2], displayed[-1]]==[True, True, '']
-    assert all('&lt;letters&gt;' in text for text in displayed[:-1])
-    assert capsys.readouterr().err.startswith('<letters>: 3/3 (100%)')
-
-
-def test_a_bar_of_unknown_length_and_of_a_failing_loop(displayed):
-    assert list(console.progress_bar(x for x in 'ab'))==['a', 'b'] and '<progress ></progress>' in displayed[0]
-    with pytest.raises(ZeroDivisionError):
-        for x in console.progress_bar([1, 0], desc='divide'): 1/x
-    assert len(displayed)>3
-
-
-def test_a_short_loop_shows_nothing(displayed, monkeypatch, capsys):
-    monkeypatch.setattr(console, 'NOTEBOOK_DELAY', 60)
-    assert list(console.progress_bar(range(1000)))==list(range(1000))
-    assert not displayed and not capsys.readouterr().err
-
-
-def test_outside_a_notebook_no_bar_is_displayed():
-    assert not console._is_notebook()
+@pytest.mark.parametrize('value, text', [(1234567, '1,234,567'), (.5, '0.500'), (None, '–'), (HOSTILE, '&lt;script')])
+def test_facts_are_formatted_and_escaped(value, text):
+    assert text in html_facts({'name': value}, HOSTILE) and '<script>' not in html_facts({HOSTILE: value}, HOSTILE)

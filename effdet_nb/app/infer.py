@@ -20,6 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from ..core.console import Status, format_duration, log_message, progress_bar
+from ..core.fragments import html_facts, html_tag
 from ..core.files import (
     absent_because, atomic_write, check_output_path, match_files, read_file, write_json)
 from ..detector.images import (
@@ -430,6 +431,13 @@ def __repr__(self:InferenceSummary):
     table = [f'{label:<46}{count:>9,}' for label,count in self._table_rows()]
     folders = [f'written to {path}' for path in self.written_to if self.num_images]
     return '\n'.join([*table, *self._remarks(), *folders])
+
+@patch
+def _repr_html_(self:InferenceSummary):
+    "The counts and the remarks, for a notebook."
+    facts = {label.strip(): count for label,count in self._table_rows()}
+    lines = [*self._remarks(), *(f'written to {path}' for path in self.written_to)]
+    return str(html_tag('div', html_facts(facts, 'Inference'), *[html_tag('p', line) for line in lines]))
 
 @patch
 def _table_rows(self:InferenceSummary, max_classes=20):

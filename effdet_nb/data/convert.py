@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from PIL import Image
 from ..core.console import Status, counted, log_message, plural, progress_bar
 from ..core.files import atomic_write
+from ..core.fragments import html_facts, html_table, html_tag
 from .classes import ClassTable
 from .coco import CocoDataset, drop_masks, load_coco_lenient, pack_polygons, report_annotation_issues
 from .faults import ConversionReport, Fault, list_issues, worst_image_id
@@ -132,6 +133,16 @@ def __repr__(self:ConversionResult):
     rows += [(f'  {name}', count) for name,count in _category_rows(self.boxes_by_name)]
     lines = [f'{self.tag}: {counted(len(self.files), "shard")}', *(f'  {name:<44}{count:>9,}' for name,count in rows)]
     return '\n'.join([*lines, *_issue_lines(self.report), f'  all ids and fixes: {self.report_file.name}'])
+
+@patch
+def _repr_html_(self:ConversionResult):
+    "The counts, and the boxes of each class, for a notebook."
+    facts = {'images': self.num_images, 'of them without objects': self.num_empty_images, 'boxes': self.num_boxes,
+             'images left out': sum(map(len, self.dropped_images.values())),
+             'boxes left out': sum(map(len, self.dropped_boxes.values())), 'record files': len(self.files),
+             'report': str(self.report_file)}
+    classes = html_table([{'class': name, 'boxes': count} for name,count in _category_rows(self.boxes_by_name)])
+    return str(html_tag('div', html_facts(facts, f'Conversion of {self.tag}'), classes))
 
 # %% ../../nbs/data/11_convert.ipynb #a704b3f0
 def tao_warnings(

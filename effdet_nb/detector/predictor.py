@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from .images import to_channels
 from .efficientdet import Arch, arch_anchors
-from .detections import predict_image
+from .detections import DescribedDetector, network_facts, predict_image
 from .nms import DEFAULT_NMS, NmsOptions, postprocess_batch
 
 # %% ../../nbs/detector/13_predictor.ipynb #7d7c4a47
@@ -22,7 +22,7 @@ def predict_on_batch(
     "Computes the raw outputs of a network with its compiled graph."
     return model.predict_on_batch(images)
 
-class KerasDetector:
+class KerasDetector(DescribedDetector):
     "A Keras detector: `detector(images)` returns one `Detections` per image."
     def __init__(self,
         model:keras.Model,                   # a detector from `build`
@@ -36,6 +36,10 @@ class KerasDetector:
         self.image_hw, self.pad_rgb, self.anchors = tuple(arch.image_hw), tuple(arch.pad_rgb), arch_anchors(arch)
         self.resize, self.nms_options, self.predict_fn = arch.resize, nms_options, predict_fn
         model.jit_compile = False
+
+    def facts(self)->dict:
+        "Returns the properties of the detector."
+        return network_facts(self.arch.name, self.image_hw, self.classes)
 
     def forward(self,
         images, # [N, H, W, 3] uint8 of the detector's `image_hw`

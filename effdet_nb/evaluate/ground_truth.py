@@ -9,9 +9,10 @@ __all__ = ['yxyx_to_xywh64', 'GroundTruth', 'ground_truth_from_coco', 'samples_f
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #3aa2c8bf
 import numpy as np, warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from ..core.console import log_message
+from ..core.fragments import html_facts
 from ..detector.boxes import area, xywh_to_yxyx
 from ..detector.images import read_image
 from ..data.coco import CocoDataset, images_by_source_id
@@ -39,7 +40,7 @@ class GroundTruth:
     is_crowd:np.ndarray=None # [M] bool; None: no crowds
     area:np.ndarray=None     # [M] area of the outlines, square pixels; None: area of the boxes
     bbox:np.ndarray=None     # [M, 4] float64, x y width height, as in the file; None: computed from `boxes`
-    file_name:str=''         # name of the image file; empty if unknown
+    file_name:str=field(default='', repr=False) # name of the image file; empty if unknown
 
     @property
     def title(self)->str:
@@ -182,6 +183,15 @@ class EvalDataset:
         self.coco, self.report = load_ground_truth(coco) if coco else (None, ConversionReport())
 
     def __len__(self): return len(self.records)
+
+    def facts(self)->dict:
+        "Returns the number of images and the source of the ground truth."
+        if self.coco is None: return {'images': len(self), 'ground truth': 'that of the records'}
+        return {'images': len(self), 'ground truth': str(self.coco.path or 'a COCO dataset'),
+                'boxes': self.coco.num_annotations}
+
+    def __repr__(self): return 'EvalDataset: ' + ', '.join(f'{name} {value}' for name,value in self.facts().items())
+    def _repr_html_(self): return str(html_facts(self.facts(), 'EvalDataset'))
     def __iter__(self): return samples_from_records(self._examples(), self.coco)
 
     def _examples(self):

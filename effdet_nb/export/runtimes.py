@@ -17,7 +17,8 @@ import numpy as np
 from ..core.console import log_message
 from ..data.classes import ClassTable
 from ..detector.images import to_channels
-from ..detector.detections import Detections, predict_image
+from ..detector.detections import (
+    DescribedDetector, Detections, network_facts, predict_image)
 from ..detector.nms import NmsOptions, postprocess_batch
 from ..core.files import is_lfs_pointer, lfs_pointer_error
 from ..weights.encryption import ENCRYPTED_MAGIC, resolve_key
@@ -192,7 +193,7 @@ def _metadata_error(name, where):
     return ValueError(f'{name}: its metadata has no valid {where}. Copy the file again, or export the .tlt again')
 
 # %% ../../nbs/export/08_runtimes.ipynb #f4a790e2
-class ExportedDetector:
+class ExportedDetector(DescribedDetector):
     "The common part of detectors made from exported files; subclasses define `run`."
     def __init__(self,
         meta:dict,           # metadata of the file
@@ -204,11 +205,18 @@ class ExportedDetector:
             raise ValueError(f'{name}: has no metadata, so it was not exported by effdet_nb; '
                              'its classes and anchors are unknown. Export the .tlt again')
         check_metadata(meta, name)
+        self.name = name
         self.meta,self.image_hw = meta, tuple(meta['arch']['image_hw'])
         self.pad_rgb, self.resize = resize_options_from_metadata(meta).values()
         self.classes,self.anchors = ClassTable.from_dict(meta['classes']), anchors_from_metadata(meta)
         self.suppresses_itself = meta['nms']['kind']!='none' if is_fixed is None else is_fixed
         self.nms_options = resolve_nms_options(meta['nms'], nms_changes, self.suppresses_itself)
+
+    def facts(self)->dict:
+        "Returns the properties of the detector."
+        facts = network_facts(self.meta['arch']['name'], self.image_hw, self.classes)
+        nms = 'inside the file' if self.suppresses_itself else 'outside the file'
+        return dict(file=self.name) | facts | dict(precision=self.meta.get('data_type', 'fp32'), NMS=nms)
 
     def set_nms_options(self,
         **changes, # fields of `NmsOptions`; a graph with its own suppression allows score_threshold and max_detections

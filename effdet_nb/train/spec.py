@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace as with_changes
 from pathlib import Path
 from fastcore.basics import patch
 from google.protobuf import text_format
+from ..core.fragments import html_facts
 from ..core.files import absent_because, is_lfs_pointer, lfs_pointer_error, match_files
 from .fields import AugConfig, DatasetConfig, EvalConfig, ModelConfig, TrainingConfig, SPEC_SECTIONS
 from .fields import experiment_message_class, format_value, has_valid_default, section_fields
@@ -47,6 +48,12 @@ class Spec:
     source_positions:dict = field(default_factory=dict, compare=False) # (section, field) -> 'file:line:column'
 
     def __repr__(self): return self.to_text() or 'Spec() # nothing given, all defaults'
+
+    def _repr_html_(self):
+        "The fields that were given, for a notebook."
+        facts = {f'{section}.{name}': str(getattr(getattr(self, section), name))
+                 for section,name in sorted(self.fields_set)}
+        return str(html_facts(facts, 'Spec: fields given' if facts else 'Spec: nothing given, all defaults'))
 
 # %% ../../nbs/train/03_spec.ipynb #663a74d7
 @patch
