@@ -504,9 +504,9 @@ ROWS = [{'epoch': 1, 'loss': 2.}, {'epoch': 2, 'loss': 1., 'AP': .25}, {'epoch':
 
 @pytest.mark.parametrize('rows, names, first, second', [
     (ROWS, ['model.best.tlt', 'model.step-6.tlt'], 'best AP 0.250 (epoch 2): run/model.best.tlt',
-     'effdet_evaluate -e spec.txt -m run/model.best.tlt -r run/results'),
+     'effdet_evaluate -m run/model.best.tlt -r run/results -e spec.txt'),
     (ROWS[:1], ['model.step-6.tlt'], 'loss 2.0000 (epoch 1): run/model.step-6.tlt',
-     'effdet_inference -e spec.txt -m run/model.step-6.tlt -i IMAGES -r run/results'),
+     'effdet_inference -i IMAGES -m run/model.step-6.tlt -r run/results -e spec.txt'),
     ([ROWS[0] | {'AP': -1.}], ['model.step-2.tlt', 'model.step-12.tlt'], 'run/model.step-12.tlt', 'effdet_inference'),
     (ROWS, ['model.step-6.tlt'], 'run/model.step-6.tlt', 'effdet_inference')])      # the best file was moved
 def test_a_training_ends_with_its_best_model_and_the_next_command(

@@ -109,15 +109,17 @@ def format_progress(
     first_seconds:float=None, # time until the first step was finished, which may include preparations; None: unknown
 )->str:            # such as `convert: 250/1,000 (25%), 20 s, 12.5/s, 1 min 00 s left`
     "Formats the progress of a loop in one line."
-    is_first_known = first_seconds is not None
-    timed = done-1 if is_first_known else done
-    timed_seconds = seconds-first_seconds if is_first_known else seconds
     label = f'{desc}: ' if desc else ''
     of_total = f'/{total:,} ({done/total:.0%})' if total else ''
-    parts = [f'{label}{done:,}{of_total}', format_duration(seconds)]
-    if timed_seconds>0 and timed>0: parts.append(f'{timed/timed_seconds:.3g}/s')
-    if total and 0<timed and done<total: parts.append(f'{format_duration((total-done)*timed_seconds/timed)} left')
-    return ', '.join(parts)
+    timed,timed_seconds = (done,seconds) if first_seconds is None else (done-1,seconds-first_seconds)
+    speed = _speed_parts(timed, timed_seconds, total-done if total else 0)
+    return ', '.join([f'{label}{done:,}{of_total}', format_duration(seconds), *speed])
+
+def _speed_parts(done, seconds, num_left):
+    "Yields the speed and the time left, if they are known."
+    if done<=0: return
+    if seconds>0: yield f'{done/seconds:.3g}/s'
+    if num_left>0: yield f'{format_duration(num_left*seconds/done)} left'
 
 # %% ../../nbs/core/02_console.ipynb #5d1c0a02
 def plural(
@@ -176,7 +178,7 @@ def _with_progress_lines(iterable, total, desc, interval):
     for done,item in enumerate(iterable, 1):
         yield item
         now = time.monotonic()
-        if done==1: first_seconds = now-start
+        first_seconds = first_seconds or now-start
         if now-last_line<interval or done==total: continue
         last_line = now
         log_message(format_progress(desc, done, total, now-start, first_seconds))

@@ -197,11 +197,13 @@ def _drawing_html(self:Detections):
 @patch
 def __str__(self:Detections):
     "A table of the best detections, with the names of their classes."
-    lines = [f'{"class":<24}{"score":>6}' + ''.join(f'{name:>9}' for name in ('y1','x1','y2','x2'))]
-    for name,score,box in zip(self.class_names[:MAX_SHOWN], self.scores, self.boxes):
-        lines.append(f'{name[:23]:<24}{score:>6.2f}' + ''.join(f'{side:>9.1f}' for side in box))
+    if not len(self): return 'no detections'
+    lines = [f'{"class":<24}{"score":>6}{"y1":>9}{"x1":>9}{"y2":>9}{"x2":>9}']
+    for row in zip(self.class_names[:MAX_SHOWN], self.scores, self.boxes): lines.append(_text_row(*row))
     if len(self)>MAX_SHOWN: lines.append(f'and {len(self)-MAX_SHOWN:,} more')
-    return '\n'.join(lines) if len(self) else 'no detections'
+    return '\n'.join(lines)
+
+def _text_row(name, score, box): return f'{name[:23]:<24}{score:>6.2f}' + ''.join(f'{side:>9.1f}' for side in box)
 
 # %% ../../nbs/detector/09_detections.ipynb #60391803
 def network_facts(

@@ -311,12 +311,17 @@ def training_summary(
     "Names the model that a training made, and the command to run next."
     best, path = best_epoch(history), Path(model_dir)/BEST_NAME
     if best and path.is_file():
-        line, next_command = f'best AP {best["AP"]:.3f} (epoch {best["epoch"]}): {path}', 'effdet_evaluate'
+        line, command = f'best AP {best["AP"]:.3f} (epoch {best["epoch"]}): {path}', ['effdet_evaluate']
     else:
         path = latest_checkpoint(model_dir)
-        line, next_command = f'loss {history[-1]["loss"]:.4f} (epoch {len(history)}): {path}', 'effdet_inference'
-    source = [] if best else ['-i', 'IMAGES']
-    overrides = ['--set', *assignments] if assignments else []
-    key = ['-k', 'KEY'] if has_key else []
-    words = [next_command, '-e', spec_file, '-m', path, *source, *key, '-r', Path(model_dir)/'results', *overrides]
+        line, command = f'loss {history[-1]["loss"]:.4f} (epoch {len(history)}): {path}', _INFERENCE
+    options = _spec_options(spec_file, assignments, has_key)
+    words = [*command, '-m', path, '-r', Path(model_dir)/'results', *options]
     return f'{line}\nNext: {shlex.join(map(str, words))}'
+
+_INFERENCE = 'effdet_inference', '-i', 'IMAGES'
+
+def _spec_options(spec_file, assignments, has_key):
+    "Returns the options that a command needs to read the same spec and files."
+    overrides = ['--set', *assignments] if assignments else []
+    return ['-e', spec_file, *(['-k', 'KEY'] if has_key else []), *overrides]

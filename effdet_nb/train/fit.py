@@ -170,16 +170,21 @@ class TrainingLoop:
 
     def run_call(self, batches, end):
         "Calls the compiled step once, for `iterations_per_loop` steps but not beyond step `end`."
-        first_step, start, is_first = self.trainer.step, time.perf_counter(), not self.timer.is_warm
+        first_step, start = self.trainer.step, time.perf_counter()
         num_steps = min(max(1, self.trainer.config.iterations_per_loop), end-first_step)
         self.callbacks.on_train_batch_begin(first_step)
         with self.signals.critical_section():
             metrics = self.take_steps(batches, num_steps)
             if self.is_log_due(first_step, end): self.read_metrics()
-        self.timer.tick(num_steps, metrics)
-        if is_first: self.first_call = num_steps, time.perf_counter()-start
+        self.count_steps(num_steps, metrics, start)
         loss = metrics[0] if num_steps == 1 else metrics[-1,0]
         self.callbacks.on_train_batch_end(self.trainer.step-1, {'loss': loss})
+
+    def count_steps(self, num_steps, metrics, start):
+        "Counts the steps of a call that began at `start`, and keeps the time of the first call."
+        is_first = not self.timer.is_warm
+        self.timer.tick(num_steps, metrics)
+        if is_first: self.first_call = num_steps, time.perf_counter()-start
 
     def is_log_due(self, first_step, end)->bool:
         "Returns whether the steps since `first_step` reach a multiple of `logging_frequency` or the end of the epoch."
