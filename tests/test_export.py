@@ -375,8 +375,8 @@ def check_only_inputs_are_rounded(proto):
 
 @pytest.mark.parametrize('options, words', [
     (dict(output_path='a.txt'), 'must be .onnx'), (dict(output_path='a.pb'), 'a/saved_model.pb'),
-    (dict(output_path='a/saved_model.pb', data_type='int8', cal_image_dir='.'), 'without suppression only'),
-    (dict(output_path='a.tflite', nms='onnx'), 'without suppression only'),
+    (dict(output_path='a/saved_model.pb', data_type='int8', cal_image_dir='.'), 'Leave --nms and --data_type out'),
+    (dict(output_path='a.tflite', nms='onnx'), 'Leave --nms and --data_type out'),
     (dict(data_type='int4'), 'fp32, fp16, int8'), (dict(opset=12), '13 to 18'), (dict(opset=19), '13 to 18'),
     (dict(max_batch_size=0), 'at least 1'), (dict(nms='soft'), 'Allowed: onnx'),
     (dict(data_type='int8'), 'cal_image_dir'), (dict(nms='none', score_threshold=3.), 'from 0 to 1')])

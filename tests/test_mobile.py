@@ -142,10 +142,10 @@ def test_a_file_without_suppression_is_opened_too(folder):
 
 @pytest.mark.parametrize(('output', 'options', 'message'), [
     ('a.onnx', dict(nms='tflite'), 'is the ending of a .tflite file'),
-    ('a.tflite', dict(nms='onnx'), 'without suppression only'),
-    ('a.tflite', dict(nms='none', data_type='fp16'), 'without suppression only'),
+    ('a.tflite', dict(nms='onnx'), 'Leave --nms and --data_type out'),
+    ('a.tflite', dict(nms='none', data_type='fp16'), 'Leave --nms and --data_type out'),
     ('a.tflite', dict(max_batch_size=4), 'one image at a time'),
-    ('a.tflite', dict(data_type='int8'), 'Give cal_image_dir'),
+    ('a.tflite', dict(data_type='int8'), 'Give --cal_image_dir'),
     ('a.tflite', dict(iou_threshold=0), 'values above 0 only'),
     ('a.tflite', dict(iou_threshold=0., data_type='fp16'), 'values above 0 only'),
     ('a.tflite', dict(cal_cache_file='new.json'), 'Leave it out'),
@@ -274,7 +274,7 @@ def test_images_are_taken_evenly_from_all_records(records, count):
 
 
 def test_no_images_at_all_is_one_sentence(folder, tmp_path):
-    with pytest.raises(ValueError, match='Give cal_image_dir, a spec with training records, or a cal_cache_file'):
+    with pytest.raises(ValueError, match='Give --cal_image_dir, a spec with training records, or a --cal_cache_file'):
         export(folder/'m.tlt', tmp_path/'a.tflite', data_type='int8')
     (tmp_path/'empty').mkdir()
     (tmp_path/'file').write_text('not a folder')

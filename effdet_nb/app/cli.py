@@ -180,6 +180,11 @@ def _check_gpu_count(gpus, gpu_index):
 def _folder_hints(*names):
     return dict.fromkeys(names, 'the folder of the results is given with -o')
 
+def _check_model_file(path, key):
+    "Raises for a path that is no model file, or a wrong key, before TensorFlow is imported."
+    from effdet_nb.weights.model_file import read_meta
+    read_meta(path, key or '')
+
 @contextmanager
 def _status_if_folder(results_dir, task, key):
     "A `Status` that writes to the results folder, or None without such a folder."
@@ -259,6 +264,7 @@ def effdet_prune(
     elif target_params or target_macs:
         raise ValueError('--pruning_threshold: --target_params and --target_macs find the threshold. '
                          'Give either a threshold or a target')
+    _check_model_file(model, key)
     from effdet_nb.prune.prune import prune
     result = prune(
         model, os.path.join(output_dir, 'model.tlt'), key, normalizer, equalization_criterion, pruning_granularity,
@@ -295,8 +301,8 @@ def effdet_inference(
     label_map:Option('Text file with one class name per line (default: names in the model)', '-c', '--class_map',
                      metavar='FILE')=None,
     results_dir:_results_option('Folder to write images_annotated/, labels/, detections.json and status.json to')=None,
-    threshold:Option('Lowest score to keep (default: min_score_thresh of the spec)', '-t', type=float,
-                     metavar='SCORE')=None,
+    threshold:Option('Lowest score to keep (default: min_score_thresh of the spec, 0.5 without a spec)', '-t',
+                     type=float, metavar='SCORE')=None,
     per_class:Option('Suppress duplicates within each class; this is the default', flag=True)=False,
     class_agnostic:Option("Suppress duplicates across classes, as TAO's inference does; not possible if the exported "
                           'file contains NMS', flag=True)=False,
@@ -325,6 +331,7 @@ def effdet_inference(
     if not (out_image_path or out_label_path or results_dir):
         raise ValueError('no output path. Give -o FOLDER for annotated images, -l FOLDER for KITTI labels, -l FILE.csv '
                          'for a table, or -r FOLDER for images, labels and detections.json')
+    from effdet_nb.app.video import is_live
     from effdet_nb.app.video_inference import FilesSummary, infer_files
     spec = _inference_spec(experiment_spec_file, set)
     config = spec.eval_config
@@ -346,6 +353,9 @@ def effdet_inference(
                               every, tiling=tiling, **options)
     if summary.num_failed==0: return summary
     print(summary)
+    if is_live(in_image_path):
+        raise ValueError('the camera or stream could not be read to its end. The reason is listed above; all frames '
+                         'before it were processed')
     kinds = 'files could not be read completely' if summary.videos else 'images could not be read'
     raise ValueError(f'{summary.num_failed:,} of {summary.num_files:,} {kinds}. '
                      'They are listed above; all others were processed')
@@ -428,18 +438,21 @@ def effdet_export(
     from effdet_nb.train.set_fields import load_spec
     output_path = output_path or os.path.splitext(model_path)[0] + ('.etlt' if key else '.onnx')
     spec = load_spec(experiment_spec_file, 'export', set) if experiment_spec_file or set else None
-    if data_type!='fp32': _check_validation_files(spec)
-    from effdet_nb.export.export import default_nms, export
-    from effdet_nb.train.experiment import export_nms_settings
+    from effdet_nb.export.export import check_export, default_nms, export
     nms = nms or default_nms(output_path)
     if engine_file and data_type=='int8' and nms=='onnx':
         raise ValueError('--engine_file: TensorRT does not support the zero points of an int8 file with --nms onnx. '
                          'Add --nms efficient_nms_trt')
+    cal_records = spec.dataset_config.training_file_pattern if spec else ''
+    check_export(output_path, nms, opset, max_batch_size, data_type, cal_image_dir or cal_records, cal_cache_file)
+    _check_model_file(model_path, key)
+    if data_type!='fp32': _check_validation_files(spec)
+    from effdet_nb.train.experiment import export_nms_settings
     nms_options = export_nms_settings(spec, nms) if spec else {}
     result = export(
         model_path, output_path, key, nms, opset, max_batch_size, data_type, cal_image_dir=cal_image_dir,
         cal_cache_file=cal_cache_file, batches=batches, batch_size=batch_size,
-        cal_records=spec.dataset_config.training_file_pattern if spec else '', **nms_options)
+        cal_records=cal_records, **nms_options)
     print(result, flush=True)
     if data_type!='fp32': print(_quantization_report(spec, model_path, output_path, key), flush=True)
     if deepstream:
@@ -587,6 +600,7 @@ def effdet_import(
     if set and not experiment_spec_file:
         raise ValueError('--set: sets fields of a spec, and there is none. Add it with -e, or describe the model with '
                          '--model_name, --num_classes and --image_size')
+    _check_import(model_path, output_path, model_name)
     from effdet_nb.weights.import_weights import import_weights
     if not experiment_spec_file:
         from effdet_nb.train.fields import parse_image_size
@@ -598,6 +612,17 @@ def effdet_import(
     spec = load_spec(experiment_spec_file, assignments=set)
     skip = spec.training_config.skip_checkpoint_variables
     return import_weights(model_path, output_path, key, arch_from_spec(spec), skip=skip)
+
+def _check_import(model_path, output_path, model_name):
+    "Raises for a missing file, an impossible output or an unknown variant, before TensorFlow is imported."
+    from effdet_nb.core.files import check_output_path
+    from effdet_nb.train.fields import model_name_constraint
+    from effdet_nb.weights.container import require_file
+    check_output_path(output_path)
+    problem = model_name and model_name_constraint.violation(model_name)
+    if problem: raise ValueError(f'--model_name: {problem}')
+    is_checkpoint = os.path.isdir(model_path) or os.path.isfile(f'{model_path}.index')
+    if model_path!='imagenet' and not is_checkpoint: require_file(model_path)
 
 # %% ../../nbs/app/18_cli.ipynb #13737708
 @command(example='bash')

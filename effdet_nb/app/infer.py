@@ -58,7 +58,7 @@ def _images_in_folder(folder, recursive):
     paths = folder.glob('**/*' if recursive else '*')
     images = sorted(p for p in paths if _is_image(p) and p.name[0]!='.')
     if images: return images
-    hint = '' if recursive else '; set recursive to search subfolders too'
+    hint = '' if recursive else '; --recursive searches subfolders too'
     raise FileNotFoundError(f'{folder}: no images in this folder. '
                             f'Image names must end in {", ".join(IMAGE_FORMATS)}{hint}')
 
@@ -654,7 +654,7 @@ def check_score_threshold(
 ):
     "Raises if a threshold is not between 0 and 1."
     if 0<=score_threshold<=1: return
-    raise ValueError(f'threshold: {score_threshold} is not a score; scores go from 0 to 1. Try 0.3')
+    raise ValueError(f'--threshold {score_threshold}: not a score; scores go from 0 to 1. Try 0.3')
 
 def make_output_writer(
     paths:list,  # the images, as `find_images` listed them

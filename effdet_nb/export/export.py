@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPORT_SUFFIXES', 'ExportResult', 'write_export', 'check_export_options', 'saved_nms_settings', 'export_tensorflow',
-           'export_mobile', 'default_nms', 'export']
+           'export_mobile', 'default_nms', 'check_export', 'export']
 
 # %% ../../nbs/export/07_export.ipynb #f3f849d0
 import json, shutil, tempfile, warnings
@@ -86,14 +86,14 @@ def check_export_options(
     "Raises an error for an output path, opset or batch size that is not supported."
     suffix = Path(output_path).suffix.lower()
     if suffix not in EXPORT_SUFFIXES:
-        raise ValueError(f'output_path {output_path}: the suffix determines the format; it must be .onnx (plain), '
+        raise ValueError(f'--output_path {output_path}: the suffix determines the format; it must be .onnx (plain), '
                          '.etlt (as TAO writes it, encrypted if a key is given), .tflite (LiteRT) or .pb '
                          '(a SavedModel, FOLDER/saved_model.pb)')
     if suffix=='.pb': check_saved_model_path(output_path)
     check_output_path(output_path)
-    if not 13<=opset<=18: raise ValueError(f'opset: {opset} is not supported; choose one from 13 to 18')
+    if not 13<=opset<=18: raise ValueError(f'--opset {opset}: not supported. Choose one from 13 to 18')
     if batch_size is not None and batch_size<1:
-        raise ValueError(f'max_batch_size: {batch_size}; must be at least 1. '
+        raise ValueError(f'--max_batch_size {batch_size}: must be at least 1. '
                          'Leave it out for a file that accepts any batch size')
 
 # %% ../../nbs/export/07_export.ipynb #5239f0a8
@@ -182,6 +182,48 @@ def default_nms(
     "Returns the kind of suppression that suits the format of a file."
     return {'.etlt': 'efficient_nms_trt', '.onnx': 'onnx', '.tflite': 'tflite'}.get(Path(path).suffix.lower(), 'none')
 
+# %% ../../nbs/export/07_export.ipynb #d847b091
+def check_export(
+    output_path,         # file to write
+    nms:str=None,        # kind of suppression; None: the `default_nms` of the format
+    opset:int=17,        # version of the ONNX operators
+    max_batch_size=None, # a fixed batch size, or None
+    data_type='fp32',    # fp32, fp16 or int8
+    cal_images=None,     # int8: folder of calibration images, or training records
+    cal_cache_file=None, # int8: file of activation ranges
+    iou_threshold=None,  # of the suppression
+):
+    "Raises an error for options of an export that are not possible, alone or together, without TensorFlow."
+    check_export_options(output_path, opset, max_batch_size)
+    check_precision(data_type, cal_images, cal_cache_file)
+    nms = nms or default_nms(output_path)
+    check_nms_options('onnx' if nms=='tflite' else nms, {})
+    _check_combination(Path(output_path), data_type, nms, max_batch_size)
+    if nms=='tflite': _check_mobile_options(iou_threshold, cal_cache_file)
+
+def _check_combination(path, data_type, nms, batch_size):
+    "Raises an error for a precision, suppression or batch size that a format does not support."
+    suffix = path.suffix.lower()
+    if nms=='tflite' and suffix!='.tflite':
+        raise ValueError(f'--nms tflite: is the ending of a .tflite file, and --output_path is {path}. '
+                         'Leave --nms out, or write a .tflite file')
+    if nms=='tflite' and (batch_size or 1)>1:
+        raise ValueError(f'--max_batch_size {batch_size}: the suppression of a .tflite file works on one image at '
+                         'a time. Leave it out, or add --nms none')
+    if suffix not in ('.pb','.tflite') or nms=='tflite' or (data_type=='fp32' and nms=='none'): return
+    allowed = '--nms none with fp32' if suffix=='.pb' else '--nms tflite with any precision, or --nms none with fp32'
+    raise ValueError(f'--output_path {path}: for {suffix} there is {allowed}, and this is --nms {nms} with '
+                     f'{data_type}. Leave --nms and --data_type out, or write .onnx')
+
+def _check_mobile_options(iou_threshold, cal_cache_file):
+    "Raises an error for options that LiteRT's operator and its converter do not have."
+    if iou_threshold==0:
+        raise ValueError("iou_threshold 0: LiteRT's suppression accepts values above 0 only. Give 0.001, which drops "
+                         'nearly all boxes that overlap, or write .onnx')
+    if cal_cache_file:
+        raise ValueError(f'--cal_cache_file {cal_cache_file}: LiteRT\'s converter neither reads nor writes a '
+                         'calibration cache. Leave it out, and give --cal_image_dir or a spec with training records')
+
 # %% ../../nbs/export/07_export.ipynb #d847b092
 def export(
     model_path,                # .tlt to export, pruned or not
@@ -201,14 +243,11 @@ def export(
     cal_records:str='',        # int8: training records whose images are used if there is no cal_image_dir
 )->ExportResult:
     "Exports a model file to ONNX, `.etlt`, LiteRT or a SavedModel, after verifying that its outputs agree."
-    check_export_options(output_path, opset, max_batch_size)
-    check_precision(data_type, cal_image_dir or cal_records, cal_cache_file)
-    path, key = Path(output_path), resolve_key(key)
-    nms = nms or default_nms(path)
+    path, key, nms = Path(output_path), resolve_key(key), nms or default_nms(output_path)
+    cal_images = cal_image_dir or cal_records
+    check_export(path, nms, opset, max_batch_size, data_type, cal_images, cal_cache_file, iou_threshold)
     thresholds = dict(score_threshold=score_threshold, max_detections=max_detections, iou_threshold=iou_threshold)
     thresholds = check_nms_options('onnx' if nms=='tflite' else nms, thresholds)
-    _check_combination(path, data_type, nms, max_batch_size)
-    if nms=='tflite': _check_mobile_options(iou_threshold, cal_cache_file)
     model_file = load_model_file(model_path, key, ('weights','ema'))
     settings = saved_nms_settings(model_file, nms) | thresholds
     num_images = batches*(batch_size or max_batch_size or 1)
@@ -230,25 +269,3 @@ def _write_verified(proto, model, image_hw, path, key):
     return write_export(proto, path, key, verification)
 
 def _has_cache(path): return bool(path) and Path(path).is_file()
-
-def _check_combination(path, data_type, nms, batch_size):
-    "Raises an error for a precision, suppression or batch size that a format does not support."
-    suffix = path.suffix.lower()
-    if nms=='tflite' and suffix!='.tflite':
-        raise ValueError(f'nms: "tflite" is the ending of a .tflite file, and output_path is {path}. '
-                         'Leave nms out, or write a .tflite file')
-    if nms=='tflite' and (batch_size or 1)>1:
-        raise ValueError(f'max_batch_size {batch_size}: the suppression of a .tflite file works on one image at a '
-                         'time. Leave max_batch_size out, or set nms to "none"')
-    if suffix not in ('.pb','.tflite') or nms=='tflite' or (data_type=='fp32' and nms=='none'): return
-    raise ValueError(f'output_path {path}: a SavedModel, and a .tflite file with nms "none", are written as fp32 '
-                     'without suppression only. Leave data_type and nms out, or write .onnx')
-
-def _check_mobile_options(iou_threshold, cal_cache_file):
-    "Raises an error for options that LiteRT's operator and its converter do not have."
-    if iou_threshold==0:
-        raise ValueError("iou_threshold 0: LiteRT's suppression accepts values above 0 only. Give 0.001, which drops "
-                         'nearly all boxes that overlap, or write .onnx')
-    if cal_cache_file:
-        raise ValueError(f'cal_cache_file {cal_cache_file}: LiteRT\'s converter neither reads nor writes a calibration '
-                         'cache. Leave it out, and give cal_image_dir or a spec with training records')

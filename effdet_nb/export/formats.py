@@ -89,11 +89,11 @@ def check_saved_model_path(
     "Raises an error if a SavedModel cannot be written to a path."
     path, folder = Path(path), Path(path).parent
     if path.name!='saved_model.pb':
-        raise ValueError(f'output_path {path}: a SavedModel is a folder, and its file is always named saved_model.pb. '
-                         f'Give {path.with_suffix("")}/saved_model.pb')
+        raise ValueError(f'--output_path {path}: a SavedModel is a folder, and its file is always named '
+                         f'saved_model.pb. Give {path.with_suffix("")}/saved_model.pb')
     if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
-        raise ValueError(f'output_path {path}: the folder contains other files, and a SavedModel replaces its folder. '
-                         'Give a folder that does not exist yet')
+        raise ValueError(f'--output_path {path}: the folder contains other files, and a SavedModel replaces its '
+                         'folder. Give a folder that does not exist yet')
 
 # %% ../../nbs/export/01_formats.ipynb #4d528a6c
 @contextmanager

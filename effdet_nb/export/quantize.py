@@ -158,11 +158,11 @@ def calibration_batches(
 def _image_files(image_dir):
     "Lists the images of a folder; raises an error if there are none."
     if not Path(image_dir).is_dir():
-        raise FileNotFoundError(f'cal_image_dir {image_dir}: no such folder. '
+        raise FileNotFoundError(f'--cal_image_dir {image_dir}: no such folder. '
                                 'Give a folder of images similar to those that the detector will process')
     files = sorted(path for path in Path(image_dir).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise FileNotFoundError(f'cal_image_dir {image_dir}: no images ({", ".join(IMAGE_SUFFIXES)}) in it or its '
+        raise FileNotFoundError(f'--cal_image_dir {image_dir}: no images ({", ".join(IMAGE_SUFFIXES)}) in it or its '
                                 'subfolders. Give a folder of images similar to those that the detector will process')
     return files
 
@@ -181,7 +181,7 @@ def record_images(
     images = [decode_example(records.read(i), records.record_name(i))['image'] for i in numbers]
     if images: return images
     raise ValueError(f'training_file_pattern {pattern}: contains no records, so there are no images to calibrate with. '
-                     'Give cal_image_dir')
+                     'Give --cal_image_dir')
 
 # %% ../../nbs/export/04_quantize.ipynb #9fa4b5b7
 PRECISIONS = 'fp32', 'fp16', 'int8'
@@ -192,11 +192,11 @@ def check_precision(
     cal_cache_file=None, # int8: calibration cache
 ):
     "Raises an error for an unknown precision, and for int8 without images and without a calibration cache."
-    if data_type not in PRECISIONS: raise ValueError(f'data_type: "{data_type}" is not one of {", ".join(PRECISIONS)}')
+    if data_type not in PRECISIONS: raise ValueError(f'--data_type {data_type}: not one of {", ".join(PRECISIONS)}')
     has_cache = cal_cache_file and Path(cal_cache_file).is_file()
     if data_type=='int8' and not (cal_image_dir or has_cache):
-        raise ValueError('data_type int8: requires calibration images, or the ranges of an earlier calibration. '
-                         'Give cal_image_dir, a spec with training records, or a cal_cache_file that exists')
+        raise ValueError('--data_type int8: requires calibration images, or the ranges of an earlier calibration. '
+                         'Give --cal_image_dir, a spec with training records, or a --cal_cache_file that exists')
 
 # %% ../../nbs/export/04_quantize.ipynb #b56ba535
 def quantize(

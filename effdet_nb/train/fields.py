@@ -57,8 +57,9 @@ def parse_image_size(
     "Parses the input size of the network."
     match = IMAGE_SIZE_PATTERN.fullmatch(text)
     if not match:
-        raise ValueError(f'{format_value(text)} is not a size. Write "height,width", such as "512,512", '
-                         'or "WIDTHxHEIGHT", such as "512x512"')
+        side = text.strip() if re.fullmatch(r'\s*[1-9]\d{2,3}\s*', text) else 512
+        raise ValueError(f'{format_value(text)} is not a size. Write "height,width", such as "{side},{side}", '
+                         f'or "WIDTHxHEIGHT", such as "{side}x{side}"')
     first, separator, second = match.groups()
     height, width = map(int, (first, second) if separator == ',' else (second, first))
     if min(height, width) < MIN_IMAGE_SIDE: raise _small_image_error(text, height, width)

@@ -7,6 +7,7 @@ __all__ = ['MAX_PROBLEMS', 'OCTAL_ESCAPES', 'TASK_SECTIONS', 'MAX_SPEC_SIZE', 'S
 
 # %% ../../nbs/train/03_spec.ipynb #05bda871
 import glob, os, re, warnings
+from difflib import get_close_matches
 from dataclasses import dataclass, field, replace as with_changes
 from pathlib import Path
 from fastcore.basics import patch
@@ -142,7 +143,14 @@ def _path_problem(field, path, task):
     if not path or task not in field.metadata['read_by']: return None
     if field.name != 'checkpoint': return _missing_file_problem(path)
     problem = None if _is_weights_name(path) else _missing_file_problem(path)
-    return problem and f'{problem}. Or remove the line to start from random weights'
+    if not problem: return None
+    return f'{problem}{_imagenet_advice(path)}. Or remove the line to start from random weights'
+
+def _imagenet_advice(path):
+    "Returns a sentence for a single word that may mean the weights of ImageNet; an empty text for a path."
+    if not re.fullmatch(r'[\w-]+', path): return ''
+    if get_close_matches(path.lower(), ['imagenet'], 1, .6): return '. Did you mean "imagenet"?'
+    return '. Weights of ImageNet are named "imagenet"'
 
 # %% ../../nbs/train/03_spec.ipynb #4ee55ffa
 def _find_problems(spec, task):

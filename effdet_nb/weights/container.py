@@ -146,8 +146,9 @@ def require_file(
     "Returns the path if there is a file to read."
     path = Path(path)
     if path.is_file(): return path
-    raise FileNotFoundError(f'{path}: {absent_because(path)}. Check the path; relative paths start in the current '
-                            'folder')
+    best = path/'model.best.tlt'                 # of a run, if the path is its folder
+    advice = f'Give {best}' if best.is_file() else 'Check the path; relative paths start in the current folder'
+    raise FileNotFoundError(f'{path}: {absent_because(path)}. {advice}')
 
 # %% ../../nbs/weights/02_container.ipynb #3d4adb5a
 def is_encrypted(

@@ -10,6 +10,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 from PIL import Image
 
+if len(sys.argv)<3: sys.exit(__doc__)
 model, photo, lowest = (*sys.argv[1:4], .3)[:3]
 with zipfile.ZipFile(model) as archive:
     labels = archive.read('labels.txt').decode().splitlines()

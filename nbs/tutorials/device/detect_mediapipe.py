@@ -7,6 +7,7 @@ import sys
 import mediapipe
 from mediapipe.tasks.python import BaseOptions, vision
 
+if len(sys.argv)<3: sys.exit(__doc__)
 model, photo, lowest = (*sys.argv[1:4], .3)[:3]
 options = vision.ObjectDetectorOptions(BaseOptions(model_asset_path=model), score_threshold=float(lowest))
 with vision.ObjectDetector.create_from_options(options) as detector:
