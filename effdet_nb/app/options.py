@@ -212,16 +212,21 @@ def option_advice(
     f,          # the command
 )->dict:        # name without dashes -> a sentence
     "Lists what to do instead of each option that a user may type in a command, or mistype."
+    meant = option_aliases(f) | {name[2:]: name for name in option_names(f) if name[:2]=='--'}
+    advice = _setting_advice(f) | {name: f'no such option. Did you mean {option}?' for name,option in meant.items()}
+    return advice | {name[2:]: hint for name,hint in getattr(f, 'hints', {}).items() if name[:2]=='--'}
+
+def _setting_advice(f):
+    "What to do instead of each option that is a field of the spec, for a command that reads one."
+    if '-e' not in option_names(f): return {}
     from effdet_nb.train.spec_text import NO_FIELD_ADVICE
     task = f.__name__.removeprefix('effdet_')
     advice = dict(NO_FIELD_ADVICE) if task=='train' else {}
-    if '-e' in option_names(f):
-        advice |= {name: f'this is not an option, but a field of the spec: {section} {{ {field}: ... }}, or on the '
-                         f'command line --set {section}.{field}=...'
-                   for name,(section,field) in spec_settings(task).items()}
-    meant = option_aliases(f) | {name[2:]: name for name in option_names(f) if name[:2]=='--'}
-    advice |= {name: f'no such option. Did you mean {option}?' for name,option in meant.items()}
-    return advice | {name[2:]: hint for name,hint in getattr(f, 'hints', {}).items() if name[:2]=='--'}
+    return advice | {name: _field_advice(*place) for name,place in spec_settings(task).items()}
+
+def _field_advice(section, field):
+    return (f'this is not an option, but a field of the spec: {section} {{ {field}: ... }}, or on the command line '
+            f'--set {section}.{field}=...')
 
 def explain_unknown(
     option:str,     # as typed, such as '--epochs'
