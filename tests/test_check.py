@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from effdet_nb.app.dataset_page import initial_weights_note
 from effdet_nb.data import check as C
 from effdet_nb.data.anchor_fit import best_size_iou
 from effdet_nb.data.convert import dataset_convert
@@ -270,3 +271,14 @@ def test_classes_with_another_id_in_validation_are_an_error(names, is_wrong, toy
     more = f'validation_file_pattern: "{tmp_path}/rec/val-*" validation_json_file: "{tmp_path}/val.json"'
     check = check_spec(make_spec(toy_dataset, more))
     assert ('have another channel than in training' in problem_text(check))==is_wrong==bool(check.errors)
+
+
+@pytest.mark.parametrize('fields, is_noted', [
+    ('', True), ('checkpoint: "imagenet"', False), ('checkpoint: "a.tlt"', False),
+    ('pruned_model_path: "a.tlt"', False)])
+def test_random_weights_with_few_images_are_noted(fields, is_noted, toy_dataset):
+    spec = Spec.parse(f'training_config {{ {fields} }}')
+    check = check_spec(make_spec(toy_dataset))
+    note = initial_weights_note(spec, check)
+    assert (note is not None)==is_noted
+    if is_noted: assert not note.is_error and 'Set checkpoint: "imagenet"' in note.message

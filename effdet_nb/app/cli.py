@@ -98,8 +98,9 @@ def effdet_check(
                          'needed, such as --overfit 8 --minutes 2')
     from effdet_nb.train.set_fields import load_spec
     spec = load_spec(experiment_spec_file, None if overfit is None else 'train', set)
-    from effdet_nb.app.dataset_page import check_dataset
+    from effdet_nb.app.dataset_page import check_dataset, initial_weights_note
     check = check_dataset(spec, output_path, pictures, sums)
+    if note := initial_weights_note(spec, check): check.problems.append(note)
     num_errors = len(check.errors)
     if num_errors==0 and suggest: _write_suggestion(spec, check, suggest)
     if num_errors==0 and overfit is None: return check
