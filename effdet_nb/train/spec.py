@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace as with_changes
 from pathlib import Path
 from fastcore.basics import patch
 from google.protobuf import text_format
-from ..core.fragments import html_facts
 from ..core.files import absent_because, is_lfs_pointer, lfs_pointer_error, match_files
 from .fields import AugConfig, DatasetConfig, EvalConfig, ModelConfig, TrainingConfig, SPEC_SECTIONS
 from .fields import experiment_message_class, format_value, has_valid_default, section_fields
@@ -52,6 +51,7 @@ class Spec:
 
     def _repr_html_(self):
         "The fields that were given, for a notebook."
+        from effdet_nb.core.fragments import html_facts # imports NumPy, which the help of the commands does not need
         facts = {f'{section}.{name}': str(getattr(getattr(self, section), name))
                  for section,name in sorted(self.fields_set)}
         return str(html_facts(facts, 'Spec: fields given' if facts else 'Spec: nothing given, all defaults'))
