@@ -202,7 +202,7 @@ def test_slider_chooses_boxes_without_running_the_network_again(browser, page):
         label = browser.evaluate_js("images.at(-1).results[0].canvas.ariaLabel")
         assert sum(map(int, re.findall(r'\d+', label)))==num_shown
         assert browser.evaluate_js("element('score').textContent")==f'{threshold:.2f}'
-    assert f'{round(milliseconds)} ms' in browser.evaluate_js(caption)
+    assert f'{int(milliseconds+.5)} ms' in browser.evaluate_js(caption)      # JavaScript rounds halves up
     assert browser.evaluate_js("document.querySelector('h2').textContent")=='<i>x.png'
 
 

@@ -113,7 +113,7 @@ def test_another_conversion_replaces_one_that_was_killed(toy_dataset, tmp_path, 
 def test_one_conversion_at_a_time_writes_to_a_tag(toy_dataset, tmp_path):
     images, annotations = toy_dataset
     with output_lock(tmp_path/'out', 'train'):
-        with pytest.raises(ValueError, match='another process is converting to "train"'):
+        with pytest.raises(ValueError, match='another process is writing "train"'):
             dataset_convert(images, annotations, tmp_path/'out', num_shards=2)
         dataset_convert(images, annotations, tmp_path/'out', tag='val', num_shards=2)
         dataset_convert(images, annotations, tmp_path/'elsewhere', num_shards=2)

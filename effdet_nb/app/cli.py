@@ -353,7 +353,7 @@ def effdet_inference(
         summary = infer_files(model_path, in_image_path, out_image_path, out_label_path, results_dir, image_options,
                               every, tiling=tiling, **options)
     if summary.num_failed==0: return summary
-    print(summary)
+    print(summary, flush=True)
     if is_live(in_image_path):
         raise ValueError('the camera or stream could not be read to its end. The reason is listed above; all frames '
                          'before it were processed')
@@ -441,9 +441,7 @@ def effdet_export(
     spec = load_spec(experiment_spec_file, 'export', set) if experiment_spec_file or set else None
     from effdet_nb.export.export import check_export, default_nms, export
     nms = nms or default_nms(output_path)
-    if engine_file and data_type=='int8' and nms=='onnx':
-        raise ValueError('--engine_file: TensorRT does not support the zero points of an int8 file with --nms onnx. '
-                         'Add --nms efficient_nms_trt')
+    if engine_file: _check_engine(engine_file, data_type, nms)
     cal_records = spec.dataset_config.training_file_pattern if spec else ''
     check_export(output_path, nms, opset, max_batch_size, data_type, cal_image_dir or cal_records, cal_cache_file)
     _check_model_file(model_path, key)
@@ -475,6 +473,16 @@ def _command_after_export(path, data_type):
     if suffix=='.etlt': lines.append(f'Next, on the device: {build}')
     elif suffix in ('.onnx','.tflite'): lines.append(f'Next: effdet_inference -m {path} -i IMAGES -r detections')
     return '\n'.join(lines) or None
+
+def _check_engine(path, data_type, nms):
+    "Raises before the export starts if no engine can be built or written."
+    if data_type=='int8' and nms=='onnx':
+        raise ValueError('--engine_file: TensorRT does not support the zero points of an int8 file with --nms onnx. '
+                         'Add --nms efficient_nms_trt')
+    from effdet_nb.core.files import check_output_path
+    from effdet_nb.export.runtimes import import_tensorrt
+    check_output_path(path)
+    import_tensorrt()
 
 def _has_validation(spec): return bool(spec and spec.dataset_config.validation_file_pattern)
 

@@ -249,6 +249,9 @@ def effdet_compare(
 ):
     "Compare training runs: settings that differ, curves, AP."
     from json import dumps
+    if output_path:
+        from effdet_nb.app.html import check_page_path
+        check_page_path(output_path)
     comparison = compare_runs(map(os.path.expanduser, runs))
     if output_path: write_comparison_page(output_path, comparison)
     return dumps(comparison.to_dict(), indent=1) if json else comparison

@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 from ..core.console import counted
-from ..core.files import check_output_path
 from ..detector.efficientdet import arch_anchors
 from ..data.check import DataCheck, DataProblem, check_records
 from ..data.anchor_fit import plot_sizes
@@ -19,7 +18,7 @@ from ..data.scan import plot_aspect_ratios, plot_class_counts, sample_images
 from ..train.experiment import arch_from_spec, data_config_from_spec
 from ..train.spec import SpecError
 from .html import (
-    boxes_figure, chart_figure, figure_row, html_table, metric_cards, thumbnail, write_html_page)
+    boxes_figure, chart_figure, check_page_path, figure_row, html_table, metric_cards, thumbnail, write_html_page)
 
 # %% ../../nbs/app/06_dataset_page.ipynb #92073d9e
 def split_charts(
@@ -106,7 +105,7 @@ def check_dataset(
     verify_checksums:bool=False, # compute the checksum of every shard
 )->DataCheck:
     "Checks the records of a spec against its model and anchors, and writes the dataset page."
-    if page_path is not None: check_output_path(page_path)
+    if page_path is not None: check_page_path(page_path)
     problems = spec.problems()
     if problems: raise SpecError(spec.name, problems)
     check = check_records(

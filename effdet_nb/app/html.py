@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CHART_STYLE', 'HEATMAP_COLOR', 'PAGE_CSS', 'TABLE_SORT_JS', 'CONTENT_SECURITY_POLICY', 'format_file_size',
            'metric_cards', 'chart_figure', 'heatmap_table', 'thumbnail', 'boxes_figure', 'figure_pairs', 'figure_row',
-           'file_table', 'command_list', 'html_page', 'write_html_page']
+           'file_table', 'command_list', 'html_page', 'check_page_path', 'write_html_page']
 
 # %% ../../nbs/app/05_html.ipynb #991cf864
 import base64, hashlib, io, warnings
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from ..core.files import atomic_write
+from ..core.files import atomic_write, check_output_path
 from ..core.fragments import Html, base64_uri, data_uri, format_cell, html_table, html_tag
 from ..detector.boxes import as_boxes, box_caption, caption_height, label_color
 
@@ -293,6 +293,17 @@ def _page_head(title, script):
     return ['<meta charset="utf-8">', '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">', '<link rel="icon" href="data:,">',
             html_tag('title', title), html_tag('style', Html(PAGE_CSS))]
+
+# %% ../../nbs/app/05_html.ipynb #d76ec1ee
+def check_page_path(
+    path, # of a page to write
+)->Path:  # the same path, with links resolved
+    "Raises an error if no page can be written at a path, or if it would replace a file that is no page."
+    real = check_output_path(path)
+    if not real.is_file(): return real
+    with open(real, 'rb') as f: start = f.read(100).strip().lower()
+    if not start or start.startswith(b'<!doctype html'): return real
+    raise ValueError(f'{path}: exists, is no HTML page and would be replaced. Choose another name, such as page.html')
 
 # %% ../../nbs/app/05_html.ipynb #d76ec1ef
 def write_html_page(

@@ -153,7 +153,7 @@ class VideoWriter:
         path,          # file to write; its ending is one of `CONTAINERS`
         rate=25,       # frames per second
     ):
-        self.path,self.rate = check_video_path(path), Fraction(rate).limit_denominator(1001)
+        self.path,self.rate = check_video_path(path), max(Fraction(rate).limit_denominator(1001), Fraction(1, 1001))
         self.stack,self.file,self.container,self.stream = ExitStack(), None, None, None
         self.tick = 1/self.rate/(1 if self.path.suffix.lower()=='.avi' else 8)   # seconds between possible times
         self.start,self.ticks = None, -1                     # seconds of the first image, ticks of the last one

@@ -133,10 +133,10 @@ def output_lock(
     output_dir:Path,  # output folder of the records; created if it does not exist
     tag:str,          # prefix of the file names
 ):
-    "Lets only one process at a time write records with a tag to a folder; removes a folder that stays empty."
+    "Lets only one process at a time write files with a tag to a folder; removes a folder that stays empty."
     new_folders = [p for p in (output_dir,*output_dir.parents) if not p.exists()]
-    problem = (f'{output_dir}: another process is converting to "{tag}" there. Wait until it has ended, or choose '
-               'another tag or output_dir')
+    problem = (f'{output_dir}: another process is writing "{tag}" there. Wait until it has ended, or choose another '
+               'tag or output_dir')
     try:
         with exclusive_lock(output_dir/f'.{tag}.lock', problem):
             remove_stale_parts(output_dir)

@@ -19,6 +19,7 @@ from ..core.files import read_file
 from .faults import ConversionReport, describe_issues
 from .label_formats import SourceError
 from .label_set import LabelSet
+from .shards import output_lock
 from .sources import ordered_names, read_sources, write_coco
 from .tile_dataset import is_output_of
 from .validate import validate_box
@@ -265,23 +266,29 @@ def split_dataset(
 )->SplitResult:
     "Splits labelled images into training, validation and test images, each with a COCO file."
     shares = part_shares(val, test)
+    if seed<0: raise SourceError(f'--seed {seed}: must be 0 or more. Choose another number for another split')
     files = {name:Path(output_dir)/f'{name}.json' for name in shares}
     for path in files.values(): _check_replaceable(path)
     labels = read_sources(paths, image_dirs, class_map)
     labels.leave_out_unreadable()
-    earlier = _earlier_parts(Path(output_dir), paths)
+    _earlier_parts(Path(output_dir), paths)
     names = ordered_names(labels, label_map)
     groups,duplicates = _checked_groups(labels, pattern, near, len(shares))
     usable,report = _usable_annotations(labels)
     counts,sizes = _group_counts(labels.images, usable, names, groups)
     part_of_group = assign_groups(counts, sizes, list(shares.values()), seed)
     part_of_image = [int(part_of_group[group]) for group in groups]
-    for path in earlier: path.unlink()
+    with output_lock(Path(output_dir), 'split'):
+        for path in _earlier_parts(Path(output_dir), paths): path.unlink()
+        _write_parts(labels, files, names, part_of_image, seed)
+    counted_labels = replace(labels, annotations=usable, report=report)
+    return _split_result(counted_labels, files, names, part_of_image, groups, duplicates)
+
+def _write_parts(labels, files, names, part_of_image, seed):
+    "Writes the COCO file of each part."
     for number,path in enumerate(files.values()):
         ids = {image['id'] for image,part in zip(labels.images, part_of_image) if part==number}
         write_coco(path, _subset(labels, ids), names, description='written by effdet_split', seed=seed)
-    counted_labels = replace(labels, annotations=usable, report=report)
-    return _split_result(counted_labels, files, names, part_of_image, groups, duplicates)
 
 def _usable_annotations(labels):
     "Returns the annotations that a conversion keeps, and a report that counts the others."

@@ -207,6 +207,8 @@ def tile_dataset(
     "Cuts the images of a data set into tiles, and writes the tiles and their COCO file."
     _check_share('min_visible', min_visible)
     _check_share('empty_share', empty_share)
+    if workers is not None and workers<1:
+        raise ValueError(f'workers: {workers}; must be at least 1. Omit it to use all cores')
     coco,issues = load_coco_lenient(annotations_file, drop_masks)
     coco,renamed = find_image_files(coco, image_dir)
     tag = tag or Path(annotations_file).stem

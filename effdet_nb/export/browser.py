@@ -10,7 +10,8 @@ __all__ = ['ORT_WEB_PACKAGE', 'ORT_WEB_FILES', 'DECODE_JS', 'RESIZE_JS', 'DETECT
 # %% ../../nbs/export/11_browser.ipynb #859ddfdc
 import base64, gzip, hashlib, html, json, os, shutil, subprocess, sys, tarfile, tempfile, zlib
 from pathlib import Path
-from ..core.files import atomic_write, check_output_path, is_lfs_pointer, lfs_pointer_error
+from ..core.files import (
+    atomic_write, check_output_path, exclusive_lock, is_lfs_pointer, lfs_pointer_error)
 from ..data.classes import ClassTable
 from ..detector.boxes import label_color
 from .onnx_graph import get_metadata, resize_options_from_metadata
@@ -442,6 +443,8 @@ def write_browser_page(
     lowest = max(.01, min(settings['lowest'] for settings,_ in pairs))
     names = ', '.join(settings['name'] for settings,_ in pairs)
     scripts['index.html'] = viewer_html(title or names, list(scripts), threshold, lowest)
-    for name,text in scripts.items():
-        with atomic_write(folder/name, 'w') as f: f.write(text)
+    problem = f'{folder}: another process is writing a page there. Wait until it has ended, or choose another folder'
+    with exclusive_lock(folder/'.page.lock', problem):
+        for name,text in scripts.items():
+            with atomic_write(folder/name, 'w') as f: f.write(text)
     return folder/'index.html'

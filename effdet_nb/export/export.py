@@ -23,7 +23,7 @@ from .formats import (
 from .mobile import complete_network, convert_detector, mobile_labels, mobile_limits
 from .onnx_graph import build_metadata, get_metadata, model_to_onnx
 from .onnx_nms import add_nms, check_nms_options
-from .quantize import calibration_batches, check_precision, quantize, record_images
+from .quantize import calibration_batches, calibration_files, check_precision, quantize, record_images
 from .verify import (
     NUM_VERIFICATION_IMAGES, TOLERANCES, Agreement, Verification, check_agreement, check_difference, max_difference,
     rounding_noise, verification_images, verification_pixels, verify_ending, verify_export, verify_network)
@@ -246,6 +246,7 @@ def export(
     path, key, nms = Path(output_path), resolve_key(key), nms or default_nms(output_path)
     cal_images = cal_image_dir or cal_records
     check_export(path, nms, opset, max_batch_size, data_type, cal_images, cal_cache_file, iou_threshold)
+    _check_calibration(data_type, cal_image_dir, cal_cache_file, batches, batch_size)
     thresholds = dict(score_threshold=score_threshold, max_detections=max_detections, iou_threshold=iou_threshold)
     thresholds = check_nms_options('onnx' if nms=='tflite' else nms, thresholds)
     model_file = load_model_file(model_path, key, ('weights','ema'))
@@ -267,5 +268,12 @@ def _write_verified(proto, model, image_hw, path, key):
     log_message('comparing the file with the model ...')
     verification = verify_export(proto, model, verification_images(image_hw), path)
     return write_export(proto, path, key, verification)
+
+def _check_calibration(data_type, image_dir, cache_file, batches, batch_size):
+    "Raises an error for int8 if there would be no calibration images."
+    if data_type!='int8': return
+    if min(batches, 1 if batch_size is None else batch_size)<1:
+        raise ValueError(f'batches: {batches}, batch_size: {batch_size}; each must be at least 1')
+    if image_dir and not _has_cache(cache_file): calibration_files(image_dir)
 
 def _has_cache(path): return bool(path) and Path(path).is_file()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUANTIZER_OPTIONS', 'IMAGE_SUFFIXES', 'PRECISIONS', 'convert_to_fp16', 'collect_activation_ranges', 'BatchReader',
            'weights_fingerprint', 'read_calibration_cache', 'calibrate', 'quantize_int8', 'has_zero_points',
-           'calibration_batches', 'record_images', 'check_precision', 'quantize']
+           'calibration_batches', 'calibration_files', 'record_images', 'check_precision', 'quantize']
 
 # %% ../../nbs/export/04_quantize.ipynb #b07c93e8
 import hashlib, json, tempfile
@@ -149,14 +149,16 @@ def calibration_batches(
     **options,          # `pad_rgb` and `resize` of the network
 ):                      # yields [N,H,W,channels] uint8
     "Reads calibration images in batches, those of a folder in the order of their names."
-    sources = images if isinstance(images, list) else _image_files(images)
+    sources = images if isinstance(images, list) else calibration_files(images)
     sources = sources[:batch_size*num_batches]
     batches = read_resized_batches(sources, tuple(image_hw), batch_size, **options)
     stacked = (_stack(batch, channels) for batch in batches)
     return progress_bar(stacked, -(-len(sources)//batch_size), 'calibrating')
 
-def _image_files(image_dir):
-    "Lists the images of a folder; raises an error if there are none."
+def calibration_files(
+    image_dir, # folder
+)->list:       # paths, sorted
+    "Lists the images of a folder and its subfolders; raises an error if there are none."
     if not Path(image_dir).is_dir():
         raise FileNotFoundError(f'--cal_image_dir {image_dir}: no such folder. '
                                 'Give a folder of images similar to those that the detector will process')

@@ -308,6 +308,8 @@ def file_format(
     return 'checkpoint' if CHECKPOINT_FILE.search(str(path)) else None
 
 # %% ../../nbs/weights/08_read_weights.ipynb #5e0b72ef
+_READABLE = 'Weights are read from a .tlt, a TensorFlow checkpoint, .h5, .keras, .pth or .safetensors'
+
 def read_weights(
     path,       # a .tlt; TensorFlow checkpoint (prefix, folder, .tar.gz); .h5, .keras, .pth, .safetensors; or imagenet
     key:str='', # key of an encrypted .tlt
@@ -320,6 +322,6 @@ def read_weights(
     if os.path.isdir(path) or os.path.isfile(f'{path}.index'): return read_checkpoint(path)
     with open(require_file(path), 'rb') as f: start = f.read(2**16)
     name = file_format(path, start)
-    if not name: raise unknown_format_error(path, start)
+    if not name: raise unknown_format_error(path, start, _READABLE)
     if str(path).endswith('.tlt') and name != 'effdet_nb': reject_unneeded_key(path, key)
     return FILE_READERS[name](path, key)
