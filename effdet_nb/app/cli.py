@@ -49,7 +49,7 @@ def effdet_dataset_convert(
                             'Studio labels; several are joined', '-a', required=True, nargs='+', metavar='PATH')=None,
     output_dir:Option('Folder to write the records to', '-o', required=True, metavar='FOLDER')=None,
     tag:Option('Prefix of the file names (default: name of the annotation file)', '-t', metavar='TEXT')=None,
-    num_shards:Option('Number of record files (default: one for 16 images, at most 256)', '-s', type=int,
+    num_shards:Option('Number of record files (default: 256, at most one per image)', '-s', type=int,
                       metavar='N')=None,
     include_mask:Option('Store the mask of every object', '--include_masks', flag=True)=False,
     map_classes:Option('Classes to rename, merge or leave out: old=new, old= (leave out), *= (leave out all others), '

@@ -8,7 +8,7 @@ __all__ = ['MAX_SHARDS', 'Conversion', 'ConversionResult', 'tao_warnings', 'uniq
            'choose_num_shards', 'dataset_convert']
 
 # %% ../../nbs/data/11_convert.ipynb #c65ddbfd
-import io, json, math, os, re, shlex, shutil
+import io, json, os, re, shlex, shutil
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -402,8 +402,10 @@ def choose_num_shards(
     num_images:int,  # images of the dataset
 )->int:
     "Chooses the number of shards, and logs a message if it may surprise the user."
-    count = min(256, max(1, math.ceil(num_images/16))) if num_shards is None else num_shards
-    if count>num_images:
+    count = min(256, num_images) if num_shards is None else num_shards
+    if num_shards is None and count<256:
+        log_message(f'{tag}: {counted(count, "shard")}, one per image, since there are fewer than 256 images')
+    elif count>num_images:
         log_message(f'{tag}: {count-num_images:,} of the {count:,} shards will be empty, since there are '
                     f'{num_images:,} images. Set --num_shards to {num_images} or less')
     return count
@@ -414,7 +416,7 @@ def dataset_convert(
     annotations_file,          # COCO annotation file (.json)
     output_dir,                # folder for the records; created if it does not exist
     tag:str=None,              # first part of the file names; None is the annotation file's name
-    num_shards:int=None,       # files to write; None is one for each 16 images, at most 256
+    num_shards:int=None,       # files to write; None is 256, or one for each image if there are fewer images
     include_masks:bool=False,  # add a PNG mask for every object
     clip:bool=False,           # clip boxes that extend beyond their image instead of leaving them out
     workers:int=None,          # processes; None is one per core, or only this one for a small annotation file
