@@ -799,3 +799,33 @@ def test_coco_mini_converts_with_masks(shared_dir, tmp_path, split, images, obje
     assert apart.sum() <= 3 and areas[apart, 2].all()
     assert max(max(e['labels'], default=0) for e in found) <= 90
     assert load_sidecar(tmp_path/f'{split}-*').classes.num_classes == 81
+
+
+def dataset_of_one_size(folder, json_hw, boxes, file_hw=(60, 80)):
+    "Ten images of a size, with another size in the JSON and the same boxes each."
+    (folder/'images').mkdir()
+    for i in range(10): Image.new('RGB', file_hw[::-1], (9*i, 90, 50)).save(folder/'images'/f'{i}.png')
+    images = [dict(id=i, file_name=f'{i}.png', height=json_hw[0], width=json_hw[1]) for i in range(10)]
+    annotations = [dict(id=10*i+j, image_id=i, category_id=1, bbox=bbox, area=bbox[2]*bbox[3], iscrowd=0)
+                   for i in range(10) for j, bbox in enumerate(boxes(i))]
+    contents = dict(images=images, annotations=annotations, categories=[dict(id=1, name='a')])
+    (folder/'a.json').write_text(json.dumps(contents))
+    return dataset_convert(folder/'images', folder/'a.json', folder/'out', tag='t', num_shards=1, workers=1)
+
+
+@pytest.mark.parametrize('json_hw, boxes', [
+    ((30, 40), lambda i: [[40, 30, 40, 30]]), ((6, 8), lambda i: [[2, 2, 3, 3], [30, 20, 10, 10]]),
+    ((59, 20), lambda i: [[15+i, 10, 20, 30]]), ((30, 40), lambda i: [[50, 5, 9, 9]][:i%2])])
+def test_sizes_in_the_json_that_are_too_small_for_the_boxes_are_those_of_the_files(tmp_path, json_hw, boxes):
+    result = dataset_of_one_size(tmp_path, json_hw, boxes)
+    assert sum(result.boxes_by_name.values()) == sum(len(boxes(i)) for i in range(10))
+    assert 'size in the JSON is too small for the boxes' in str(result)
+
+
+@pytest.mark.parametrize('json_hw, boxes', [
+    ((30, 40), lambda i: [[10, 10, 35 if i == 3 else 20, 10]]),     # one sloppy box; the files were scaled up
+    ((30, 40), lambda i: [[9, 9, 9, 9], [10, 10, 90, 10]]), ((120, 160), lambda i: [[90, 70, 70, 50]])])
+def test_sizes_in_the_json_stay_where_boxes_do_not_show_that_they_are_wrong(tmp_path, json_hw, boxes):
+    result = dataset_of_one_size(tmp_path, json_hw, boxes)
+    assert 'JSON and file disagree about the size' in str(result)
+    assert 'too small for the boxes' not in str(result)

@@ -23,7 +23,8 @@ from ..core.fragments import html_facts, html_table, html_tag
 from .classes import ClassTable
 from .coco import CocoDataset, drop_masks, load_coco_lenient, pack_polygons, report_annotation_issues
 from .faults import ConversionReport, Fault, list_issues, worst_image_id
-from .image_files import find_image_files, image_path, match_orientation, probe_image
+from .image_files import (
+    find_image_files, image_path, match_orientation, probe_image, without_wrong_sizes)
 from .record import RecordEncoder, annotated_hw
 from .shards import ShardJob, flush_shards, output_lock, sha256_of, shard_name, stat_image, work_folder
 from ..detector.images import read_image
@@ -40,6 +41,7 @@ class Conversion:
     tag:str                 # first part of the file names
     num_shards:int          # files to write
     renamed:list=()         # (name in the JSON, name on the disk) of image files that were found under another name
+    contradicting:list=()   # names of images whose boxes show that the sizes in the JSON are wrong
 
     def path(self, suffix)->Path:
         "The path of a file beside the shards, such as that of 'report.json'."
@@ -381,6 +383,7 @@ def run(
     if earlier: report.merge(earlier)
     _note_similar_names(self.encoder.names.values(), report)
     for name,path in self.renamed: report.add_note(Fault.NAME_DIFFERS, f'{path} ({name} in the JSON)')
+    for name in self.contradicting: report.add_note(Fault.SIZE_TOO_SMALL, name)
     with ExitStack() as stack:
         stack.enter_context(output_lock(self.output_dir, self.tag))
         replaced = old_shards(self)
@@ -437,11 +440,12 @@ def dataset_convert(
         else: run = _run_in_pool(stack, choose_num_workers(workers, annotations_file, num_shards))
         coco,issues = load_coco_lenient(annotations_file, pack_polygons if include_masks else drop_masks)
         coco,renamed = find_image_files(coco, image_dir)
+        coco,contradicting = without_wrong_sizes(coco, image_dir)
         check_sources(coco, image_dir)
         names = {category['id']:str(category['name']) for category in coco.categories}
         encoder = RecordEncoder(image_dir, names, include_masks, clip)
         count = choose_num_shards(tag, num_shards, len(coco.images))
-        conversion = Conversion(coco, encoder, Path(output_dir), tag, count, renamed)
+        conversion = Conversion(coco, encoder, Path(output_dir), tag, count, renamed, contradicting)
         result = conversion.run(issues, run, strict, earlier, labels_name)
         status.log_progress(f'Converted {result.num_images} images.', kpi=result.counts)
         return result
