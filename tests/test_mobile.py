@@ -22,7 +22,7 @@ from effdet_nb.data.convert import dataset_convert
 from effdet_nb.detector.efficientdet import Arch, build
 from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_dataset, make_toy_image
 from effdet_nb.export.export import export
-from effdet_nb.export.formats import create_interpreter, random_detector, silent_conversion
+from effdet_nb.export.formats import create_interpreter, random_detector, silent_output
 from effdet_nb.export.mobile import float_operators, mobile_labels, mobile_limits, read_tflite
 from effdet_nb.export.quantize import record_images
 from effdet_nb.export.runtimes import LiteRtDetector, TrtDetector, load_detector
@@ -294,7 +294,7 @@ def test_the_converter_prints_nothing(folder, records, tmp_path, capfd):
 
 
 def test_silence_ends_with_the_conversion(capfd):
-    with pytest.raises(RuntimeError), silent_conversion():
+    with pytest.raises(RuntimeError), silent_output():
         os.write(2, b'hidden')
         print('hidden')
         raise RuntimeError

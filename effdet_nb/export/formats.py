@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RAW_OUTPUTS', 'random_detector', 'raw_forward', 'serving_fn', 'write_saved_model', 'run_saved_model',
-           'check_saved_model_path', 'silent_conversion', 'write_tflite', 'create_interpreter', 'run_tflite']
+           'check_saved_model_path', 'silent_output', 'write_tflite', 'create_interpreter', 'run_tflite']
 
 # %% ../../nbs/export/01_formats.ipynb #7de1fd95
 import errno, io, os, sys, warnings
@@ -97,8 +97,8 @@ def check_saved_model_path(
 
 # %% ../../nbs/export/01_formats.ipynb #4d528a6c
 @contextmanager
-def silent_conversion():
-    "Discards what a converter prints: paths from Keras, warnings, and C++ messages on the standard error stream."
+def silent_output():
+    "Discards what a library prints: paths from Keras, warnings, and C++ messages on the standard error stream."
     sys.stderr.flush()
     saved = os.dup(2)
     try:
@@ -122,7 +122,7 @@ def write_tflite(
     check_temporary_space(3*4*model.count_params(), 'a LiteRT file')
     inputs = keras.Input(batch_shape=(batch_size, *model.input.shape[1:]), dtype='float32', name='input')
     converter = tf.lite.TFLiteConverter.from_keras_model(keras.Model(inputs, model(inputs)))
-    with silent_conversion(): data = converter.convert()
+    with silent_output(): data = converter.convert()
     Path(path).write_bytes(data)
 
 # %% ../../nbs/export/01_formats.ipynb #129ec7ab
@@ -135,8 +135,7 @@ def create_interpreter(
     except ImportError: from tensorflow.lite.python.interpreter import Interpreter
     is_bytes = isinstance(source, bytes)
     data, name = (source, 'the model') if is_bytes else (require_file(source).read_bytes(), source)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')     # TensorFlow's interpreter announces its removal
+    with silent_output():           # LiteRT announces its delegate, TensorFlow's interpreter its removal
         try: interpreter = Interpreter(model_content=data, num_threads=threads)
         except (ValueError, RuntimeError) as e:
             reason = str(e).splitlines()[0][:200]

@@ -16,7 +16,7 @@ import numpy as np
 from ..core.files import check_temporary_space
 from ..data.classes import ClassTable
 from ..detector.nms import NmsOptions
-from .formats import create_interpreter, silent_conversion
+from .formats import create_interpreter, silent_output
 from .onnx_graph import anchors_from_metadata
 from ..weights.container import damaged_file_errors, require_file
 
@@ -55,7 +55,7 @@ def convert_detector(
     if data_type!='fp32': converter.optimizations = [tf.lite.Optimize.DEFAULT]
     if data_type=='fp16': converter.target_spec.supported_types = [tf.float16]
     if data_type=='int8': _set_int8(converter, representative_images)
-    with silent_conversion(): return converter.convert()
+    with silent_output(): return converter.convert()
 
 def _set_int8(converter, images):
     "Makes a converter quantise to int8, with the ranges that it finds in images."
