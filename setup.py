@@ -18,7 +18,8 @@ setuptools.setup(
     zip_safe=False,
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers',
                  'Programming Language :: Python :: 3', 'Programming Language :: Python :: 3.11',
-                 'Programming Language :: Python :: 3.12', 'Topic :: Scientific/Engineering :: Image Recognition'],
+                 'Programming Language :: Python :: 3.12', 'Programming Language :: Python :: 3.13',
+                 'Topic :: Scientific/Engineering :: Image Recognition'],
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
 )
