@@ -43,8 +43,10 @@ lint: $(DEV)  ## ruff over modules, tests, benchmarks, tools and the cells of no
 	@$(BIN)/ruff check --quiet && echo 'ruff: nothing to mend'
 
 nbtest: $(DEV)  ## run every chapter, and find kept outputs that are not those of today's code
-	@$(NBTEST_COMPARE) --skip_folder_re '^[_.]|^($(TRAINING_PARTS)|tutorials)$$'
-	@$(NBTEST) --skip_folder_re '^[_.]|^($(OTHER_PARTS)|tutorials)$$'
+	@failed=0; \
+	$(NBTEST_COMPARE) --skip_folder_re '^[_.]|^($(TRAINING_PARTS)|tutorials)$$' || failed=1; \
+	$(NBTEST) --skip_folder_re '^[_.]|^($(OTHER_PARTS)|tutorials)$$' --skip_file_re '^([_.]|index\.ipynb)' || failed=1; \
+	exit $$failed
 
 tutorials: $(DEV)  ## run the tutorials; some of them train, minutes
 	@$(NBTEST) --path nbs/tutorials

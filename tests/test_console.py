@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, strategies as st
 
-from effdet_nb.core import files
+from effdet_nb.core import console, files
 from effdet_nb.core.console import Status, format_duration, log_message, printable, progress_bar, read_status
 from effdet_nb.core.files import atomic_write, check_output_path, to_jsonable, write_json
 
@@ -345,3 +345,26 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(name, capsys):
 @pytest.mark.parametrize('text', ['caf\xe9', '\u767d\u8840', 'a\tb\nc', '\U0001f534', ''])
 def test_other_text_is_printed_as_it_is(text):
     assert printable(text) == text
+
+
+@pytest.mark.parametrize('seconds_of_items, left', [([60, 0, 0, 0], '1 min'), ([1, 1, 1, 1], '4 s'), ([8, 8], '48 s')])
+def test_time_left_counts_every_item_of_loops_that_compile_nothing(monkeypatch, capsys, seconds_of_items, left):
+    now = [0.]
+    monkeypatch.setattr(console.time, 'monotonic', lambda: now[0])
+    items = iter(console.progress_bar(range(8), desc='shards', interval=0))
+    for seconds in seconds_of_items:
+        next(items)
+        now[0] += seconds
+    next(items)
+    assert f'{left}' in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_time_left_leaves_out_a_first_item_that_compiles(monkeypatch, capsys):
+    now = [0.]
+    monkeypatch.setattr(console.time, 'monotonic', lambda: now[0])
+    items = iter(console.progress_bar(range(8), desc='evaluate', interval=0, skip_first=True))
+    for seconds in (60, 1, 1):
+        next(items)
+        now[0] += seconds
+    next(items)
+    assert '5 s left' in capsys.readouterr().err.splitlines()[-1]

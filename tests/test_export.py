@@ -350,7 +350,7 @@ def test_only_files_for_onnx_runtime_have_zero_points(traced, calibration_dir, t
     with pytest.raises(ValueError, match='Export the .tlt again with --nms efficient_nms_trt'): convert_precision(proto)
 
 
-@pytest.mark.parametrize('output, nms', [('a.onnx', None), ('a.onnx', 'onnx'), ('a.etlt', 'onnx')])
+@pytest.mark.parametrize('output, nms', [('a.onnx', 'onnx'), ('a.etlt', 'onnx')])
 def test_an_engine_is_not_built_from_an_int8_file_for_onnx_runtime(tmp_path, capsys, output, nms):
     with pytest.raises(SystemExit):
         effdet_export(model_path='missing.tlt', output_path=str(tmp_path/output), nms=nms, data_type='int8',

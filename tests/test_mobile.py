@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -340,3 +341,10 @@ def test_the_script_for_mediapipe_prints_what_its_detector_finds(folder):
     found, = mediapipe_detections(folder/'int8.tflite', [path])
     places = {(label, x, y) for y, x, _, _, _, label in found}
     assert len(rows) >= 15 and places <= {(label, left, top) for label, _, left, top, *_ in rows}
+
+
+@pytest.mark.parametrize('streams', ['2>&-', '>&- 2>&-', '2>/dev/null'])
+def test_output_of_libraries_is_discarded_without_a_stream(tmp_path, streams):
+    code = f'from effdet_nb.export.formats import silent_output\nwith silent_output(): open({str(tmp_path/"a")!r}, "w")'
+    command = f'{sys.executable} -c {shlex.quote(code)} {streams}'
+    assert subprocess.run(command, shell=True).returncode==0 and (tmp_path/'a').exists()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from small_training import small_spec, write_records
 
+from effdet_nb.core.console import counted
 from effdet_nb.app import cli
 from effdet_nb.data.record_index import Records, require_record_files
 from effdet_nb.data.scan import SplitScan, scan_records
@@ -43,7 +44,8 @@ def test_the_length_is_about_a_thousand_steps_within_limits(num_images):
     assert config.learning_rate/config.train_batch_size==pytest.approx(S.LEARNING_RATE/S.BATCH_SIZE)
     if 100<=num_images<=3000: assert 1000<=steps<=1000*1.5
     text = S.describe_suggestion(S.suggest_spec(SPEC, scan_of_boxes(num_images, (480,640), 99)), num_images)
-    assert f'{config.num_epochs} epochs, about {round(steps):,} steps of {config.train_batch_size} images' in text
+    assert f'{counted(config.num_epochs, "epoch")}, about {counted(round(steps), "step")} of ' in text
+    assert f' of {counted(config.train_batch_size, "image")} at ' in text
     assert config.lr_warmup_epoch<config.num_epochs
 
 

@@ -8,7 +8,7 @@ __all__ = ['TASKS', 'TASK_ALIASES', 'LAUNCHER_WORDS', 'effdet_dataset_convert', 
            'effdet_import', 'effdet_completion', 'efficientdet_tf1']
 
 # %% ../../nbs/app/18_cli.ipynb #c0a1d005
-import argparse, os, sys
+import argparse, os, shlex, sys
 from contextlib import contextmanager
 from difflib import get_close_matches
 from .command import command, fix_hash_seed
@@ -98,9 +98,8 @@ def effdet_check(
                          'needed, such as --overfit 8 --minutes 2')
     from effdet_nb.train.set_fields import load_spec
     spec = load_spec(experiment_spec_file, None if overfit is None else 'train', set)
-    from effdet_nb.app.dataset_page import check_dataset, initial_weights_note
+    from effdet_nb.app.dataset_page import check_dataset
     check = check_dataset(spec, output_path, pictures, sums)
-    if note := initial_weights_note(spec, check): check.problems.append(note)
     num_errors = len(check.errors)
     if num_errors==0 and suggest: _write_suggestion(spec, check, suggest)
     if num_errors==0 and overfit is None: return check
@@ -440,7 +439,7 @@ def effdet_export(
     output_path = output_path or os.path.splitext(model_path)[0] + ('.etlt' if key else '.onnx')
     spec = load_spec(experiment_spec_file, 'export', set) if experiment_spec_file or set else None
     from effdet_nb.export.export import check_export, default_nms, export
-    nms = nms or default_nms(output_path)
+    nms = nms or ('efficient_nms_trt' if engine_file and data_type=='int8' else default_nms(output_path))
     if engine_file: _check_engine(engine_file, data_type, nms)
     cal_records = spec.dataset_config.training_file_pattern if spec else ''
     check_export(output_path, nms, opset, max_batch_size, data_type, cal_image_dir or cal_records, cal_cache_file)
@@ -457,21 +456,23 @@ def effdet_export(
     if deepstream:
         _write_deepstream(result.meta, output_path, deepstream, _inference_threshold(spec, model_path, key))
         if engine_file is None: _print_missing_engine(result.meta, output_path)
-    if engine_file is None: return None if deepstream else _command_after_export(output_path, data_type)
+    if engine_file is None: return None if deepstream else _command_after_export(output_path, data_type, nms, key)
     from effdet_nb.export.tensorrt import gen_trt_engine
     return gen_trt_engine(output_path, engine_file, key, max_batch_size=max_batch_size or 1,
                           max_workspace_size=max_workspace_size, verbose=verbose)
 
-def _command_after_export(path, data_type):
+def _command_after_export(path, data_type, nms, key):
     "The command that uses an exported file; for an int8 graph, also why it is large. None for a SavedModel."
     stem,suffix = os.path.splitext(path)
     lines = []
     if data_type=='int8' and suffix in ('.onnx','.etlt'):
         lines.append('The file is as large as in fp32, because its weights are rounded when it is loaded. For a '
                      'smaller file, export fp16, or int8 to .tflite')
-    build = f'effdet_gen_trt_engine -m {path} --engine_file {stem}.engine'
-    if suffix=='.etlt': lines.append(f'Next, on the device: {build}')
-    elif suffix in ('.onnx','.tflite'): lines.append(f'Next: effdet_inference -m {path} -i IMAGES -r detections')
+    model = f'-m {shlex.quote(path)}' + (' -k KEY' if key else '')
+    build = f'effdet_gen_trt_engine {model} --engine_file {shlex.quote(f"{stem}.engine")}'
+    has_zero_points = data_type=='int8' and nms=='onnx'
+    if suffix=='.etlt' and not has_zero_points: lines.append(f'Next, on the device: {build}')
+    elif suffix in ('.onnx','.tflite'): lines.append(f'Next: effdet_inference {model} -i IMAGES -r detections')
     return '\n'.join(lines) or None
 
 def _check_engine(path, data_type, nms):

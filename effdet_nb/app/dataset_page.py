@@ -112,6 +112,7 @@ def check_dataset(
         data_config_from_spec(spec), arch_anchors(arch_from_spec(spec)), spec.training_config.num_examples_per_epoch,
         spec.training_config.train_batch_size, spec.eval_config.eval_samples,
         decode_images=decode_images, verify_checksums=verify_checksums)
+    if note := initial_weights_note(spec, check): check.problems.append(note)
     if page_path is not None: write_dataset_page(page_path, check)
     return check
 

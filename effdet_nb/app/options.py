@@ -167,11 +167,14 @@ OPTION_ALIASES = { # names in other tools: parameters of our commands
     'labels annotations annotation json ann_file gt': 'annotations_file',
     'conf confidence score conf_thres conf_threshold score_thresh score_thr min_score': 'threshold score_threshold',
     'iou iou_thres nms_iou': 'iou_threshold',
-    'output out out_dir save_dir project name run_dir logdir log_dir': 'model_dir results_dir output_dir folder '
-                                                                      'output_path engine_file',
+    'output out out_dir save_dir project name run_dir logdir log_dir': 'model_dir output_dir folder output_path '
+                                                                      'engine_file results_dir',
     'save save_img': 'out_image_path',
     'save_txt save_labels txt': 'out_label_path',
-    'out_file save_path output_file engine': 'engine_file output_path',
+    'out_file save_path output_file': 'output_path engine_file',
+    'engine': 'engine_file',
+    'spec spec_file config config_file cfg': 'experiment_spec_file',
+    'thresh threshold pruning_ratio': 'threshold score_threshold pruning_threshold',
     'device devices gpu gpu_id gpu_ids cuda': 'gpu_index',
     'amp fp16 half mixed_precision': 'use_amp',
     'batch bs max_batch': 'batch_size max_batch_size',

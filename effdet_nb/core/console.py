@@ -171,14 +171,14 @@ def log_message(
     tqdm.write(text, file=sys.stderr)
 
 # %% ../../nbs/core/02_console.ipynb #57bcc4ea
-def _with_progress_lines(iterable, total, desc, interval):
+def _with_progress_lines(iterable, total, desc, interval, skip_first=False):
     "Yields the items and writes a line to stderr every `interval` seconds."
     start = last_line = time.monotonic()
     done,first_seconds = 0, None
     for done,item in enumerate(iterable, 1):
         yield item
         now = time.monotonic()
-        first_seconds = first_seconds or now-start
+        if done==1 and skip_first: first_seconds = now-start
         if now-last_line<interval or done==total: continue
         last_line = now
         log_message(format_progress(desc, done, total, now-start, first_seconds))
@@ -197,7 +197,7 @@ def _bar_html(text, done, total):
     size = f'value="{done}" max="{total}"' if total else ''
     return f'<progress {size}></progress> {html.escape(text)}'
 
-def _with_notebook_bar(iterable, total, desc):
+def _with_notebook_bar(iterable, total, desc, skip_first=False):
     "Yields the items and shows a bar in the output of the cell."
     from IPython.display import HTML, display
     bar,start,done,first_seconds = None, time.monotonic(), 0, None
@@ -206,7 +206,7 @@ def _with_notebook_bar(iterable, total, desc):
         for done,item in enumerate(iterable, 1):
             yield item
             now = time.monotonic()
-            if done==1: first_seconds = now-start
+            if done==1 and skip_first: first_seconds = now-start
             if now<next_update: continue
             next_update = now+NOTEBOOK_REFRESH
             content = HTML(_bar_html(format_progress(desc, done, total, now-start, first_seconds), done, total))
@@ -222,11 +222,12 @@ def progress_bar(
     total:int=None,    # number of items; `len(iterable)` if None
     desc:str='',       # description of the loop, one or two words
     interval:float=5., # seconds between lines where stderr is not a terminal; shorter loops write none
+    skip_first:bool=False, # leave the first item out of the speed, because it includes preparations
 ):                     # the same items, one by one
     "Yields the items and shows progress: a bar on a terminal or in a notebook, an occasional line on stderr elsewhere."
     if total is None:
         with suppress(TypeError): total = len(iterable)
-    if _is_notebook(): return _with_notebook_bar(iterable, total, desc)
-    if not sys.stderr.isatty(): return _with_progress_lines(iterable, total, desc, interval)
+    if _is_notebook(): return _with_notebook_bar(iterable, total, desc, skip_first)
+    if not sys.stderr.isatty(): return _with_progress_lines(iterable, total, desc, interval, skip_first)
     from tqdm import tqdm
     return iter(tqdm(iterable, total=total, desc=desc, file=sys.stderr, dynamic_ncols=True))

@@ -250,6 +250,7 @@ def absent_because(
 )->str:   # two or three words for an error message
     "Returns why a path is not a file: it is missing, a folder, or a device or a pipe."
     if os.path.isdir(path): return 'is a folder'
+    if os.path.islink(path) and not os.path.exists(path): return 'is a link to a missing file'
     return 'is a device or a pipe' if os.path.exists(path) else 'no such file'
 
 # %% ../../nbs/core/01_files.ipynb #76cbcdfb

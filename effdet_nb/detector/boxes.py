@@ -158,7 +158,8 @@ def _caption_area(size, box, image_size, used):
     for y in (y1-height, y2, y1):
         y = max(0, min(y, image_height-height))
         areas.append((y, x, y+height, x+width))
-    return next((a for a in areas if not iou([a], used).any()), areas[0])
+    latest = used[-300:]         # thousands of captions overlap anyway
+    return next((a for a in areas if not iou([a], latest).any()), areas[0])
 
 def _draw_caption(draw, text, box, color, font, image_size, used):
     "Writes a caption on a coloured rectangle; returns the rectangle."

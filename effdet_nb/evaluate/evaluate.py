@@ -236,7 +236,9 @@ def evaluate(
         raise ValueError(f'eval_samples {eval_samples}: at least 1 image is needed; leave it out for all')
     num_available = len(samples) if hasattr(samples, '__len__') else None
     results = predict_samples(detector, islice(samples, eval_samples), batch_size, workers)
-    if show_progress: results = progress_bar(results, _smallest(num_available, eval_samples), 'evaluate')
+    if show_progress:
+        num_images = _smallest(num_available, eval_samples)
+        results = progress_bar(results, num_images, 'evaluate', skip_first=True)     # the first batch compiles
     return coco_metrics(results, classes or detector.classes, pycocotools, eval_samples, num_available)
 
 def _smallest(*counts): return min((n for n in counts if n), default=None)

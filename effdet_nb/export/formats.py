@@ -99,17 +99,19 @@ def check_saved_model_path(
 @contextmanager
 def silent_output():
     "Discards what a library prints: paths from Keras, warnings, and C++ messages on the standard error stream."
-    sys.stderr.flush()
-    saved = os.dup(2)
+    if sys.stderr: sys.stderr.flush()
+    try: saved = os.dup(2)
+    except OSError: saved = None      # the stream is closed
     try:
         with (open(os.devnull, 'w') as nowhere, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()),
               warnings.catch_warnings()):
             warnings.simplefilter('ignore')
-            os.dup2(nowhere.fileno(), 2)
+            if saved is not None: os.dup2(nowhere.fileno(), 2)
             yield
     finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+        if saved is not None:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 # %% ../../nbs/export/01_formats.ipynb #4fee83fc
 def write_tflite(

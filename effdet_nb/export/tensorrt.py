@@ -57,8 +57,8 @@ def convert_precision(
     file_type = meta.get('data_type') or 'fp32'
     data_type = data_type or file_type
     if has_zero_points(proto):
-        raise ValueError('model_path: its 8-bit numbers have zero points, which TensorRT does not support. '
-                         'Export the .tlt again with --nms efficient_nms_trt, or as .etlt')
+        raise ValueError('--model_path: its 8-bit numbers have zero points, which TensorRT does not support. '
+                         'Export the .tlt again with --nms efficient_nms_trt')
     if data_type==file_type: return proto
     if file_type!='fp32':
         raise ValueError(f'data_type {data_type}: the file is already {file_type}, and its lost precision cannot be '

@@ -9,6 +9,7 @@ __all__ = ['MIN_OBJECT_SIDE', 'SIDES', 'SIDE_STEP', 'BATCH_SIZE', 'LEARNING_RATE
 # %% ../../nbs/train/14_suggest.ipynb #1609e219
 import math
 import numpy as np
+from ..core.console import counted
 from ..data.scan import SplitScan
 from .spec import Spec
 
@@ -83,5 +84,6 @@ def describe_suggestion(
     "Describes the length of a suggested training."
     config,(height,width) = spec.training_config, spec.dataset_config.image_hw
     steps = round(config.num_epochs*num_images/config.train_batch_size)
-    return (f'{config.num_epochs} epochs, about {steps:,} steps of {config.train_batch_size} images at '
+    return (f'{counted(config.num_epochs, "epoch")}, about {counted(steps, "step")} of '
+            f'{counted(config.train_batch_size, "image")} at '
             f'{height} x {width} pixels')
