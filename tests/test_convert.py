@@ -16,12 +16,13 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from effdet_nb.data import shards, workers
-from effdet_nb.data.coco import CocoError
+from effdet_nb.data.coco import CocoDataset, CocoError
 from effdet_nb.data.convert import choose_num_shards, dataset_convert
 from effdet_nb.data.faults import ConversionReport, Fault, worst_image_id
 from effdet_nb.data.masks import mask_png
-from effdet_nb.data.image_files import image_fault, probe_image
+from effdet_nb.data.image_files import image_fault, probe_image, without_wrong_sizes
 from effdet_nb.data.validate import validate_box
+from effdet_nb.detector.images import EXIF_ORIENTATION
 from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.data.tfrecord import (FEATURE_TYPES, decode_example, find_record_files, load_sidecar, parse_example,
                                     read_records)
@@ -829,3 +830,28 @@ def test_sizes_in_the_json_stay_where_boxes_do_not_show_that_they_are_wrong(tmp_
     result = dataset_of_one_size(tmp_path, json_hw, boxes)
     assert 'JSON and file disagree about the size' in str(result)
     assert 'too small for the boxes' not in str(result)
+
+
+@pytest.mark.parametrize('beyond', [2, 5, 9])
+@pytest.mark.parametrize('num_sloppy', [2, 5])
+def test_boxes_a_little_beyond_the_edge_do_not_show_wrong_sizes(tmp_path, beyond, num_sloppy):
+    for i in range(5): Image.new('RGB', (200, 200)).save(tmp_path/f'{i}.png')        # scaled up after labelling
+    images = [dict(id=i, file_name=f'{i}.png', height=100, width=100) for i in range(5)]
+    boxes = {i: [dict(bbox=[60, 10, 40+beyond*(i<num_sloppy), 30])] for i in range(5)}
+    coco = CocoDataset(images, boxes, [])
+    assert without_wrong_sizes(coco, tmp_path)==(coco, [])
+
+
+@pytest.mark.parametrize('orientation, json_hw, kept', [
+    (6, (80, 60), True), (8, (80, 60), True), (1, (60, 80), True), (6, (60, 80), False), (1, (30, 40), False)])
+def test_where_sizes_are_wrong_those_of_the_upright_files_stay(tmp_path, orientation, json_hw, kept):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    for i in range(6): Image.new('RGB', (80, 60)).save(tmp_path/f'{i}.jpg', **(dict(exif=exif) if i>3 else {}))
+    images = [dict(id=i, file_name=f'{i}.jpg', height=30, width=40) for i in range(4)]
+    images += [dict(id=i, file_name=f'{i}.jpg', height=json_hw[0], width=json_hw[1]) for i in (4, 5)]
+    coco = CocoDataset(images, {i: [dict(bbox=[10, 5, 55, 30] if i<4 else [2, 2, 9, 9])] for i in range(6)}, [])
+    changed, names = without_wrong_sizes(coco, tmp_path)
+    assert names==[f'{i}.jpg' for i in range(4)]
+    sizes = [(image['height'], image['width']) for image in changed.images]
+    assert sizes==[(None, None)]*4 + [json_hw if kept else (None, None)]*2

@@ -752,3 +752,14 @@ def test_other_labels_with_the_same_tag_do_not_replace_records(two_sources, tmp_
         convert_sources(paths, images, tmp_path/'out', 'val', strict=True, **options)
     assert {p.name: p.read_bytes() for p in (tmp_path/'out').iterdir() if p.name[0]!='.'}=={
         name: data for name,data in before.items() if name[0]!='.'}
+
+
+@pytest.mark.parametrize('points', [[[float('nan'), 2], [12, 22]], [[10, 20], [float('inf'), 22]],
+                                    [[float('-inf'), 2], [12, float('nan')]]])
+def test_a_labelme_mask_that_is_not_finite_is_reported(points, tmp_path):
+    draw_images(tmp_path, {'a.png': (60, 80)})
+    shapes = [dict(label='nut', shape_type='mask', points=p, mask='') for p in (points, [[10, 20], [12, 22]])]
+    write_json(tmp_path/'a.json', dict(imagePath='a.png', imageHeight=60, imageWidth=80, shapes=shapes))
+    labels = read_sources(tmp_path)
+    assert labels.report.dropped_boxes[Fault.NOT_FINITE]==[(1, 'a.json:1')]
+    assert [a['id'] for a in labels.annotations]==['a.json:2']

@@ -4,6 +4,8 @@ import numpy as np, pytest
 from PIL import Image
 from effdet_nb.data.faults import Fault, Reason
 from effdet_nb.data.label_formats import SourceError
+from effdet_nb.data import sources
+from effdet_nb.data.shards import sha256_of
 from effdet_nb.data.sources import convert_sources, read_sources
 from effdet_nb.data.split import part_shares, split_dataset
 from effdet_nb.data.tile_dataset import tile_dataset
@@ -165,3 +167,42 @@ def test_tiles_of_images_in_subfolders_are_reported(tmp_path):
     path = write_labels(tmp_path/'labels', 'coco', 'abc')
     result = tile_dataset(tmp_path/'photos', path, tmp_path/'tiles', Tiling((32, 32)))
     assert 'file found under another name: 3, such as day/a.jpg (a.jpg in the JSON)' in repr(result)
+
+
+def halve_sizes(path):
+    "Halves the sizes of the images of a COCO file, and moves a box of each beyond them."
+    contents = json.loads(path.read_text())
+    for image in contents['images']: image |= dict(height=30, width=40)
+    for annotation in contents['annotations']: annotation['bbox'] = [40,30,30,25]
+    path.write_text(json.dumps(contents))
+
+
+def test_sizes_too_small_for_the_boxes_are_not_used_in_a_split_or_for_tiles(tmp_path):
+    draw(tmp_path/'images', 'abcdef')
+    path = write_labels(tmp_path/'labels', 'coco', 'abcdef')
+    halve_sizes(path)
+    names = [f'{name}.jpg' for name in 'abcdef']
+    split = split_dataset(path, tmp_path/'images', tmp_path/'split', near='skip')
+    assert split.report.notes[Reason(Fault.SIZE_TOO_SMALL)]==names and sum(split.boxes['car'])==6
+    tiled = tile_dataset(tmp_path/'images', path, tmp_path/'tiles', Tiling((40, 40)))
+    assert tiled.report.notes[Reason(Fault.SIZE_TOO_SMALL)]==names and tiled.num_objects==6
+    both = read_sources([path, write_labels(tmp_path/'voc', 'voc', 'abc')], tmp_path/'images')
+    assert both.report.notes[Reason(Fault.SIZE_TOO_SMALL)]==names
+    assert {(image['height'], image['width']) for image in both.images}=={(60, 80)}
+
+
+@pytest.mark.parametrize('failing', [['one/images'], ['one/images', 'two/images'], []])
+def test_images_that_cannot_be_read_are_no_copies(failing, tmp_path, monkeypatch):
+    def checksum(path):
+        if any(part in str(path) for part in failing): raise PermissionError(13, 'Permission denied', str(path))
+        read.append(path.name)
+        return sha256_of(path)
+    read,paths = [],[]
+    for part in ('one', 'two'):
+        draw(tmp_path/part/'images', ['a', 'b'])
+        paths.append(write_labels(tmp_path/part/'labels', 'voc', ['a', 'b']))
+    with open(tmp_path/'two'/'images'/'b.jpg', 'ab') as f: f.write(b'more')                   # another size
+    monkeypatch.setattr(sources, 'sha256_of', checksum)
+    labels = read_sources(paths, [tmp_path/part/'images' for part in ('one', 'two')])
+    assert len(labels.images)==4 and 'b.jpg' not in read
+    assert len(labels.report.notes.get(Reason(Fault.SAME_IMAGE), []))==(0 if failing else 1)

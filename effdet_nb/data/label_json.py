@@ -70,7 +70,8 @@ def labelme_mask(
 )->dict:            # run lengths as COCO stores them; None if the mask cannot be read or extends beyond the image
     "Returns the mask of a shape of LabelMe."
     box = labelme_outline(shape)
-    if isinstance(box, Fault) or image_hw[0]*image_hw[1]>MAX_PIXELS: return None
+    if isinstance(box, Fault) or not all(map(math.isfinite, box)): return None
+    if image_hw[0]*image_hw[1]>MAX_PIXELS: return None
     try: pixels = read_image(base64.b64decode(shape['mask']))[...,0]>0
     except (KeyError, TypeError, ValueError): return None
     return _placed_mask(pixels, *map(round, box[:2]), image_hw)

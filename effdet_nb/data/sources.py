@@ -9,7 +9,7 @@ __all__ = ['read_source', 'parse_class_map', 'map_classes', 'ordered_names', 're
 # %% ../../nbs/data/22_sources.ipynb #2078d183
 import json, os
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from ..core.console import Status, plural
@@ -17,7 +17,7 @@ from ..core.files import atomic_write, is_lfs_pointer, lfs_pointer_error
 from .coco import load_coco_lenient, read_coco_json, report_annotation_issues
 from .convert import ConversionResult, check_target, dataset_convert
 from .faults import Fault, Reason, describe_issues
-from .image_files import OutsideFolder, find_image_files, image_path
+from .image_files import OutsideFolder, find_image_files, image_path, without_wrong_sizes
 from .label_files import read_kitti, read_label_lines, read_voc, read_yolo
 from .label_formats import Source, SourceError, default_image_dir, find_source, read_yaml
 from .label_json import read_label_studio, read_labelme, read_via
@@ -69,7 +69,9 @@ def _read_coco(labels, path, image_dir, prefix):
     "Adds the usable entries of a COCO file; the others are reported."
     coco,issues = load_coco_lenient(path)
     coco,renamed = find_image_files(coco, image_dir)
+    coco,contradicting = without_wrong_sizes(coco, image_dir)
     for name,found in renamed: labels.report.add_note(Fault.NAME_DIFFERS, f'{found} ({name} in the JSON)')
+    for name in contradicting: labels.report.add_note(Fault.SIZE_TOO_SMALL, name)
     names = {category['id']:str(category['name']) for category in coco.categories}
     labels.add_class_names(names[k] for k in sorted(names))
     ids = _add_coco_entries(labels, coco, names, image_dir, prefix)
@@ -212,11 +214,18 @@ def _check_found(paths, source, image_dir, num_sources):
 def _note_copies(labels):
     "Reports images of the same name and the same bytes in two folders."
     folder,copies = labels.image_dir(),defaultdict(list)
-    counts = Counter(image['path'].name for image in labels.images)
-    for path in (image['path'] for image in labels.images if counts[image['path'].name]>1):
-        if path.is_file(): copies[path.name, sha256_of(path)].append(os.path.relpath(path, folder))
+    for path in _of_same_name_and_size(labels.images):
+        with suppress(OSError): copies[path.name, sha256_of(path)].append(os.path.relpath(path, folder))
     for first,*others in copies.values():
         for other in others: labels.report.add_note(Fault.SAME_IMAGE, f'{other} and {first}')
+
+def _of_same_name_and_size(images):
+    "Lists the paths of the image files whose name and size occur more than once."
+    counts = Counter(image['path'].name for image in images)
+    repeated = [image['path'] for image in images if counts[image['path'].name]>1]
+    sizes = {path:os.path.getsize(path) for path in repeated if os.path.isfile(path)}
+    counts = Counter((path.name, size) for path,size in sizes.items())
+    return [path for path,size in sizes.items() if counts[path.name, size]>1]
 
 def _forget_labelled(labels):
     "Removes the notes about images without a label file in one source that another source labels."

@@ -22,7 +22,8 @@ from ..detector.tiles import Tiling, covered_share
 from .coco import drop_masks, load_coco_lenient, report_annotation_issues
 from .convert import check_target
 from .faults import ConversionReport, Fault, describe_issues
-from .image_files import find_image_files, image_fault, image_path, match_orientation, probe_image
+from .image_files import (
+    find_image_files, image_fault, image_path, match_orientation, probe_image, without_wrong_sizes)
 from .shards import output_lock
 from .validate import validate_box
 
@@ -211,12 +212,14 @@ def tile_dataset(
         raise ValueError(f'workers: {workers}; must be at least 1. Omit it to use all cores')
     coco,issues = load_coco_lenient(annotations_file, drop_masks)
     coco,renamed = find_image_files(coco, image_dir)
+    coco,contradicting = without_wrong_sizes(coco, image_dir)
     tag = tag or Path(annotations_file).stem
     target = _tile_folder(output_dir, tag, image_dir)
     _check_replaceable(_coco_path(target), annotations_file)
     cutter = ImageCutter(str(image_dir), target, tiling, min_visible, empty_share)
     report = report_annotation_issues(issues, coco)
     for name,path in renamed: report.add_note(Fault.NAME_DIFFERS, f'{path} ({name} in the JSON)')
+    for name in contradicting: report.add_note(Fault.SIZE_TOO_SMALL, name)
     with output_lock(Path(output_dir), tag):
         return _publish(_cut_images(cutter, coco, workers), coco, target, report)
 
