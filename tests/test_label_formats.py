@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from effdet_nb.core.files import UnsuitableFile
 from effdet_nb.data.coco import CocoError
 from effdet_nb.data.faults import Fault
 from effdet_nb.data.label_formats import SourceError, find_source, text_format
@@ -763,3 +764,52 @@ def test_a_labelme_mask_that_is_not_finite_is_reported(points, tmp_path):
     labels = read_sources(tmp_path)
     assert labels.report.dropped_boxes[Fault.NOT_FINITE]==[(1, 'a.json:1')]
     assert [a['id'] for a in labels.annotations]==['a.json:2']
+
+
+LONG = 'x'*300 + '.jpg'
+
+@pytest.mark.parametrize('kind', ['voc', 'labelme', 'label_studio', 'via', 'coco', 'list'])
+def test_an_image_name_that_no_file_can_have_is_a_missing_file(kind, tmp_path):
+    draw_images(tmp_path, {'a.jpg': (60, 80)})
+    box, size = dict(x=5, y=5, width=20, height=20), dict(height=60, width=80)
+    task = dict(annotations=[dict(result=[dict(type='rectanglelabels', original_width=80, original_height=60,
+                                               value=box | dict(rectanglelabels=['car']))])])
+    for i,name in enumerate(['a.jpg', LONG]):
+        if kind=='voc': write(tmp_path/f'{i}.xml', f'<annotation><filename>{name}</filename></annotation>')
+        if kind=='labelme': write_json(tmp_path/f'{i}.json', dict(imagePath=name, shapes=[], imageHeight=60, imageWidth=80))
+    names = enumerate(['a.jpg', LONG], 1)
+    if kind=='label_studio': write_json(tmp_path/'t.json', [task | dict(data=dict(image=name)) for _,name in names])
+    if kind=='via': write_json(tmp_path/'v.json', {name: dict(filename=name, regions=[]) for _,name in names})
+    if kind=='coco':
+        write_json(tmp_path/'c.json', dict(images=[dict(id=i, file_name=name, **size) for i,name in names],
+                                           annotations=[], categories=[dict(id=1, name='car')]))
+    if kind=='list': write(tmp_path/'train.txt', f'a.jpg\n{LONG}\n') and write(tmp_path/'a.txt', '0 .5 .5 .2 .2')
+    labels = read_sources(tmp_path/'train.txt' if kind=='list' else tmp_path)
+    labels.leave_out_unreadable()
+    assert [image['path'].name for image in labels.images]==['a.jpg']
+    assert [name for _,name in labels.report.dropped_images[Fault.FILE_MISSING]]==[LONG]
+
+
+@pytest.mark.parametrize('text', ['train: {}', 'path: {}', 'train: [{}, images]'])
+def test_long_texts_in_the_yaml_file_are_no_folders(text, tmp_path):
+    draw_images(tmp_path/'images')
+    for name in SIZES: write(tmp_path/'labels'/f'{Path(name).stem}.txt', '0 .5 .5 .1 .1')
+    write(tmp_path/'data.yaml', f'names: [car]\n{text.format(LONG)}\n')
+    assert len(read_sources(tmp_path).annotations)==3
+
+
+def test_a_long_word_in_a_class_map_is_no_file():
+    assert parse_class_map([f'{LONG}=car'])=={LONG: 'car'}
+    with pytest.raises(SourceError, match='neither a map such as van=car nor a file'): parse_class_map([LONG])
+
+
+@pytest.mark.parametrize('place', ['labels', '.', '..'])
+@pytest.mark.parametrize('start', ['names: [x]\n', '{names: [x], ', 'names:\n- x\n'])
+def test_a_large_yaml_file_of_another_program_is_passed_over(place, start, tmp_path):
+    folder = tmp_path/'a'
+    draw_images(folder/'images')
+    for name in SIZES: write(folder/'labels'/f'{Path(name).stem}.txt', '0 .5 .5 .1 .1')
+    path = write(folder/place/'other.yaml', start + '# padding\n'*110_000)
+    write(folder/'labels'/'classes.txt', 'car')
+    assert read_sources(folder/'labels', folder/'images').all_names()==['car']
+    with pytest.raises(UnsuitableFile, match='other.yaml: 1,1.* bytes, at most 1,048,576 are read'): find_source(path)

@@ -2,8 +2,9 @@
 import json, re
 import numpy as np, pytest
 from PIL import Image
-from effdet_nb.data.faults import Fault, Reason
+from effdet_nb.data.faults import Fault, Reason, describe_issues
 from effdet_nb.data.label_formats import SourceError
+from effdet_nb.data.label_set import LabelSet
 from effdet_nb.data import sources
 from effdet_nb.data.shards import sha256_of
 from effdet_nb.data.sources import convert_sources, read_sources
@@ -206,3 +207,85 @@ def test_images_that_cannot_be_read_are_no_copies(failing, tmp_path, monkeypatch
     labels = read_sources(paths, [tmp_path/part/'images' for part in ('one', 'two')])
     assert len(labels.images)==4 and 'b.jpg' not in read
     assert len(labels.report.notes.get(Reason(Fault.SAME_IMAGE), []))==(0 if failing else 1)
+
+
+@pytest.mark.parametrize('kind', ['voc', 'yolo'])
+@pytest.mark.parametrize('labelled, expected', [('ab', 1), ('a', 2), ('', 2)])
+def test_images_of_one_name_in_two_folders_are_told_apart(kind, labelled, expected, tmp_path):
+    for part in ('one', 'two'): draw(tmp_path/part/'images', ['a', 'b', 'z'])
+    paths = [write_labels(tmp_path/'one'/'labels', kind, [*labelled, 'z']),
+             write_labels(tmp_path/'two'/'labels', kind, 'az')]
+    notes = read_sources(paths, [tmp_path/part/'images' for part in ('one', 'two')]).report.notes
+    found = notes[Reason(Fault.NO_LABEL_FILE if kind=='yolo' else Fault.NO_XML_FILE)]
+    assert found.count('b.jpg')==expected and found.count('a.jpg')==('a' not in labelled) and 'z.jpg' not in found
+
+
+def test_an_image_that_no_source_labels_is_counted_once(tmp_path):
+    draw(tmp_path/'images', 'abc')
+    paths = [write_labels(tmp_path/part, 'yolo', name) for part,name in (('one', 'a'), ('two', 'b'))]
+    assert read_sources(paths, tmp_path/'images').report.notes[Reason(Fault.NO_LABEL_FILE)]==['c.jpg']
+
+
+@pytest.mark.parametrize('num_missing', [1, 3, 6])
+def test_images_without_files_are_left_out_with_their_boxes(num_missing, tmp_path):
+    names = 'abcdefgh'
+    draw(tmp_path/'images', names[num_missing:])
+    labels = read_sources(write_labels(tmp_path/'labels', 'coco', names), tmp_path/'images')
+    labels.leave_out_unreadable()
+    ids = [*range(1, num_missing+1)]
+    assert labels.report.dropped_images=={Fault.FILE_MISSING: [(i, f'{names[i-1]}.jpg') for i in ids]}
+    assert labels.report.dropped_boxes=={Fault.IMAGE_LEFT_OUT: [(i, i) for i in ids]}
+    assert [a['id'] for a in labels.annotations]==[*range(num_missing+1, 9)] and len(labels.images)==8-num_missing
+
+
+class CountedList(list):
+    "A list that counts how often it is read from its start."
+    reads = 0
+    def __iter__(self):
+        self.reads += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize('leave_out', [lambda labels, image: labels.leave_image_out(image, Fault.NOT_LABELLED),
+                                       lambda labels, image: labels._readable_hw(image)])
+def test_boxes_are_not_searched_for_each_image_that_is_left_out(leave_out, tmp_path):
+    draw(tmp_path, 'a')
+    labels = LabelSet()
+    labels.add_box(labels.add_image(tmp_path/'a.jpg'), 1, 'car', [5,5,9,9])
+    labels.annotations = kept = CountedList(labels.annotations)
+    for i in range(20): leave_out(labels, labels.add_image(tmp_path/f'gone{i}.jpg', (60, 80)))
+    assert kept.reads==0 and len(labels.left_out)==20
+
+
+def test_an_image_that_is_left_out_later_takes_its_boxes_along(tmp_path):
+    draw(tmp_path, 'ab')
+    labels = LabelSet()
+    a,b = [labels.add_image(tmp_path/f'{name}.jpg') for name in 'ab']
+    for i,image in enumerate([a, b, a, b], 1): labels.add_box(image, i, 'car', [5,5,9,9])
+    labels.leave_image_out(a, Fault.LABELS_DAMAGED)
+    labels.leave_image_out(a, Fault.LABELS_DAMAGED)
+    assert [annotation['id'] for annotation in labels.annotations]==[2, 4]
+    assert labels.report.dropped_boxes=={Fault.IMAGE_LEFT_OUT: [(1, 1), (1, 3)]}
+
+
+@pytest.mark.parametrize('text, unlabelled', [('<annotation>', []), ('', []), ('<html/>', []),
+                                             (None, ['b.jpg'])])
+def test_an_image_with_a_damaged_xml_file_has_an_xml_file(text, unlabelled, tmp_path):
+    draw(tmp_path/'images', 'ab')
+    labels = write_labels(tmp_path/'labels', 'voc', 'a')
+    if text is not None: (labels/'b.xml').write_text(text)
+    report = read_sources(labels, tmp_path/'images').report
+    assert report.notes.get(Reason(Fault.NO_XML_FILE), [])==unlabelled
+    assert len(report.dropped_images[Fault.LABELS_DAMAGED])==(text is not None)
+
+
+@pytest.mark.parametrize('num_sources', [1, 2, 3])
+def test_ids_of_several_coco_files_do_not_look_like_lines(num_sources, tmp_path):
+    draw(tmp_path/'images', 'ab')
+    paths = [write_labels(tmp_path/f'{i}', 'coco', 'ab') for i in range(num_sources)]
+    for i,path in enumerate(paths):
+        path = path.rename(path.with_name(f'x{i}.json'))
+        path.write_text(path.read_text().replace('"bbox": [5, 5, 15, 25]', '"bbox": [NaN, 5, 15, 25]', 1))
+        paths[i] = path
+    [issue] = [line for line in describe_issues(read_sources(paths, tmp_path/'images').report) if 'not finite' in line]
+    assert f'such as annotation {"" if num_sources==1 else "x0.json#"}1 of a.jpg' in issue

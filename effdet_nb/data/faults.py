@@ -124,7 +124,7 @@ class Fault(StrEnum):
     NOT_LABELS = ('not a label file, ignored', '', False)
     SAME_IMAGE = ('same image in two folders',
                   'Each copy counts as an image, and has only its own boxes. Remove one of them', False)
-    CASE_DIFFERS = ('class names that differ only in case', 'If they are one class, convert with this option',
+    CASE_DIFFERS = ('class names that differ only in case or blanks', 'If they are one class, convert with this option',
                     False)
     SCORE_IGNORED = ('score of the label ignored', 'These labels are predictions. Check them before you train', False)
     # masks
@@ -133,7 +133,8 @@ class Fault(StrEnum):
                'Add a polygon or run lengths of the image size, or convert without masks')
     SHORT_POLYGON = 'polygons of fewer than three points, left out'
 
-_EARLIER_TEXTS = {'of a picture left out': 'of an image left out', 'not a picture': 'not an image'}
+_EARLIER_TEXTS = {'of a picture left out': 'of an image left out', 'not a picture': 'not an image',
+                  'class names that differ only in case': 'class names that differ only in case or blanks'}
 
 # %% ../../nbs/data/02_faults.ipynb #44f8996d
 class Reason(NamedTuple):

@@ -86,19 +86,19 @@ def read_voc(
     is_folder:bool=False,# all files of a folder, so that images without a file are counted
 ):
     "Reads Pascal VOC files."
-    voc_files = []
+    voc_files,used = [],set()
     for path in files:
         try: voc_files.append(read_voc_file(path))
-        except (LabelFileError, OSError): report_damaged(labels, path, finder)
+        except (LabelFileError, OSError): used.add(report_damaged(labels, path, finder))
     first = 0 if any(file.counts_from_0() for file in voc_files) else 1
-    used = {_add_voc_file(labels, file, finder, first) for file in voc_files}
-    for path in _unlabelled(finder, used) if is_folder else (): labels.report.add_note(Fault.NO_XML_FILE, path.name)
+    used |= {_add_voc_file(labels, file, finder, first) for file in voc_files}
+    for path in _unlabelled(finder, used) if is_folder else (): labels.note_unlabelled(Fault.NO_XML_FILE, path)
 
 def _add_voc_file(labels, file, finder, first):
     "Adds the boxes of a VOC file and its image, whose path is returned; `first` is the number of the first pixel."
     path = finder.find(file.path.stem, file.path)
     path = finder.find(file.image_name, file.path) or path or expected_image(finder, file.image_name, file.path)
-    image = labels.add_image(path, file.hw if path.exists() else None)
+    image = labels.add_image(path, file.hw if os.path.exists(path) else None)
     for i,voc_object in enumerate(file.objects, 1):
         label_id = f'{file.path.name}:{i}'
         if voc_object.is_rotated: labels.leave_box_out(image, label_id, Fault.ROTATED_BOX)
@@ -221,7 +221,7 @@ def _add_yolo_file(labels, path, image_path, lines, rules):
     for number,line in (lines or {}).items(): add_yolo_line(labels, image, f'{path.name}:{number}', line, rules)
 
 def _note_unlabelled(labels, image):
-    if image['id'] not in labels.left_out: labels.report.add_note(Fault.NO_LABEL_FILE, image['path'].name)
+    if image['id'] not in labels.left_out: labels.note_unlabelled(Fault.NO_LABEL_FILE, image['path'])
 
 def read_label_lines(
     path, # text file
@@ -233,7 +233,7 @@ def read_label_lines(
 
 def _unlabelled(finder, used):
     "Lists the images without a label file that are beside images with one."
-    folders = {path.parent for path in used if path.is_file()}
+    folders = {path.parent for path in used if os.path.isfile(path)}
     return [path for path in finder.paths if path not in used and path.parent in folders]
 
 # %% ../../nbs/data/19_label_files.ipynb #c08e39b4

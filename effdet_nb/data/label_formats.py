@@ -164,8 +164,8 @@ def read_yaml_of(
     return next((data for data in found if yaml_names(data)), {})
 
 def _has_names(path):
-    "Tests for a file with a line `names:`; other YAML files need not be readable."
-    try: return re.search(rb'^[{ ]*["\']?names["\']?\s*:', read_file(path), re.M) is not None
+    "Tests for a file with a line `names:`; other YAML files need not be readable, and may be of any size."
+    try: return re.search(rb'^[{ ]*["\']?names["\']?\s*:', read_file(path, MAX_YAML_SIZE), re.M) is not None
     except (OSError, UnsuitableFile): return False
 
 def _names_in_list(folder):
@@ -253,7 +253,7 @@ def _has_keypoints(data): return data.get('kpt_shape') is not None
 def _yaml_parts(folder, data):
     "Returns the parts of a YOLO dataset that exist, name -> folder or list of images."
     base = Path(folder)/str(data.get('path') or '.')
-    base = base if base.is_dir() else Path(folder)
+    base = base if os.path.isdir(base) else Path(folder)
     parts = {}
     for name in ('train','val','test'):
         for text in _texts(data.get(name)):
@@ -267,7 +267,7 @@ def _texts(value):
 
 def _existing_part(base, folder, text):
     candidates = base/text, folder/text, folder/re.sub(r'^(\.\./)+', '', text)
-    return next((path for path in candidates if path.exists()), None)
+    return next((path for path in candidates if os.path.exists(path)), None)
 
 def _several_parts(path, parts):
     listed = ', '.join(f'{name} ({os.path.relpath(folder)})' for name,folder in parts.items())
@@ -343,7 +343,7 @@ def _listed_voc(path, names):
     "Returns the files of a list of Pascal VOC, in the folder `Annotations` beside it or up to two above."
     for folder in path.absolute().parents[:3]:
         files = tuple(folder/'Annotations'/f'{name}.xml' for name in names)
-        if files and files[0].is_file(): return files
+        if files and os.path.isfile(files[0]): return files
 
 def _listed_yolo(path, names):
     "Returns the source of a list of images of YOLO; images without a label file are background."

@@ -7,7 +7,7 @@ __all__ = ['ellipse_points', 'labelme_outline', 'labelme_mask', 'read_labelme', 
            'name_in_url', 'label_studio_outline', 'read_label_studio']
 
 # %% ../../nbs/data/20_label_json.ipynb #9bac3690
-import base64, math, re
+import base64, math, os, re
 from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 from .coco import CocoError, read_coco_json
@@ -102,7 +102,7 @@ def _add_labelme_file(labels, path, data, finder):
     "Adds the image and the shapes of a LabelMe file."
     name = data['imagePath'] if isinstance(data.get('imagePath'), str) else path.stem
     image_path = finder.find(name, path) or finder.find(path.stem, path) or expected_image(finder, name, path)
-    hw = usable_hw(data.get('imageHeight'), data.get('imageWidth')) if image_path.exists() else None
+    hw = usable_hw(data.get('imageHeight'), data.get('imageWidth')) if os.path.exists(image_path) else None
     _add_labelme_shapes(labels, labels.add_image(image_path, hw), path, data)
 
 def _add_labelme_shapes(labels, image, path, data):
@@ -238,7 +238,7 @@ def _add_task_image(labels, url, versions, finder, path):
     "Adds the image of a task; without labels it is left out."
     image_path = expected_image(finder, name_in_url(url), path)
     first = next((r for results in versions for r in results if isinstance(r, dict)), {})
-    hw = usable_hw(first.get('original_height'), first.get('original_width')) if image_path.exists() else None
+    hw = usable_hw(first.get('original_height'), first.get('original_width')) if os.path.exists(image_path) else None
     image = labels.add_image(image_path, hw)
     if not versions: labels.leave_image_out(image, Fault.NOT_LABELLED, image_path.name)
     return image

@@ -77,6 +77,8 @@ class LabelSet:
     left_out:set = field(default_factory=set)       # ids of images that are left out
     by_path:dict = field(default_factory=dict)      # absolute path -> image: dict of id from 1, path, height, width
     named:set = field(default_factory=set)          # absolute paths of the images that the current source has
+    with_boxes:set = field(default_factory=set)     # ids of images to which a box was added
+    unlabelled:list = field(default_factory=list)   # (fault, path) of images without a label file
 
     @property
     def images(self)->list: return [image for image in self.by_path.values() if image['id'] not in self.left_out]
@@ -122,12 +124,21 @@ def _readable_hw(self:LabelSet, image):
     "Returns (height, width) of an image file in pixels; one that cannot be read is left out, and None is returned."
     try: return upright_size(image['path'])
     except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as e:
-        self.leave_image_out(image, image_fault(e) if os.path.exists(image['path']) else Fault.FILE_MISSING)
+        self._report_image(image, image_fault(e) if os.path.exists(image['path']) else Fault.FILE_MISSING)
 
 @patch
 def leave_out_unreadable(self:LabelSet):
     "Leaves out the images whose files are missing or no images, also if the labels state their size."
     for image in self.images: self._readable_hw(image)
+    self._leave_boxes_out()
+
+@patch
+def _leave_boxes_out(self:LabelSet):
+    "Reports the boxes of all images that are left out, and removes them."
+    annotations,self.annotations = self.annotations,[]
+    for annotation in annotations:
+        if annotation['image_id'] not in self.left_out: self.annotations.append(annotation)
+        else: self.report.dropped_boxes[Fault.IMAGE_LEFT_OUT].append((annotation['image_id'], annotation['id']))
 
 @patch
 def _report_image(self:LabelSet, image, fault, name=None):
@@ -144,9 +155,17 @@ def leave_image_out(
     "Reports an image that cannot be used, and all of its boxes, also those that are added later."
     if image['id'] in self.left_out: return
     self._report_image(image, fault, name)
-    its = [annotation for annotation in self.annotations if annotation['image_id']==image['id']]
-    for annotation in its: self.leave_box_out(image, annotation['id'], Fault.IMAGE_LEFT_OUT)
-    if its: self.annotations = [a for a in self.annotations if a['image_id']!=image['id']]
+    if image['id'] in self.with_boxes: self._leave_boxes_out()
+
+@patch
+def note_unlabelled(
+    self:LabelSet,
+    fault:Fault,  # `Fault.NO_LABEL_FILE` or `Fault.NO_XML_FILE`
+    path:Path,    # of the image
+):
+    "Notes an image without a label file; another source can have one."
+    self.unlabelled.append((fault, path))
+    self.report.add_note(fault, path.name)
 
 # %% ../../nbs/data/18_label_set.ipynb #d336cec7
 def usable_hw(
@@ -192,6 +211,7 @@ def add_box(
                       area=max(bbox[2], 0)*max(bbox[3], 0))
     if segmentation: annotation['segmentation'] = segmentation
     self.annotations.append(annotation)
+    self.with_boxes.add(image['id'])
     return True
 
 def as_numbers(
@@ -246,10 +266,11 @@ def report_damaged(
     labels:LabelSet,     # receives the report
     path,                # the label file
     finder:ImageFinder,  # of the images
-):
+)->Path:                 # its image, found or expected
     "Reports a label file that cannot be read, with its image."
-    image = labels.add_image(expected_image(finder, Path(path).stem, path))
-    labels.leave_image_out(image, label_file_fault(path), Path(path).name)
+    image_path = expected_image(finder, Path(path).stem, path)
+    labels.leave_image_out(labels.add_image(image_path), label_file_fault(path), Path(path).name)
+    return image_path
 
 # %% ../../nbs/data/18_label_set.ipynb #8eee15c1
 @patch

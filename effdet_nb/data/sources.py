@@ -116,7 +116,7 @@ def parse_class_map(
     "Reads a class map."
     class_map = {}
     for word in words:
-        is_file = '=' not in word or Path(word).is_file()
+        is_file = '=' not in word or os.path.isfile(word)
         entries = _class_map_of_file(Path(word)) if is_file else [word.partition('=')[::2]]
         for old,new in entries:
             old,new = old.strip(),new.strip()
@@ -127,7 +127,7 @@ def parse_class_map(
 
 def _class_map_of_file(path):
     "Yields (old name, new name) of a file."
-    if not path.is_file(): raise SourceError(f'--map_classes {path}: neither a map such as van=car nor a file')
+    if not os.path.isfile(path): raise SourceError(f'--map_classes {path}: neither a map such as van=car nor a file')
     if path.suffix.lower() in ('.yaml','.yml','.json'):
         data = read_yaml(path)
         if not data: raise SourceError(f'{path}: no class map. It needs lines such as "van: car"')
@@ -198,7 +198,7 @@ def _read_each(labels, sources, image_dirs):
     for source,image_dir in zip(sources, image_dirs):
         image_dir = default_image_dir(source) if image_dir is None else Path(image_dir)
         labels.named.clear()
-        read_source(labels, source, image_dir, f'{source.path.name}:' if len(sources)>1 else '')
+        read_source(labels, source, image_dir, f'{source.path.name}#' if len(sources)>1 else '')
         _check_found(labels.named, source, image_dir, len(sources))
     if len(sources)>1: _forget_labelled(labels)
     _note_copies(labels)
@@ -230,10 +230,10 @@ def _of_same_name_and_size(images):
 def _forget_labelled(labels):
     "Removes the notes about images without a label file in one source that another source labels."
     ids = {annotation['image_id'] for annotation in labels.annotations}
-    labelled = {image['path'].name for image in labels.images if image['id'] in ids}
-    notes = labels.report.notes
-    for reason in {Reason(Fault.NO_LABEL_FILE), Reason(Fault.NO_XML_FILE)} & {*notes}:
-        notes[reason] = [name for name in notes[reason] if name not in labelled]
+    labelled = {path for path,image in labels.by_path.items() if image['id'] in ids}
+    for fault in {fault for fault,_ in labels.unlabelled}: labels.report.notes[Reason(fault)].clear()
+    for fault,path in dict.fromkeys(labels.unlabelled):
+        if os.path.abspath(path) not in labelled: labels.report.add_note(fault, path.name)
 
 def _separate_files(labels):
     "Leaves out labels that are in two files of the same name, and gives different ones their own ids."
