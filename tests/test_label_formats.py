@@ -776,7 +776,8 @@ def test_an_image_name_that_no_file_can_have_is_a_missing_file(kind, tmp_path):
                                                value=box | dict(rectanglelabels=['car']))])])
     for i,name in enumerate(['a.jpg', LONG]):
         if kind=='voc': write(tmp_path/f'{i}.xml', f'<annotation><filename>{name}</filename></annotation>')
-        if kind=='labelme': write_json(tmp_path/f'{i}.json', dict(imagePath=name, shapes=[], imageHeight=60, imageWidth=80))
+        shapes = dict(shapes=[], imageHeight=60, imageWidth=80, imagePath=name)
+        if kind=='labelme': write_json(tmp_path/f'{i}.json', shapes)
     names = enumerate(['a.jpg', LONG], 1)
     if kind=='label_studio': write_json(tmp_path/'t.json', [task | dict(data=dict(image=name)) for _,name in names])
     if kind=='via': write_json(tmp_path/'v.json', {name: dict(filename=name, regions=[]) for _,name in names})
