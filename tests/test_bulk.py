@@ -1,15 +1,19 @@
 "Bulk inference: one row per image whatever happens to it, and the same results as on one machine."
 import json
 import sys
+from dataclasses import replace
 
 import onnx
 import pytest
 from PIL import Image
 
-from effdet_nb.app.bulk import _load_once, infer_bulk, predict_and_save
+from effdet_nb.app.bulk import _from_row, _load_once, infer_bulk, predict_and_save
 from effdet_nb.export.onnx_nms import add_onnx_nms
 from effdet_nb.app.infer import infer, rename_classes
+from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
+from effdet_nb.detector.detections import Detections
+from effdet_nb.detector.nms import NmsOptions
 from onnx_toy import toy_onnx_model
 
 
@@ -69,6 +73,86 @@ def test_without_beam_the_error_says_what_to_install(model_and_images, monkeypat
     monkeypatch.setitem(sys.modules, 'apache_beam', None)
     with pytest.raises(ImportError, match=r'effdet_nb\[beam\]'):
         infer_bulk(model_and_images/'a.onnx', model_and_images/'in', model_and_images/'out')
+
+
+def test_a_missing_folder_is_a_failure_in_the_status_file(model_and_images, monkeypatch):
+    monkeypatch.setattr('effdet_nb.app.bulk._import_beam', lambda: None)
+    folder = model_and_images
+    (folder/'empty').mkdir()
+    for source in ('gone', 'empty', 'in/*.gif'):
+        with pytest.raises(FileNotFoundError): infer_bulk(folder/'a.onnx', folder/source, folder/'out')
+        assert read_status(folder/'out')[-1]['status'] == 'FAILURE'
+
+
+def run_in_a_loop(beam, jobs, rows, options, model_path, names, limits):
+    "A loop in place of the pipeline."
+    rows.write_text('\n'.join(json.dumps(predict_and_save(job, model_path, names, **limits)) for job in jobs))
+
+
+@pytest.fixture
+def without_beam(monkeypatch):
+    monkeypatch.setattr('effdet_nb.app.bulk._import_beam', lambda: None)
+    monkeypatch.setattr('effdet_nb.app.bulk._run_pipeline', run_in_a_loop)
+
+
+def test_images_are_turned_upright(model_and_images, without_beam, capsys):
+    folder = model_and_images
+    (folder/'turned').mkdir()
+    flag = Image.Exif()
+    flag[0x112] = 6
+    Image.new('RGB', (100, 60)).save(folder/'turned'/'a.jpg', exif=flag)
+    for upright, image_hw in ((False, (60, 100)), (True, (100, 60))):
+        summary = infer_bulk(folder/'a.onnx', folder/'turned', folder/f'out{upright}', upright=upright)
+        assert summary.predictions[0].image_hw == image_hw and summary.predictions[0].orientation == 6
+        assert ('--upright' in capsys.readouterr().err) == (not upright)
+
+
+def test_only_the_listed_images_are_processed(model_and_images, without_beam):
+    folder = model_and_images
+    for names in (['0.png'], ['deep/3.png', '1.png']):
+        images = [dict(id=i, file_name=name, height=60, width=100) for i, name in enumerate(names)]
+        coco = dict(images=images, annotations=[], categories=[dict(id=1, name='a')])
+        (folder/'part.json').write_text(json.dumps(coco))
+        summary = infer_bulk(folder/'a.onnx', folder/'in', folder/'out', only=folder/'part.json')
+        assert {str(p.path.relative_to(folder/'in')) for p in summary.predictions} == set(names)
+
+
+class Crowd:
+    "A detector of 150 boxes of class a and five of class b, with lower scores."
+    image_hw, classes, nms_options = (64, 64), ClassTable.from_categories([dict(id=1, name='a'),
+                                                                           dict(id=2, name='b')]), NmsOptions()
+
+    def set_nms_options(self, **changes): self.nms_options = replace(self.nms_options, **changes)
+
+    def __call__(self, images):
+        found = Detections([[0, 0, 9, 9]]*155, [.9]*150+[.8]*5, [0]*150+[1]*5)
+        return [found[:self.nms_options.max_detections] for _ in images]
+
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(), dict(a=100)), (dict(classes=['b']), dict(b=5)), (dict(classes=['b'], max_detections=2), dict(b=2)),
+    (dict(classes=['a']), dict(a=100))])
+def test_chosen_classes_are_not_displaced_by_others(model_and_images, without_beam, monkeypatch, options, expected):
+    monkeypatch.setattr('effdet_nb.export.runtimes.load_detector', lambda *_: Crowd())
+    _load_once.cache_clear()
+    summary = infer_bulk('a.tlt', model_and_images/'in'/'0.png', model_and_images/'out', **options)
+    _load_once.cache_clear()
+    assert dict(summary.boxes_per_class) == expected
+
+
+def test_classes_of_a_file_with_suppression_are_one_warning(model_and_images, without_beam, capsys):
+    folder = model_and_images
+    name = _load_once(str(folder/'a.onnx'), .5, None, False).classes.names[0]
+    summary = infer_bulk(folder/'a.onnx', folder/'in', folder/'out', classes=[name])
+    assert set(summary.boxes_per_class) <= {name}
+    assert capsys.readouterr().err.count('best boxes of all classes') == 1
+
+
+def test_a_row_of_an_older_run_has_no_orientation(model_and_images):
+    job, model_path = (str(model_and_images/'in'/'0.png'), None, None), str(model_and_images/'a.onnx')
+    row = predict_and_save(job, model_path, {})
+    del row['orientation']
+    assert _from_row(row, _load_once(model_path, .5, None, False).classes).orientation == 1
 
 
 def files_below(folder):

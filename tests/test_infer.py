@@ -615,14 +615,89 @@ def test_a_run_without_boxes_names_tiles_if_the_images_are_large(tmp_path, width
     assert ('add --tile 64' in repr(summary))==is_hint
 
 
-def test_compiling_is_not_part_of_the_time(tmp_path, monkeypatch):
-    class SlowStart(FullImageDetector):
-        def __call__(self, images):
-            if len(images) not in self.batches: time.sleep(.5)
-            return super().__call__(images)
-    for i in range(5): Image.new('RGB', (40,30)).save(tmp_path/f'{i}.png')
-    detector = SlowStart()
+@pytest.mark.parametrize('num_images,tiling,batches', [(10, None, [3,1]), (9, None, []), (2, None, []),
+                                                       (10, Tiling((64,64)), [])])
+@pytest.mark.parametrize('compiles', [True, False])
+def test_only_a_long_run_of_a_model_that_compiles_is_warmed_up(tmp_path, monkeypatch, num_images, tiling, batches,
+                                                               compiles):
+    for i in range(num_images): Image.new('RGB', (40,30)).save(tmp_path/f'{i}.png')
+    detector, before = FullImageDetector(), []
+    detector.compiles = compiles
     monkeypatch.setattr('effdet_nb.export.runtimes.load_detector', lambda *args: detector)
+    monkeypatch.setattr('effdet_nb.app.infer._write_all', lambda *args: before.extend(detector.batches))
     detector.set_nms_options = lambda **options: None
-    summary = infer('model.tlt', tmp_path, tmp_path/'out', batch_size=3)
-    assert detector.batches==[3,2,3,2] and summary.seconds<.5
+    options = dict(batch_size=3, tiling=tiling)
+    infer('model.tlt', tmp_path, tmp_path/'out', **options)
+    assert before==(batches if compiles else [])
+    detector.batches.clear()
+    before.clear()
+    infer(detector, tmp_path, tmp_path/'out', **options)                                       # an open detector
+    assert before==[]
+
+
+def test_files_that_compile_nothing_say_so(model_files):
+    for name in ('onnx.onnx', 'none.onnx'): assert not load_for_inference(model_files/name).compiles
+    assert getattr(load_for_inference(model_files/'a.tlt'), 'compiles', True)
+
+
+class CrowdDetector(FullImageDetector):
+    "A detector of 150 boxes of class a with the score 0.9 and five of class b with 0.8, as many as its limit allows."
+    classes = TWO_CLASSES
+
+    def set_nms_options(self, **changes): self.nms_options = replace(self.nms_options, **changes)
+
+    def __call__(self, images):
+        left = np.arange(155)%60
+        boxes = np.stack([left*0, left, left*0+64, left+4], 1)
+        found = Detections(boxes, [.9]*150+[.8]*5, [0]*150+[1]*5)
+        return [found[:self.nms_options.max_detections] for _ in images]
+
+
+def count_of_classes(model, folder, **options):
+    return dict(infer(model, folder, out_label_path=folder/'labels', **options).boxes_per_class)
+
+
+@pytest.mark.parametrize('is_file', [True, False])
+def test_other_classes_do_not_displace_the_chosen_ones(tmp_path, monkeypatch, capsys, is_file):
+    Image.new('RGB', (64,64)).save(tmp_path/'a.png')
+    detector = CrowdDetector()
+    monkeypatch.setattr('effdet_nb.export.runtimes.load_detector', lambda *args: detector)
+    model = 'model.tlt' if is_file else detector
+    for options, expected in (
+            (dict(), dict(a=100)), (dict(classes=['b']), dict(b=5)), (dict(classes=['b'], max_detections=3), dict(b=3)),
+            (dict(classes=['a']), dict(a=100)), (dict(classes=['a'], max_detections=120), dict(a=120)),
+            (dict(classes=['a', 'b'], max_detections=152), dict(a=150, b=2)),
+            (dict(classes=['b'], score_threshold=.85), dict())):
+        detector.nms_options = NmsOptions()
+        assert count_of_classes(model, tmp_path, **options)==expected
+    detector.nms_options = NmsOptions()
+    assert count_of_classes(model, tmp_path, classes=['b'], tiling=Tiling((64,64)))==dict(b=5)
+    assert detector.nms_options.max_detections==100 and 'warning' not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', ['a.tlt', 'none.onnx', 'onnx.onnx'])
+def test_a_limit_on_boxes_counts_only_those_of_the_chosen_classes(model_files, tmp_path, capsys, name):
+    options = dict(results_dir=tmp_path/'r', score_threshold=THRESHOLD)
+    boxes = [infer(model_files/name, model_files/'in', max_detections=n, **options).predictions for n in (100, 3)]
+    last = [p.detections.class_names[-1] for p in boxes[0]]
+    capsys.readouterr()
+    chosen = infer(model_files/name, model_files/'in', max_detections=3, classes=sorted(set(last)), **options)
+    for few,kept,of_all in zip(boxes[1], chosen.predictions, boxes[0]):
+        assert len(few.detections)==3 and len(kept.detections)<=3
+        expected = [s for s,c in zip(of_all.detections.scores, of_all.detections.class_names) if c in set(last)][:3]
+        np.testing.assert_allclose(kept.detections.scores, expected, atol=1e-5)
+    assert ('best boxes of all classes' in capsys.readouterr().err)==(name=='onnx.onnx')
+
+
+@pytest.mark.parametrize('best,threshold', [(.9, .5), (.5, .5), (.3, .3)])
+def test_no_threshold_is_proposed_that_is_not_lower(best, threshold):
+    text = repr(InferenceSummary(3, best_score=best, score_threshold=threshold))
+    assert 'add -t' not in text and 'no box reached' not in text and f'up to {best:.3f}' in text
+
+
+def test_the_images_are_checked_before_the_model_is_opened(image_folder, tmp_path):
+    other = tmp_path/'other.json'
+    save_list(other, ['x.jpg'])
+    for source in (image_folder, image_folder/'a.jpg', image_folder/'c.png'):
+        with pytest.raises(ValueError, match='lists none of the'):
+            infer(tmp_path/'no_model.tlt', source, out_label_path=tmp_path/'results.json', annotations_file=other)

@@ -8,6 +8,7 @@ import struct
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -315,6 +316,24 @@ def test_tiles_find_in_each_frame_what_is_small(tmp_path):
     plain, tiled = (I.infer_video(RedDetector(), tmp_path/'large.mp4', out_label_path=tmp_path/'x.csv', tiling=tiling)
                     for tiling in (None, Tiling((64, 64))))
     assert plain.boxes_per_class.total()==0 and tiled.boxes_per_class=={'red': 3}
+
+
+class CrowdDetector(RedDetector):
+    "Finds 150 grey boxes and five red ones, with lower scores."
+    classes = ClassTable.from_categories([dict(id=1, name='grey'), dict(id=2, name='red')])
+    def set_nms_options(self, **changes): self.nms_options = replace(self.nms_options, **changes)
+    def find(self, image):
+        boxes = [[0, i%60, 64, i%60+4] for i in range(155)]
+        return Detections(boxes, [.9]*150+[.8]*5, [0]*150+[1]*5)[:self.nms_options.max_detections]
+
+
+@pytest.mark.parametrize('options, expected', [
+    (dict(), dict(grey=100)), (dict(classes=['red']), dict(red=5)), (dict(classes=['grey']), dict(grey=100)),
+    (dict(classes=['red'], max_detections=2), dict(red=2))])
+def test_chosen_classes_are_not_displaced_by_others(tmp_path, options, expected):
+    write_clip(tmp_path/'a.mp4', 2)
+    summary, = I.infer_videos(CrowdDetector(), tmp_path/'a.mp4', out_label_path=tmp_path/'a.csv', **options)
+    assert dict(summary.boxes_per_class) == {name: 2*count for name, count in expected.items()}
 
 
 def test_images_and_videos_of_a_folder(tmp_path):

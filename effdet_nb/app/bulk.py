@@ -15,7 +15,7 @@ from ..detector.detections import Detections
 from .infer import (
     FilePrediction, InferenceSummary, OutputWriter, choose_channels, chosen_images, detection_limit,
     load_for_inference, make_output_writer, predict_files, predictions_to_coco, read_label_map, rename_classes,
-    warn_of_orientation)
+    warn_of_fixed_limit, warn_of_orientation, with_all_candidates)
 
 # %% ../../nbs/app/02_bulk.ipynb #738e1811
 @lru_cache(1)
@@ -40,6 +40,7 @@ def predict_and_save(
     detector = _load_once(model_path, score_threshold, max_detections, class_agnostic)
     class_table = rename_classes(detector.classes, names, source=None)     # `infer_bulk` has printed the warning
     limit = detection_limit(detector, max_detections)
+    detector = with_all_candidates(detector, channels, score_threshold)
     found = list(predict_files(detector, [Path(path)], 1, 1, on_error, score_threshold, limit, class_table, upright,
                                channels))
     if errors: return dict(path=path, error=errors[0])
@@ -76,7 +77,7 @@ def _from_row(row, class_table):
     channels = [class_table.channel(category_id) for category_id in row['ids']]
     found = Detections(row['boxes'], row['scores'], channels, row['path'], class_table)
     return FilePrediction(Path(row['path']), found, row['best_score'], tuple(row['image_hw']), row['seconds'],
-                          row['orientation'])
+                          row.get('orientation', 1))
 
 # %% ../../nbs/app/02_bulk.ipynb #e2e8cde4
 def infer_bulk(
@@ -98,14 +99,15 @@ def infer_bulk(
     beam = _import_beam()
     results,model_path = Path(results_dir), str(model_path)
     names = read_label_map(label_map) if label_map else {}
-    paths = chosen_images(in_image_path, recursive, only)
     with Status(results, 'inference') as status:
+        paths = chosen_images(in_image_path, recursive, only)
         jobs = _make_jobs(paths, in_image_path, results, draw)
         rows = check_output_path(results/'found.jsonl')
         detector = _load_once(model_path, score_threshold, max_detections, class_agnostic)
         class_table = rename_classes(detector.classes, names, label_map)
         limits = dict(score_threshold=score_threshold, max_detections=max_detections, class_agnostic=class_agnostic,
                       upright=upright, channels=choose_channels(class_table, classes))
+        warn_of_fixed_limit(detector, limits['channels'])
         _run_pipeline(beam, jobs, rows, options, model_path, names, limits)
         summary = summarize_predictions(rows, class_table, score_threshold, results)
         if not upright: warn_of_orientation(summary.predictions)

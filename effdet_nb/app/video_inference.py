@@ -19,7 +19,8 @@ from ..detector.tiles import Tiling, detect_image, detect_tiled, warn_of_small_t
 from ..evaluate.result_files import CSV_COLUMNS, detection_rows
 from .infer import (
     IMAGE_FORMATS, LABEL_EXTENSIONS, InferenceSummary, check_score_threshold, choose_channels, count_passed_over,
-    detection_limit, find_images, infer, load_for_inference, read_label_map, rename_classes, warm_up)
+    detection_limit, find_images, infer, load_for_inference, read_label_map, rename_classes, warm_up,
+    warn_of_fixed_limit, with_all_candidates)
 from effdet_nb.app.video import (
     CONTAINERS, VIDEO_EXTENSIONS, VideoReader, VideoWriter, check_video_path, import_av, in_background, is_live,
     is_video)
@@ -216,7 +217,9 @@ def infer_videos(
     class_table = rename_classes(detector.classes, names, label_map)
     channels = choose_channels(class_table, classes)
     if tiling: warn_of_small_tiles(tiling, detector)
-    if is_file: warm_up(detector, [1])
+    if is_file and not tiling: warm_up(detector, [1])
+    warn_of_fixed_limit(detector, channels)
+    detector = with_all_candidates(detector, channels, score_threshold)
     options = dict(class_table=class_table, max_detections=limit, score_threshold=score_threshold, tiling=tiling,
                    every=every, channels=channels)
     return [_infer_or_report(detector, *job, **options) for job in jobs]

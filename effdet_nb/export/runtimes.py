@@ -195,6 +195,7 @@ def _metadata_error(name, where):
 # %% ../../nbs/export/08_runtimes.ipynb #f4a790e2
 class ExportedDetector(DescribedDetector):
     "The common part of detectors made from exported files; subclasses define `run`."
+    compiles = False # whether the first call with a batch size takes longer than the next ones
     def __init__(self,
         meta:dict,           # metadata of the file
         nms_changes:dict,    # fields of `NmsOptions` to change
