@@ -501,7 +501,7 @@ def test_two_gpus_on_a_machine_without_any_are_one_line(work, env):
     "TensorFlow's own messages do not appear, whatever its log level."
     out = run_line('train -e spec.txt -d two --gpus 2', work, **env)
     assert_fails(out, '--gpus 2', 'TensorFlow sees 0 GPU')
-    assert len(out.stderr.splitlines())==1
+    assert out.stderr.splitlines()[:-1] in ([], ['loading TensorFlow ...'])
 
 
 def test_evaluate_prints_the_table_and_writes_numbers(trained):
