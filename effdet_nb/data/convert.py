@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_SHARDS', 'Conversion', 'ConversionResult', 'tao_warnings', 'unique_names', 'report_contents', 'sidecar_contents',
-           'draw_worst_image', 'check_target', 'check_sources', 'old_shards', 'check_result', 'publish',
+           'draw_worst_image', 'check_target', 'check_sources', 'check_sizes', 'old_shards', 'check_result', 'publish',
            'choose_num_shards', 'dataset_convert']
 
 # %% ../../nbs/data/11_convert.ipynb #c65ddbfd
@@ -41,7 +41,6 @@ class Conversion:
     tag:str                 # first part of the file names
     num_shards:int          # files to write
     renamed:list=()         # (name in the JSON, name on the disk) of image files that were found under another name
-    contradicting:list=()   # names of images whose boxes show that the sizes in the JSON are wrong
 
     def path(self, suffix)->Path:
         "The path of a file beside the shards, such as that of 'report.json'."
@@ -270,6 +269,17 @@ def check_sources(
                             'give the folder of the images with --image_dir')
 
 # %% ../../nbs/data/11_convert.ipynb #06591d66
+def check_sizes(
+    coco:CocoDataset, # with names of files as they are on the disk
+    image_dir,        # folder of the images
+):
+    "Raises if boxes show that the sizes of the images in the annotation file are wrong."
+    _,contradicting = without_wrong_sizes(coco, image_dir)
+    if not contradicting: return
+    raise ValueError(f'{coco.path.name}: the boxes of {counted(len(contradicting), "image")}, such as '
+                     f'{contradicting[0]}, extend beyond the size in this file, but lie inside the image files. '
+                     'Correct width and height of the images, or remove them: then the sizes of the files are taken')
+
 def old_shards(
     conversion:Conversion, # the conversion to be done
 )->set:                    # file names
@@ -383,7 +393,6 @@ def run(
     if earlier: report.merge(earlier)
     _note_similar_names(self.encoder.names.values(), report)
     for name,path in self.renamed: report.add_note(Fault.NAME_DIFFERS, f'{path} ({name} in the JSON)')
-    for name in self.contradicting: report.add_note(Fault.SIZE_TOO_SMALL, name)
     with ExitStack() as stack:
         stack.enter_context(output_lock(self.output_dir, self.tag))
         replaced = old_shards(self)
@@ -440,12 +449,12 @@ def dataset_convert(
         else: run = _run_in_pool(stack, choose_num_workers(workers, annotations_file, num_shards))
         coco,issues = load_coco_lenient(annotations_file, pack_polygons if include_masks else drop_masks)
         coco,renamed = find_image_files(coco, image_dir)
-        coco,contradicting = without_wrong_sizes(coco, image_dir)
+        check_sizes(coco, image_dir)
         check_sources(coco, image_dir)
         names = {category['id']:str(category['name']) for category in coco.categories}
         encoder = RecordEncoder(image_dir, names, include_masks, clip)
         count = choose_num_shards(tag, num_shards, len(coco.images))
-        conversion = Conversion(coco, encoder, Path(output_dir), tag, count, renamed, contradicting)
+        conversion = Conversion(coco, encoder, Path(output_dir), tag, count, renamed)
         result = conversion.run(issues, run, strict, earlier, labels_name)
         status.log_progress(f'Converted {result.num_images} images.', kpi=result.counts)
         return result
