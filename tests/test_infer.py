@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 from PIL import Image
 
 from effdet_nb.app.infer import (InferenceSummary, choose_channels, find_images, infer, load_for_inference,
-                                 predict_files, read_label_map)
+                                 predict_files, predict_tiled_files, read_label_map)
 from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.detector.boxes import area, iou
@@ -493,6 +493,14 @@ def test_photographs_of_phones_are_detected_upright_if_asked(tmp_path, capsys, n
     with Image.open(tmp_path/'out'/name) as copy: assert (copy.size==(80,40))==(orientation==3)
 
 
+@pytest.mark.parametrize('orientation', [1, 6, 8])
+def test_a_prediction_has_the_orientation_of_its_file(tmp_path, orientation):
+    save_turned(tmp_path/'a.jpg', light_on_the_left(), orientation)
+    tiled = predict_tiled_files(LeftDetector(), [tmp_path/'a.jpg'], Tiling((32,32)))
+    for prediction in (*predict_files(LeftDetector(), [tmp_path/'a.jpg']), *tiled):
+        assert prediction.orientation==orientation
+
+
 def test_images_without_a_flag_are_the_same_upright(tmp_path, capsys):
     save_turned(tmp_path/'a.png', light_on_the_left(), 1)
     Image.fromarray(light_on_the_left()).save(tmp_path/'b.png')
@@ -572,6 +580,8 @@ def test_only_the_images_of_an_annotation_file_are_processed(image_folder, tmp_p
     (dict(out_label_path='r.jsonl'), r'r.jsonl: labels of images are not written to files ending in .jsonl. Give'),
     (dict(out_label_path='r.PNG'), 'r.PNG: labels of images are not'),
     (dict(out_image_path='r.csv'), 'r.csv: annotated images are not'),
+    (dict(out_image_path='r.webm'), 'r.webm: annotated images are not'),
+    (dict(out_label_path='r.mpg'), 'r.mpg: labels of images are not'),
     (dict(out_image_path='r.mp4'), 'Give a folder, such as r, or for one image a name in .jpg')])
 def test_a_folder_is_not_created_under_the_name_of_a_file(image_folder, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)

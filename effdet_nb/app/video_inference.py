@@ -18,7 +18,7 @@ from ..data.classes import ClassTable
 from ..detector.tiles import Tiling, detect_image, detect_tiled, warn_of_small_tiles
 from ..evaluate.result_files import CSV_COLUMNS, detection_rows
 from .infer import (
-    IMAGE_FORMATS, LABEL_EXTENSIONS, InferenceSummary, check_score_threshold, choose_channels, count_passed_over,
+    FILE_ENDINGS, InferenceSummary, check_score_threshold, choose_channels, count_passed_over,
     detection_limit, find_images, infer, load_for_inference, read_label_map, rename_classes, warm_up,
     warn_of_fixed_limit, with_all_candidates)
 from effdet_nb.app.video import (
@@ -166,12 +166,10 @@ def output_of_video(
     "Computes where the output of a video goes."
     if output is None: return None
     output = Path(output)
-    if output.suffix.lower() in _FILE_ENDINGS and not output.is_dir(): path = _output_file(source, output, for_labels)
+    if output.suffix.lower() in FILE_ENDINGS and not output.is_dir(): path = _output_file(source, output, for_labels)
     else: path = output/_output_name(video, source, for_labels)
     if path.resolve()!=Path(video).resolve(): return path
     raise ValueError(f'{path}: this video would be replaced by its annotated copy. Give another output')
-
-_FILE_ENDINGS = {*VIDEO_EXTENSIONS, *FRAME_LABELS, *IMAGE_FORMATS, *LABEL_EXTENSIONS} # of file names, not of folders
 
 def _output_file(source, path, for_labels):
     "Returns the file name that was given for the output of one video; raises an error if it cannot be used."
@@ -293,7 +291,7 @@ def _infer_all_videos(detector, source, out_video, out_labels, results_dir, **op
 def _check_outputs_of_folder(videos, source, *outputs):
     "Raises if an output is a file, and the folder contains videos."
     for path in map(Path, filter(None, outputs)):
-        if path.suffix.lower() not in _FILE_ENDINGS or path.is_dir(): continue
+        if path.suffix.lower() not in FILE_ENDINGS or path.is_dir(): continue
         count = 'a video' if len(videos)==1 else f'{len(videos):,} videos'
         raise ValueError(f'{path}: {source} contains {count}, such as {videos[0].name}, and each video gets files of '
                          f'its own. Give a folder, such as {path.with_suffix("")}, or a source without videos, such '
