@@ -82,7 +82,7 @@ def test_the_script_of_a_shell_names_every_command_and_is_valid(shell, capsys):
 
 
 @pytest.mark.parametrize('line, words', [
-    ('completion', ['SHELL']), ('completion csh', ['csh', 'bash', 'fish']), ('completion bash zsh', ['zsh'])])
+    ('completion', ['shell']), ('completion csh', ['csh', 'bash', 'fish']), ('completion bash zsh', ['zsh'])])
 def test_a_wrong_line_is_answered_by_one_line(line, words, capsys):
     task, *args = line.split()
     with pytest.raises(SystemExit) as e: parse_options(cli.TASKS[task], args, f'effdet_{task}')

@@ -501,7 +501,7 @@ def test_a_damaged_record_is_skipped_or_named(tmp_path):
     with pytest.raises(CorruptRecord, match='record 1: image/object/bbox/ymax of object 0 is nan'):
         read_training_example(records, 1, CLASSES)
     check = check_records(DataConfig(training_file_pattern=str(tmp_path/'train-*'), num_classes=4))
-    assert any('1 of 2 records are damaged' in p.message for p in check.errors)
+    assert any('1 of 2 records is damaged' in p.message for p in check.errors)
 
 
 def test_a_spec_without_records_is_a_problem():

@@ -133,7 +133,8 @@ def test_check_counts_the_shards_that_names_announce(toy_dataset, tmp_path, endi
     if ending == '.other': assert not problems                      # not a name that TensorFlow's tools give
     else:
         problem, = problems
-        assert problem.is_error and problem.message.startswith(f'{len(lost)} of 6 shards are missing')
+        verb = 'is' if len(lost)==1 else 'are'
+        assert problem.is_error and problem.message.startswith(f'{len(lost)} of 6 shards {verb} missing')
 
 
 @unix_only

@@ -610,6 +610,8 @@ def effdet_import(
     if set and not experiment_spec_file:
         raise ValueError('--set: sets fields of a spec, and there is none. Add it with -e, or describe the model with '
                          '--model_name, --num_classes and --image_size')
+    from effdet_nb.train.set_fields import load_spec
+    spec = load_spec(experiment_spec_file, assignments=set) if experiment_spec_file else None
     _check_import(model_path, output_path, model_name)
     from effdet_nb.weights.import_weights import import_weights
     if not experiment_spec_file:
@@ -618,8 +620,6 @@ def effdet_import(
         return import_weights(
             model_path, output_path, key, model_name=model_name, num_classes=num_classes, image_hw=image_hw)
     from effdet_nb.train.experiment import arch_from_spec
-    from effdet_nb.train.set_fields import load_spec
-    spec = load_spec(experiment_spec_file, assignments=set)
     skip = spec.training_config.skip_checkpoint_variables
     return import_weights(model_path, output_path, key, arch_from_spec(spec), skip=skip)
 
