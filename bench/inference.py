@@ -151,7 +151,7 @@ def link_images(paths, folder):
 
 def compare(args, work):
     "Times all variants, with `work` for what may be deleted afterwards."
-    from effdet_nb.app.infer import find_images
+    from effdet_nb.app.inference_files import find_images
     folder = Path(args.files or work)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder/'final.onnx').is_file(): export_models(folder, args.size, args.classes)

@@ -9,7 +9,8 @@ from PIL import Image
 
 from effdet_nb.app.bulk import _from_row, _load_once, infer_bulk, predict_and_save
 from effdet_nb.export.onnx_nms import add_onnx_nms
-from effdet_nb.app.infer import infer, rename_classes
+from effdet_nb.app.infer import infer
+from effdet_nb.app.inference_files import rename_classes
 from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.detector.detections import Detections

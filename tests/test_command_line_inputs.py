@@ -5,7 +5,7 @@ import stat
 import pytest
 
 from effdet_nb.app.command import check_outputs, format_error
-from effdet_nb.app.infer import count_passed_over, output_paths, read_label_map
+from effdet_nb.app.inference_files import count_passed_over, output_paths, read_label_map
 from effdet_nb.core.files import match_files
 from effdet_nb.data.faults import Fault
 from effdet_nb.data.tfrecord import find_record_files

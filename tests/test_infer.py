@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, strategies as st
 from PIL import Image
 
-from effdet_nb.app.infer import (InferenceSummary, choose_channels, find_images, infer, load_for_inference,
-                                 predict_files, predict_tiled_files, read_label_map)
+from effdet_nb.app.infer import InferenceSummary, infer, load_for_inference, predict_files, predict_tiled_files
+from effdet_nb.app.inference_files import choose_channels, find_images, read_label_map
 from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.detector.boxes import area, iou
@@ -440,7 +440,7 @@ def test_onnx_files_of_any_batch_give_the_same_labels(tmp_path, image_folder):
 @pytest.mark.parametrize('name,copy', [('photo.jfif', 'photo.jfif'), ('photo.JPE', 'photo.JPE'), ('photo', 'photo.png'),
                                        ('photo.heic', 'photo.heic.png')])
 def test_an_image_with_any_ending_gets_an_annotated_copy(tmp_path, name, copy):
-    from effdet_nb.app.infer import output_paths
+    from effdet_nb.app.inference_files import output_paths
     (tmp_path/name).write_bytes(b'')
     assert output_paths([tmp_path/name], tmp_path/name, tmp_path/'out') == [tmp_path/'out'/copy]
 

@@ -5,7 +5,7 @@ import json, os
 import pytest
 from PIL import Image
 
-from effdet_nb.app.infer import read_label_map
+from effdet_nb.app.inference_files import read_label_map
 from effdet_nb.app.video import open_video
 from effdet_nb.core.files import LfsPointer, read_file
 from effdet_nb.data.faults import Fault
