@@ -268,7 +268,7 @@ def check_sources(
                             f'{coco.images[0]["file_name"]}. file_name in {coco.path.name} is relative to this folder: '
                             'give the folder of the images with --image_dir')
 
-# %% ../../nbs/data/11_convert.ipynb #06591d66
+# %% ../../nbs/data/11_convert.ipynb #5e1cf0b2
 def check_sizes(
     coco:CocoDataset, # with names of files as they are on the disk
     image_dir,        # folder of the images
@@ -280,6 +280,7 @@ def check_sizes(
                      f'{contradicting[0]}, extend beyond the size in this file, but lie inside the image files. '
                      'Correct width and height of the images, or remove them: then the sizes of the files are taken')
 
+# %% ../../nbs/data/11_convert.ipynb #06591d66
 def old_shards(
     conversion:Conversion, # the conversion to be done
 )->set:                    # file names

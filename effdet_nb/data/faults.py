@@ -91,7 +91,7 @@ class Fault(StrEnum):
                     'Boxes were taken relative to the size in the JSON. That is right if the file was scaled; '
                     'if it was rotated, its boxes are wrong: correct the JSON')
     SIZE_TOO_SMALL = ('size in the JSON is too small for the boxes',
-                      'They lie inside the files, so the sizes of all files were taken. '
+                      'They lie inside the files, so the sizes of the files were taken. '
                       'Correct width and height in the JSON')
     EXIF_ROTATED = ('turned by an EXIF flag, which is ignored',
                     'Save the image upright ("mogrify -auto-orient"), and check its boxes')
