@@ -282,3 +282,12 @@ def test_random_weights_with_few_images_are_noted(fields, is_noted, toy_dataset)
     note = initial_weights_note(spec, check)
     assert (note is not None)==is_noted
     if is_noted: assert not note.is_error and 'Set checkpoint: "imagenet"' in note.message
+
+
+@pytest.mark.parametrize('model_name, advice', [
+    ('efficientdet-d0', 'Set checkpoint: "imagenet"'), ('efficientdet-lite2', 'Set checkpoint: "imagenet"'),
+    ('efficientdet-lite3', 'published weights of efficientdet-lite3'), ('efficientdet-tiny', None)])
+def test_the_advice_on_random_weights_is_one_that_the_variant_can_follow(model_name, advice, toy_dataset):
+    spec = Spec.parse(f'model_config {{ model_name: "{model_name}" }}')
+    note = initial_weights_note(spec, check_spec(make_spec(toy_dataset)))
+    assert note is None if advice is None else advice in note.message

@@ -11,12 +11,13 @@ from collections import Counter
 from pathlib import Path
 import numpy as np
 from ..core.console import counted
-from ..detector.efficientdet import arch_anchors
+from ..detector.efficientdet import arch_anchors, get_variant
 from ..data.check import DataCheck, DataProblem, check_records
 from ..data.anchor_fit import plot_sizes
 from ..data.scan import plot_aspect_ratios, plot_class_counts, sample_images
 from ..train.experiment import arch_from_spec, data_config_from_spec
 from ..train.spec import SpecError
+from ..weights.read_weights import has_imagenet_weights
 from .html import (
     boxes_figure, chart_figure, check_page_path, figure_row, html_table, metric_cards, thumbnail, write_html_page)
 
@@ -107,10 +108,13 @@ def initial_weights_note(
     "Returns a note if a network starts from random weights with few images."
     training,scan = spec.training_config, check.scans.get('training')
     has_weights = training.checkpoint or training.pruned_model_path
-    if has_weights or scan is None or scan.num_records>=MANY_IMAGES: return None
+    model_name = spec.model_config.model_name
+    if has_weights or scan is None or scan.num_records>=MANY_IMAGES or get_variant(model_name).is_toy: return None
+    advice = ('Set checkpoint: "imagenet"' if has_imagenet_weights(model_name) else
+              f'Set checkpoint to published weights of {model_name}, take a variant with ImageNet weights')
     return DataProblem(False, 'training_config.checkpoint',
                        'not set: training from random weights needs many times as many steps as from pretrained ones. '
-                       'Set checkpoint: "imagenet", or write a spec for this data with --suggest')
+                       f'{advice}, or write a spec for this data with --suggest')
 
 # %% ../../nbs/app/07_dataset_page.ipynb #11d259c2
 def check_dataset(

@@ -6,7 +6,7 @@
 __all__ = ['AVERAGE', 'WEIGHT_PATH', 'VARIABLE', 'CHECKPOINT_FILE', 'ARCHIVE_ERRORS', 'WEIGHT_FILES', 'FILE_MAGIC',
            'FILE_READERS', 'plain_variable_name', 'checkpoint_prefix', 'read_checkpoint', 'check_archive_member',
            'extracted_archive', 'read_automl_h5', 'check_h5', 'read_h5', 'read_effdet_nb', 'read_zip', 'read_tar',
-           'file_format', 'read_weights']
+           'file_format', 'read_weights', 'has_imagenet_weights']
 
 # %% ../../nbs/weights/08_read_weights.ipynb #a47bec24
 import glob, h5py, numpy as np, os, re, tarfile, tempfile, tensorflow as tf, zipfile, zlib
@@ -18,9 +18,9 @@ from .encryption import ENCRYPTED_MAGIC
 from .container import ZIP_MAGIC, reject_unneeded_key, require_file, unknown_format_error
 from .model_file import load_model_file
 from .pretrained import SourceWeights, WeightsError
-from ..detector.efficientdet import get_variant
+from ..detector.efficientdet import get_variant, variant_name
 from .keras_applications import TAO_MEAN_STD, h5_datasets, imagenet_weights, read_keras_applications
-from .torch_files import LEGACY_MAGIC, lite_imagenet_weights, read_safetensors, read_torch
+from .torch_files import LEGACY_MAGIC, LITE_PACKAGES, lite_imagenet_weights, read_safetensors, read_torch
 
 # %% ../../nbs/weights/08_read_weights.ipynb #99954f68
 AVERAGE = re.compile(r'/ExponentialMovingAverage$|/\.OPTIMIZER_SLOT/optimizer/average$')
@@ -325,3 +325,11 @@ def read_weights(
     if not name: raise unknown_format_error(path, start, _READABLE)
     if str(path).endswith('.tlt') and name != 'effdet_nb': reject_unneeded_key(path, key)
     return FILE_READERS[name](path, key)
+
+# %% ../../nbs/weights/08_read_weights.ipynb #6a05d9c1
+def has_imagenet_weights(
+    model_name:str, # a variant, in any spelling
+)->bool:
+    "Says whether `read_weights('imagenet', ...)` has weights for a variant."
+    variant = get_variant(model_name)
+    return variant_name(model_name) in LITE_PACKAGES if variant.lite else not variant.is_toy
