@@ -20,7 +20,8 @@ from .model_file import load_model_file
 from .pretrained import SourceWeights, WeightsError
 from ..detector.efficientdet import get_variant, variant_name
 from .keras_applications import TAO_MEAN_STD, h5_datasets, imagenet_weights, read_keras_applications
-from .torch_files import LEGACY_MAGIC, LITE_PACKAGES, lite_imagenet_weights, read_safetensors, read_torch
+from .torch_files import (
+    LEGACY_MAGIC, LITE_PACKAGES, lite_imagenet_weights, read_safetensors, read_torch)
 
 # %% ../../nbs/weights/08_read_weights.ipynb #99954f68
 AVERAGE = re.compile(r'/ExponentialMovingAverage$|/\.OPTIMIZER_SLOT/optimizer/average$')
