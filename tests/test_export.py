@@ -19,6 +19,7 @@ from effdet_nb.detector.predictor import KerasDetector
 from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_image
 from effdet_nb.export import export as chapter, verify
 from effdet_nb.export.export import export, saved_nms_settings
+from effdet_nb.export.formats import check_saved_model_path
 from effdet_nb.export.onnx_graph import anchors_from_metadata, copy_proto, get_metadata, model_to_onnx
 from effdet_nb.export.onnx_nms import add_onnx_nms, add_trt_nms
 from effdet_nb.export.quantize import calibrate, has_zero_points
@@ -476,6 +477,13 @@ def test_tensorflows_formats_give_the_same_outputs(exported, tmp_path):
     (tmp_path/'full').mkdir()
     (tmp_path/'full'/'thesis.txt').write_text('')
     with pytest.raises(ValueError, match='contains other files'): export_as('full/saved_model.pb')
+
+
+def test_a_saved_model_cannot_replace_a_mounted_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr('os.path.ismount', lambda path: path==tmp_path)
+    with pytest.raises(ValueError, match=f'Give a folder inside it, such as {tmp_path}/model/saved_model.pb'):
+        check_saved_model_path(tmp_path/'saved_model.pb')
+    check_saved_model_path(tmp_path/'model'/'saved_model.pb')
 
 
 SPEC = """model_config {{ model_name: "efficientdet-d0" }}

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import keras
@@ -17,8 +18,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from small_training import StubTrainer, run_stub, small_spec, stub_loop
 
+import effdet_nb.app.cli as cli
 from effdet_nb.app.command import tee_output
+from effdet_nb.app.options import parse_options
 from effdet_nb.app.video import VideoWriter
+from effdet_nb.core.console import results_status
 from effdet_nb.core.files import atomic_write, exclusive_lock, readable_disk_errors, write_json
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.tfrecord import write_records
@@ -531,3 +535,23 @@ def test_a_finished_run_that_goes_on_says_so(changes, num_rows, is_over, spec, m
     line = startup.continue_run(trainer, history, InitialWeights(checkpoint, 'x.tlt'), '')
     start = f'the run was finished after epoch {num_rows} and goes on; ' if is_over else ''
     assert line == f'{start}continuing from x.tlt (step 9)'
+
+
+@pytest.mark.parametrize('line, task', [
+    ('evaluate -e spec.txt -m a.onnx -r out', 'evaluate'), ('inference -m a.onnx -i a.jpg -r out', 'inference'),
+    ('inference -m a.onnx -i . -r out --tile 256', 'inference'), ('gen_trt_engine -m a.onnx -r out', 'gen_trt_engine')])
+def test_a_second_run_that_shares_a_results_folder_is_refused_and_writes_nothing(
+        line, task, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fields = 'num_classes: 3 image_size: "128,128" validation_file_pattern: "r-*"'
+    Path('spec.txt').write_text(f'dataset_config {{ {fields} }}')
+    Path('r-0').touch()
+    Path('a.onnx').write_bytes(b'\x08\x07')
+    Image.new('RGB', (64, 64)).save('a.jpg')
+    function, *args = line.split()
+    function = cli.TASKS[function]
+    with results_status('out', task):
+        before = Path('out/status.json').read_bytes()
+        with pytest.raises(SystemExit) as stop: function(**parse_options(function, args, 'effdet'))
+        assert Path('out/status.json').read_bytes()==before and len(list(Path('out').iterdir()))==2
+    assert stop.value.code and f'another run of {task} writes' in capsys.readouterr().err

@@ -9,7 +9,7 @@ __all__ = ['predict_and_save', 'summarize_predictions', 'infer_bulk']
 import json
 from functools import lru_cache
 from pathlib import Path
-from ..core.console import Status
+from ..core.console import results_status
 from ..core.files import check_output_path, write_json
 from ..detector.detections import Detections
 from ..evaluate.result_files import predictions_to_coco
@@ -100,7 +100,7 @@ def infer_bulk(
     beam = _import_beam()
     results,model_path = Path(results_dir), str(model_path)
     names = read_label_map(label_map) if label_map else {}
-    with Status(results, 'inference') as status:
+    with results_status(results, 'inference') as status:
         paths = chosen_images(in_image_path, recursive, only)
         jobs = _make_jobs(paths, in_image_path, results, draw)
         rows = check_output_path(results/'found.jsonl')

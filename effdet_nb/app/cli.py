@@ -9,7 +9,6 @@ __all__ = ['TASKS', 'TASK_ALIASES', 'LAUNCHER_WORDS', 'effdet_dataset_convert', 
 
 # %% ../../nbs/app/19_cli.ipynb #c0a1d005
 import argparse, os, shlex, sys
-from contextlib import contextmanager
 from difflib import get_close_matches
 from .command import command, fix_hash_seed
 from .demo import effdet_demo, effdet_webpage
@@ -184,15 +183,6 @@ def _check_model_file(path, key):
     "Raises for a path that is no model file, or a wrong key, before TensorFlow is imported."
     from effdet_nb.weights.model_file import read_meta
     read_meta(path, key or '')
-
-@contextmanager
-def _status_if_folder(results_dir, task, key):
-    "A `Status` that writes to the results folder, or None without such a folder."
-    if results_dir is None:
-        yield None
-        return
-    from effdet_nb.core.console import Status
-    with Status(results_dir, task, secrets=(key,) if key else ()) as status: yield status
 
 # %% ../../nbs/app/19_cli.ipynb #b863faa6
 @command(example='-e spec.txt -m runs/first/model.best.tlt -r runs/first/evaluation', hints=dict.fromkeys(
@@ -550,8 +540,9 @@ def effdet_gen_trt_engine(
     verbose:verbose_option()=False,
 ):
     "Build a TensorRT engine for the GPU of this machine."
+    from effdet_nb.core.console import results_status
     from effdet_nb.export.tensorrt import gen_trt_engine
-    with _status_if_folder(results_dir, 'gen_trt_engine', key):
+    with results_status(results_dir, 'gen_trt_engine', key):
         return gen_trt_engine(
             model_path, engine_file, key, data_type, min_batch_size, opt_batch_size, max_batch_size,
             max_workspace_size, cal_image_dir, cal_cache_file, batches, verbose, batch_size=batch_size)

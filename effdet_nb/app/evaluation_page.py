@@ -11,10 +11,9 @@ __all__ = ['ERROR_ADVICE', 'METRIC_DESCRIPTIONS', 'HEADLINE_METRICS', 'suggest_i
 
 # %% ../../nbs/app/09_evaluation_page.ipynb #d12f2b5e
 import re
-from contextlib import nullcontext
 from pathlib import Path
 import numpy as np
-from ..core.console import Status, log_message
+from ..core.console import log_message, results_status
 from ..core.files import write_json
 from ..data.classes import ClassTable
 from ..data.coco import load_coco_lenient
@@ -342,7 +341,7 @@ def evaluate_files(
 ):                              # an `EvaluationResults`; a sentence if the spec sets testdev_dir
     "Evaluates model files on the validation images of a spec."
     model_paths = [model_paths] if isinstance(model_paths, (str,Path)) else list(model_paths)
-    with _open_status(results_dir, key) as status:
+    with results_status(results_dir, 'evaluate', key) as status:
         _check_files_exist(model_paths)
         if spec.dataset_config.testdev_dir: return _detect_testdev(spec, model_paths[0], key, nms, resize)
         if score_threshold is None: score_threshold = spec.eval_config.min_score_thresh
@@ -369,10 +368,6 @@ def _open_samples(spec):
     samples = open_eval_dataset(spec.dataset_config.validation_file_pattern, path, spec.dataset_config.skip_corrupt)
     for line in describe_issues(samples.report): log_message(f'{Path(path).name}: {line}')
     return samples
-
-def _open_status(results_dir, key):
-    "The `Status` of a results folder; an empty context without a folder."
-    return Status(results_dir, 'evaluate', secrets=(key,) if key else ()) if results_dir else nullcontext()
 
 def _detect_testdev(spec, model_path, key, nms, resize):
     "Writes the detections of one model for images without ground truth."

@@ -11,13 +11,12 @@ __all__ = ['MAX_CANDIDATES', 'LOWEST_CANDIDATE', 'FilePrediction', 'predict_file
 # %% ../../nbs/app/02_infer.ipynb #27a0e39c
 import copy, time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from PIL import Image
-from ..core.console import Status, format_duration, log_message, progress_bar
+from ..core.console import format_duration, log_message, progress_bar, results_status
 from ..core.fragments import html_facts, html_tag
 from ..core.files import atomic_write, write_json
 from ..detector.images import (
@@ -423,7 +422,7 @@ def infer(
     image_output,label_output = outputs = _output_folders(out_image_path, out_label_path, results_dir)
     check_score_threshold(score_threshold)
     result_file = choose_result_file(label_output, label_format, annotations_file)
-    with _status(results_dir, key) as status:
+    with results_status(results_dir, 'inference', key) as status:
         paths = chosen_images(in_image_path, recursive, only)
         if result_file: result_file.check_images(paths)
         writer = make_output_writer(paths, in_image_path, image_output, None if result_file else label_output, upright)
@@ -441,7 +440,7 @@ def infer(
         if not upright: warn_of_orientation(summary.predictions)
         if result_file: result_file.write(summary.predictions, class_table)
         if not only: summary.passed_over = count_passed_over(in_image_path, recursive)
-        if results_dir is not None: _report(summary, class_table, Path(results_dir), status)
+        if status: _report(summary, class_table, Path(results_dir), status)
         return summary
 
 def _predict(detector, paths, tiling, max_detections, is_new, **options):
@@ -460,10 +459,6 @@ def _new_summary(detector, score_threshold, tiling, outputs):
                             input_hw=tuple(detector.image_hw), has_tiles=tiling is not None)
 
 # %% ../../nbs/app/02_infer.ipynb #46f1f35f
-def _status(results_dir, key):
-    "The `Status` of a run that has a results folder."
-    return nullcontext() if results_dir is None else Status(results_dir, 'inference', secrets=(key,))
-
 def _output_folders(image_path, label_path, results_dir):
     "Returns the folders of images and labels: as given, or in the results folder."
     if results_dir is not None:

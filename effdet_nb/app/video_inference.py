@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core.console import Status, format_duration, log_message, progress_bar
+from ..core.console import format_duration, log_message, progress_bar, results_status
 from ..core.files import atomic_write, check_output_path
 from ..data.classes import ClassTable
 from ..detector.tiles import Tiling, detect_image, detect_tiled, warn_of_small_tiles
@@ -282,7 +282,7 @@ def _infer_all_videos(detector, source, out_video, out_labels, results_dir, **op
     "Runs `infer_videos`, with a status file if there is a results folder."
     if results_dir is None: return infer_videos(detector, source, out_video, out_labels, **options)
     folder = Path(results_dir)
-    with Status(folder, 'inference', secrets=(options.get('key', ''),)) as status:
+    with results_status(folder, 'inference', options.get('key', '')) as status:
         summaries = infer_videos(detector, source, out_video or folder/'videos_annotated',
                                  out_labels or folder/'labels', **options)
         num_frames = sum(summary.num_frames for summary in summaries)

@@ -94,6 +94,9 @@ def check_saved_model_path(
     if folder.is_dir() and any(folder.iterdir()) and not path.is_file():
         raise ValueError(f'--output_path {path}: the folder contains other files, and a SavedModel replaces its '
                          'folder. Give a folder that does not exist yet')
+    if os.path.ismount(folder):
+        raise ValueError(f'--output_path {path}: {folder} is a mounted disk or volume, and a SavedModel replaces its '
+                         f'folder. Give a folder inside it, such as {folder}/model/saved_model.pb')
 
 # %% ../../nbs/export/01_formats.ipynb #4d528a6c
 @contextmanager
