@@ -42,14 +42,15 @@ in-step: $(DEV)  ## nbdev_export and nbdev_clean change nothing
 lint: $(DEV)  ## ruff over modules, tests, benchmarks, tools and the cells of notebooks, seconds
 	@$(BIN)/ruff check --quiet && echo 'ruff: nothing to mend'
 
-nbtest: $(DEV)  ## run every chapter, and find kept outputs that are not those of today's code
+nbtest: $(DEV)  ## run the chapters, and find kept outputs that are not those of today's code
 	@failed=0; \
 	$(NBTEST_COMPARE) --skip_folder_re '^[_.]|^($(TRAINING_PARTS)|tutorials)$$' || failed=1; \
-	$(NBTEST) --skip_folder_re '^[_.]|^($(OTHER_PARTS)|tutorials)$$' --skip_file_re '^([_.]|index\.ipynb)' || failed=1; \
+	$(NBTEST) --skip_folder_re '^[_.]|^($(OTHER_PARTS)|tutorials)$$' --skip_file_re '^([_.]|index\.ipynb|($(LONG_CHAPTERS))\.)' || failed=1; \
 	exit $$failed
 
-tutorials: $(DEV)  ## run the tutorials; some of them train, minutes
+tutorials: $(DEV)  ## run the tutorials and the chapters that train for long, minutes
 	@$(NBTEST) --path nbs/tutorials
+	@$(NBTEST) --file_re '^($(LONG_CHAPTERS))\.'
 
 docs: $(DEV)  ## the site, offline, into _docs/
 	@$(BIN)/python tools/render_docs.py
@@ -94,6 +95,7 @@ NBTEST_ENV     = OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 TF_ENABLE_ONEDNN_OPTS=
 NBTEST_OPTIONS = --timing --n_workers $(WORKERS)
 # Chapters of the first list train networks, and numbers of a training may depend on the processor.
 TRAINING_PARTS = detector|train|export
+LONG_CHAPTERS  = 12_fit|13_overfit|14_first_fit
 OTHER_PARTS    = core|accel|data|evaluate|weights|prune|app|reference
 
 # Compiling once saves seconds at every start of TensorFlow; the files that do not compile are templates inside packages.

@@ -522,6 +522,7 @@ def test_m_takes_several_models_and_may_be_repeated():
     assert parse_options(cli.TASKS['evaluate'], '-e a -m b c -m d'.split())['model_path']==['b', 'c', 'd']
 
 
+@pytest.mark.slow
 def test_several_models_are_compared(trained):
     work, _ = trained
     out = run_ok(f'evaluate -e spec.txt -m {MODEL} -m run/model.best.tlt -k {KEY} --nms soft -r both', work)
@@ -617,6 +618,7 @@ def best_scores(path):
     return sorted(scores, reverse=True)[:10]
 
 
+@pytest.mark.slow
 def test_an_encrypted_export_detects_like_its_model(trained):
     work, _ = trained
     out = run_ok(f'export -m {MODEL} -k {KEY} -e spec.txt -o exported/deep/a.etlt', work)

@@ -184,7 +184,7 @@ def test_streams_need_little_memory(tmp_path):
 def test_deriving_a_key_takes_neither_too_little_nor_too_much_time():
     start = time.process_time()
     encryption.derive_key(KEY, bytes(16))
-    assert 0.005 < time.process_time() - start < 2
+    assert 0.005 < time.process_time() - start < 20
 
 
 def test_the_key_comes_from_the_argument_or_the_environment(monkeypatch):

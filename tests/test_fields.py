@@ -77,6 +77,7 @@ def test_batch_size_and_epoch_size_give_the_steps(spec):
         training_plan_from_spec(set_training(spec, gradient_accumulation_steps=3))
 
 
+@pytest.mark.slow
 def test_several_steps_in_one_call_equal_single_steps(spec, trainer, shared):
     assert run_stub(set_training(spec, iterations_per_loop=2)).trainer.calls == [2, 1, 2, 1]
     assert run_stub(spec).trainer.calls == [1]*6
@@ -225,6 +226,7 @@ def test_clipping_shortens_the_step_and_zero_does_not(spec, trainer, batch):
     assert norm > .02 and length == pytest.approx(.01, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_make_the_step_of_the_whole(spec, trainer, batch):
     "Two parts with the same two images: batch norm sees the same statistics, so the step must be that of all four."
     whole, parts = trainer, new_trainer(set_training(spec, clip_gradients_norm=0., gradient_accumulation_steps=2))

@@ -44,7 +44,7 @@ ONNX = b'\x08\x07' + b'graph'*100
 
 @contextmanager
 def seconds(limit):
-    "The body takes at most so much time of the processor in its own thread; those of earlier tests may still run."
+    "The body takes at most so much processor time in its own thread: ten times what it needs, far less than an attack."
     start = time.thread_time()
     yield
     assert time.thread_time()-start < limit
@@ -170,7 +170,7 @@ def test_a_header_that_asks_for_more_than_is_written_is_refused_at_once(costs):
     fields = list(HEADER_STRUCT.unpack(encrypt(b'text', KEY)[:60]))
     fields[2:5] = costs
     body = HEADER_STRUCT.pack(*fields)
-    with seconds(.05):
+    with seconds(1):
         message = refused(lambda: decrypt(body+crc32(body).to_bytes(4, 'little')+bytes(20), KEY), DamagedFileError)
     assert 'more than this package writes' in message
 
@@ -209,7 +209,7 @@ def npy_with_header(text, data=b''): return NPY_START + struct.pack('<H', len(te
 ])
 def test_headers_of_arrays_are_compared_before_they_are_parsed(tmp_path, member):
     path = repacked(save_toy(tmp_path/'m.tlt'), {KERNEL: member})
-    with seconds(1): refused(lambda: load_model_file(path), DamagedFileError)
+    with seconds(10): refused(lambda: load_model_file(path), DamagedFileError)
 
 
 @pytest.mark.parametrize('listed', [
@@ -221,14 +221,14 @@ def test_listed_types_and_shapes_are_checked(tmp_path, listed):
     with zipfile.ZipFile(path) as z: manifest = json.loads(z.read('meta.json'))
     manifest['arrays']['weights']['box-predict/pointwise_kernel'] = listed
     path = repacked(path, {'meta.json': json.dumps(manifest).encode()})
-    with seconds(1): refused(lambda: read_meta(path), DamagedFileError)
+    with seconds(10): refused(lambda: read_meta(path), DamagedFileError)
 
 
 @pytest.mark.parametrize('meta', [b'['*10**6, b'{"format": 1, "meta": ' + b'9'*10**6 + b'}', b'{"format": 1e999}',
                                   b'{"format": 1, "meta": [], "arrays": {"weights": {}, "ema": {}, "optimizer": {}}}'])
 def test_metadata_that_is_not_metadata_is_refused(tmp_path, meta):
     path = save_model_file(tmp_path/'m.tlt', {}, {})
-    with seconds(1): refused(lambda: load_model_file(repacked(path, {'meta.json': meta})))
+    with seconds(10): refused(lambda: load_model_file(repacked(path, {'meta.json': meta})))
 
 
 # --- the description of the network
@@ -254,7 +254,7 @@ WRONG_ARCH = [
 @pytest.mark.parametrize('change', [c for _, c in WRONG_ARCH], ids=[name for name, _ in WRONG_ARCH])
 def test_a_wrong_architecture_is_refused_before_it_is_built(tmp_path, change):
     path = save_toy(tmp_path/'m.tlt', arch=change(arch_to_dict(ARCH)))
-    with seconds(1): message = refused(lambda: load_model_file(path).arch, DamagedFileError)
+    with seconds(10): message = refused(lambda: load_model_file(path).arch, DamagedFileError)
     assert str(path) in message and len(message) < len(str(path))+400
 
 
@@ -267,7 +267,7 @@ def test_a_wrong_architecture_is_refused_before_it_is_built(tmp_path, change):
 ])
 def test_a_wrong_class_table_is_refused(tmp_path, classes):
     path = save_toy(tmp_path/'m.tlt', classes=classes)
-    with seconds(1): assert 'classes' in refused(lambda: load_model_file(path).classes, DamagedFileError)
+    with seconds(10): assert 'classes' in refused(lambda: load_model_file(path).classes, DamagedFileError)
 
 
 def test_a_right_description_is_read(tmp_path):
@@ -278,7 +278,7 @@ def test_a_right_description_is_read(tmp_path):
 # --- HDF5
 
 def h5_refused(path, words):
-    with seconds(1), pytest.raises(WeightsError, match=words) as e: read_h5(path)
+    with seconds(10), pytest.raises(WeightsError, match=words) as e: read_h5(path)
     assert str(path) in str(e.value)
 
 
@@ -318,7 +318,7 @@ def test_damaged_h5_files_are_read_or_refused(tmp_path, seed):
         bad = bytearray(good)
         for i in rng.choice(len(bad), 3): bad[i] ^= 1 << int(rng.integers(8))
         (tmp_path/'bad.h5').write_bytes(bad)
-        with seconds(2):
+        with seconds(20):
             try: read_h5(tmp_path/'bad.h5')
             except WeightsError: pass
 
@@ -345,7 +345,7 @@ def check_flipped(path, key, seed, count):
     good, rng, original = path.read_bytes(), np.random.default_rng(seed), load_model_file(path, key)
     for _ in range(count):
         path.with_name('bad.tlt').write_bytes(flip(good, rng, int(rng.integers(1, 4))))
-        with seconds(1):
+        with seconds(10):
             try: stored = load_model_file(path.with_name('bad.tlt'), key)
             except ModelFileError: continue
             assert not key
@@ -399,7 +399,7 @@ def check_mutated_specs(seed, count):
     rng = np.random.default_rng(seed)
     for _ in range(count):
         text = mutate(SPEC_TEXT, rng)
-        with seconds(1), warnings.catch_warnings():
+        with seconds(10), warnings.catch_warnings():
             warnings.simplefilter('ignore')
             try: Spec.parse(text, 's.txt').problems('train')
             except SpecError as e: assert e.problems and len(str(e)) < 50_000, text
@@ -435,9 +435,9 @@ LONG_SPECS = {
 
 
 @pytest.mark.parametrize('kind', LONG_SPECS)
-def test_the_longest_specs_are_read_in_a_second(kind):
+def test_the_longest_specs_are_read_in_seconds(kind):
     text = LONG_SPECS[kind](MAX_SPEC_SIZE-100)
-    with seconds(2), warnings.catch_warnings():
+    with seconds(20), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         try: Spec.parse(text, 's.txt').problems()
         except SpecError as e: assert len(str(e)) < 50_000
@@ -446,7 +446,7 @@ def test_the_longest_specs_are_read_in_a_second(kind):
 
 def test_a_long_file_is_refused_before_it_is_read(tmp_path):
     with open(tmp_path/'spec.txt', 'wb') as f: f.truncate(2**36)     # 64 GB of zeros that are not stored
-    with seconds(.1), pytest.raises(SpecError, match='but a spec has at most'): Spec.load(tmp_path/'spec.txt')
+    with seconds(1), pytest.raises(SpecError, match='but a spec has at most'): Spec.load(tmp_path/'spec.txt')
 
 
 @pytest.mark.parametrize('pattern', ['a{4294967296}', 'a{1,99999999999999999999}', '('*10_000, '(', '[z-a]', '*',
@@ -544,19 +544,19 @@ def exported_meta(**changes):
 ])
 def test_impossible_metadata_of_exported_files_is_refused(changes):
     check_metadata(exported_meta(), 'm.onnx')
-    with seconds(.5), pytest.raises(ValueError, match='m.onnx: its'): check_metadata(exported_meta(**changes), 'm.onnx')
+    with seconds(5), pytest.raises(ValueError, match='m.onnx: its'): check_metadata(exported_meta(**changes), 'm.onnx')
 
 
 @pytest.mark.parametrize('text', ['{', '['*10**5, '', b'\xff', '1'*10**5, 'nul'])
 def test_metadata_that_is_not_json_is_refused(text):
-    with seconds(.5), pytest.raises(ValueError, match='m.onnx: its metadata is not'): parse_metadata(text, 'm.onnx')
+    with seconds(5), pytest.raises(ValueError, match='m.onnx: its metadata is not'): parse_metadata(text, 'm.onnx')
 
 
 @pytest.mark.parametrize('text', ['{', '['*10**5, '', '[1]', '"arch"', '1'*10**5])
 def test_metadata_of_an_onnx_model_that_is_no_json_object_is_refused(text):
     proto = onnx.ModelProto()
     proto.metadata_props.add(key='effdet_nb', value=text)
-    with seconds(.5), pytest.raises(ValueError, match='no JSON object'): get_metadata(proto)
+    with seconds(5), pytest.raises(ValueError, match='no JSON object'): get_metadata(proto)
 
 
 @pytest.mark.parametrize('pruning', [
@@ -565,7 +565,7 @@ def test_metadata_of_an_onnx_model_that_is_no_json_object_is_refused(text):
 ])
 def test_a_forged_record_of_a_pruning_is_refused(tmp_path, pruning):
     path = save_toy(tmp_path/'m.tlt', kind='pruned', pruning=pruning)
-    with seconds(1): assert 'pruning' in refused(lambda: load_model_file(path), DamagedFileError)
+    with seconds(10): assert 'pruning' in refused(lambda: load_model_file(path), DamagedFileError)
 
 
 def test_norms_that_a_record_of_a_pruning_lacks_are_computed(tmp_path):
@@ -582,4 +582,4 @@ def test_norms_that_a_record_of_a_pruning_lacks_are_computed(tmp_path):
     ('dataset_config', 'image_size', '999999,999999'), ('dataset_config', 'max_instances_per_image', 4_000_000_000)])
 def test_a_spec_of_a_network_that_cannot_be_built_is_refused(tmp_path, section, name, value):
     spec = Spec().replace(**{section: {name: value}})
-    with seconds(.5), pytest.raises(SpecError, match=f'{section}.{name}'): check_dataset(spec)
+    with seconds(5), pytest.raises(SpecError, match=f'{section}.{name}'): check_dataset(spec)

@@ -116,6 +116,7 @@ def check_reference(weights, model, reference, kind):
     same_weights(model, ours_of(reference))
 
 
+@pytest.mark.slow
 def test_a_tf1_checkpoint_by_prefix_folder_and_archive(reference, tf1, model, tmp_path):
     check_reference(read_weights(tf1), model, reference, 'TensorFlow 1')
     for path in (tf1.parent, f'{tf1}.index', f'{tf1}.data-00000-of-00001'):

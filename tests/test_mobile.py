@@ -256,6 +256,7 @@ def records(tmp_path_factory):
 
 
 @pytest.mark.parametrize('name', ['a.tflite', 'a.onnx', 'a.etlt'])
+@pytest.mark.slow
 def test_int8_is_calibrated_with_the_training_records(folder, records, tmp_path, name):
     pattern = f'{records}/train*.tfrecord'
     export(folder/'m.tlt', tmp_path/name, data_type='int8', cal_records=pattern, batches=12)
@@ -287,6 +288,7 @@ def test_no_images_at_all_is_one_sentence(folder, tmp_path):
     assert not [*tmp_path.glob('a.*')]
 
 
+@pytest.mark.slow
 def test_the_converter_prints_nothing(folder, records, tmp_path, capfd):
     for options in (dict(data_type='int8', cal_records=f'{records}/train*.tfrecord'), dict(nms='none')):
         export(folder/'m.tlt', tmp_path/'a.tflite', **options)

@@ -53,6 +53,7 @@ def check_detections(found, expected):
 
 
 @pytest.mark.parametrize('name, key', MODEL_FILES)
+@pytest.mark.slow
 def test_an_old_model_file_exports_to_onnx(expected, tmp_path, name, key):
     result = export(FIXTURES / name, tmp_path / 'model.onnx', key)
     check_detections(load_detector(result.path)(expected['images'])[0], expected)
@@ -70,6 +71,7 @@ def test_an_old_file_refuses_a_wrong_key():
         load_detector(FIXTURES / 'sealed.etlt', 'another')
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_continues(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_toy_dataset('shapes', num_train=8, num_val=2, image_hw=(128, 128), seed=0)

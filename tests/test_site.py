@@ -128,6 +128,7 @@ def page_defects(page, site, browser):
         if found: yield f'{what}: {found[:3]}'
 
 
+@pytest.mark.slow
 def test_every_page_opens_without_defects_at_both_widths(site, browser):
     SHOTS.mkdir(exist_ok=True)
     for old in [*SHOTS.glob('*-desktop.png'), *SHOTS.glob('*-phone.png')]: old.unlink()

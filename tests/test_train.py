@@ -45,6 +45,7 @@ def trained(spec, tmp_path_factory):
 def set_training(spec, **changes): return spec.replace(training_config=changes)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(spec, trained, tmp_path):
     folder, history = trained
     train(set_training(spec, stop_at_epoch=1), tmp_path)

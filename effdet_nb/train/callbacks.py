@@ -40,27 +40,33 @@ def plot_history(
     history:list, # one dict per epoch
     fig=None,     # matplotlib figure to draw on
 ):                # the figure
-    "Plots the losses and AP over the epochs."
+    "Plots the losses and, once there was an evaluation, AP over the epochs."
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     fig = fig or Figure(figsize=(6,2.2), dpi=72, layout='tight')
-    left, right = fig.subplots(1, 2)
-    _plot_losses(left, history)
-    _plot_scores(right, [row for row in history if 'AP' in row])
-    for ax in (left, right): ax.legend(fontsize=7)
+    evaluated = [row for row in history if 'AP' in row]
+    axs = fig.subplots(1, 2 if evaluated else 1, sharex=True, squeeze=False)[0]
+    _plot_losses(axs[0], history)
+    if evaluated: _plot_scores(axs[1], evaluated)
+    for ax in axs:
+        ax.xaxis.set_major_locator(MaxNLocator('auto', integer=True, min_n_ticks=1))
+        ax.legend(fontsize=7, ncols=3, columnspacing=1, frameon=False, loc='lower right', bbox_to_anchor=(1,.97))
     return fig
 
 def _plot_losses(ax, history):
     "Plots the loss and its parts; the box loss is multiplied by its weight in the sum."
     epochs = [row['epoch'] for row in history]
     for name,factor,label in (('loss',1,'loss'), ('cls_loss',1,'class'), ('box_loss',50,'50 x box')):
-        ax.plot(epochs, [factor*row[name] for row in history], label=label)
-    ax.set(title='loss', xlabel='epoch')
+        ax.plot(epochs, [factor*row[name] for row in history], marker='.', ms=3, label=label)
+    ax.set_title('loss', loc='left')
+    ax.set_xlabel('epoch')
 
 def _plot_scores(ax, evaluated):
     "Plots AP of the evaluated epochs."
     epochs = [row['epoch'] for row in evaluated]
     for name in ('AP', 'AP50'): ax.plot(epochs, [row[name] for row in evaluated], marker='.', label=name)
-    ax.set(title='validation', xlabel='epoch', ylim=(0,1))
+    ax.set_title('validation', loc='left')
+    ax.set(xlabel='epoch', ylim=(0,1))
 
 # %% ../../nbs/train/09_callbacks.ipynb #2e173f08
 def write_history(
