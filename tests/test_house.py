@@ -33,7 +33,7 @@ LIGHT = ('core', 'detector.boxes', 'detector.images', 'detector.toy_data', 'dete
          'app.video', 'app.video_inference', 'app.html', 'app.model_evaluation', 'app.evaluation_page',
          'app.quickstart_settings',
          'app.options', 'app.completion', 'app.command', 'app.demo', 'app.compare', 'app.tile_command',
-         'app.split_command', 'app.cli')
+         'app.split_command', 'app.inference_command', 'app.export_commands', 'app.cli')
 # Keras, never TensorFlow, so that another Keras backend can run them:
 PURE = ('detector', 'train.optim')
 

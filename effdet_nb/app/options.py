@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FILE_EXTENSIONS', 'PATH_TYPES', 'DASHES', 'LAUNCHER_OPTIONS', 'OPTION_ALIASES', 'alias_action', 'folder_path',
-           'choice_type', 'Option', 'key_option', 'log_option', 'verbose_option', 'option_names', 'spell_option',
-           'spec_settings', 'option_aliases', 'option_advice', 'explain_unknown', 'correct_words', 'CommandParser',
-           'command_parser', 'parse_options']
+           'choice_type', 'Option', 'key_option', 'spec_option', 'set_option', 'gpu_option', 'results_option',
+           'log_option', 'verbose_option', 'option_names', 'spell_option', 'spec_settings', 'option_aliases',
+           'option_advice', 'explain_unknown', 'correct_words', 'CommandParser', 'command_parser', 'parse_options']
 
 # %% ../../nbs/app/12_options.ipynb #f9774503
 import argparse, inspect, os, re
@@ -91,6 +91,27 @@ class Option(Param):
 def key_option():
     "Returns the option for the key of encrypted files."
     return Option('Key that encrypts the model files (default: $EFFDET_KEY, else no encryption)', '-k', metavar='KEY')
+
+def spec_option(
+    required:bool, # whether the command needs a spec
+):
+    "Returns the option for the spec file."
+    return Option('Spec file of the experiment', '-e', '--experiment_spec', required=required, metavar='FILE')
+
+def set_option():
+    "Returns the option that sets fields of the spec."
+    return Option('Fields of the spec to set, overriding the file, such as num_epochs=5', nargs='+',
+                  metavar='SECTION.FIELD=VALUE')
+
+def gpu_option():
+    "Returns the option that chooses a GPU."
+    return Option('GPU to use, counted from 0 (default: all)', type=int, metavar='N')
+
+def results_option(
+    help_text:str, # what is written to the folder
+):
+    "Returns the option for the folder of results."
+    return Option(help_text, '-r', metavar='FOLDER')
 
 def log_option():
     "Returns the option for a log file."
