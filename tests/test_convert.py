@@ -433,8 +433,8 @@ faults = {
     'mask of numbers': (box(3, segmentation=[3, 4]), 'notes', 'no usable mask, an empty one written', [4]),
     'mask of another size': (box(3, segmentation=dict(size=[9, 9], counts=[81])), 'notes',
                              'no usable mask, an empty one written', [4]),
-    'short polygon': (box(3, segmentation=[[5, 5, 9, 9]]), 'notes', 'polygons of fewer than three points, left out',
-                      [4]),
+    'short polygon': (box(3, segmentation=[[5, 5, 9, 9], [0, 0, 60, 0, 60, 60]]), 'notes',
+                      'polygons of fewer than three points, left out', [4]),
 }
 
 

@@ -381,4 +381,4 @@ def test_an_exception_without_a_message_hides_nothing():
     def fail(): raise MemoryError
     with pytest.raises(MemoryError): D._recording_failures(fail)()
     assert D.pipeline_error_message(ValueError('a text of TensorFlow'))=='a text of TensorFlow'
-    assert all(type(message) is str and message for message in D._failures)
+    assert all(type(text) is str and text for failure in D._failures for text in failure)

@@ -195,7 +195,7 @@ def test_two_images_make_two_parts_and_one_does_not(tmp_path):
     make_dataset(tmp_path, ['a', 'b'], lambda i: [])
     assert sorted(split(tmp_path).num_images.values())==[1, 1]
     make_dataset(tmp_path, ['a'], lambda i: [1])
-    with pytest.raises(SourceError, match='1 images in 1 groups'): split(tmp_path)
+    with pytest.raises(SourceError, match='1 image in 1 group kept together cannot be divided'): split(tmp_path)
 
 
 @settings(max_examples=40, deadline=None)

@@ -16,9 +16,12 @@ def no_remapping(
     enabled:bool=True, # False leaves the setting unchanged
 ):
     "Disables, in a `with` block, the fusion of convolutions with the operations after them."
+    if not enabled:
+        yield
+        return
     options = tf.config.optimizer
     before = options.get_experimental_options().get('remapping', True)
-    if enabled: options.set_experimental_options({'remapping': False})
+    options.set_experimental_options({'remapping': False})
     try: yield
     finally: options.set_experimental_options({'remapping': before})
 

@@ -18,7 +18,8 @@ from ..core.files import write_json
 from ..detector.images import resize_options
 from ..data.classes import ClassTable
 from ..evaluate.predict import load_coco_results, predict_samples, resize_sample
-from ..evaluate.evaluate import Metrics, coco_metrics, coco_results, evaluate, markdown_table, text_table
+from ..evaluate.evaluate import (
+    Metrics, coco_metrics, coco_results, describe_counts, describe_ground_truth, evaluate, markdown_table, text_table)
 from ..evaluate.inspect_results import ap_per_image
 from ..export.runtimes import load_detector
 from .html import format_file_size
@@ -132,8 +133,8 @@ def evaluation_summary(
     evaluations:list, # `ModelEvaluation`, one or more
 )->str:
     "Returns the numbers of images and boxes, and of detections if there is one model."
-    first_line = repr(evaluations[0].metrics).split('\n')[0]
-    return first_line if len(evaluations)==1 else ', '.join(first_line.split(', ')[:2])
+    metrics = evaluations[0].metrics
+    return describe_counts(metrics) if len(evaluations)==1 else describe_ground_truth(metrics)
 
 # %% ../../nbs/app/08_model_evaluation.ipynb #e58676a4
 class EvaluationResults(list):

@@ -204,7 +204,7 @@ def _owner(path):
     "Returns the number of the process that holds a lock, in parentheses; empty if it is unknown."
     with suppress(OSError):
         number = path.read_text()
-        if number.isdecimal(): return f' (process {number})'
+        if number.isdecimal(): return f'. It is process {number}'
     return ''
 
 # %% ../../nbs/core/01_files.ipynb #311d4f86

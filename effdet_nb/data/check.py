@@ -95,16 +95,18 @@ def check_box_counts(
     scan:SplitScan,
     split:str,         # for messages
     max_instances:int, # `max_instances_per_image`
+    skip_crowd:bool=False, # whether crowds are left out
 ):                     # yields problems
     "Checks the number of objects per image, and the share of images without objects."
     counts,num_images = scan.boxes_per_image,scan.num_images
-    crowded,num_empty = np.flatnonzero(counts>max_instances),int((counts==0).sum())
+    used = np.bincount(scan.image_index[~scan.is_crowd], minlength=num_images) if skip_crowd else counts
+    crowded,num_empty = np.flatnonzero(used>max_instances),int((counts==0).sum())
     if len(crowded):
-        worst = counts.argmax()
+        worst = used.argmax()
         yield _error('dataset_config.max_instances_per_image',
                      f'{counted(len(crowded), f"{split} image has", f"{split} images have")} more than '
-                     f'{counted(max_instances, "object")}, the most is {counts[worst]:,} in {scan.image_name(worst)}. '
-                     f'Set it to {counts.max()}')
+                     f'{counted(max_instances, "object")}, the most is {used[worst]:,} in {scan.image_name(worst)}. '
+                     f'Set it to {used.max()}')
     if num_images and num_empty==num_images:
         yield _error(split, f'none of the {num_empty:,} images has an object. '
                             'Were the annotations of another set converted?')
@@ -431,7 +433,8 @@ def _check_split(config, split, scan, verify_checksums):
     yield from check_shards(scan.records, field, pattern, verify_checksums)
     yield from _check_damage(scan, split, config.skip_corrupt)
     yield from check_classes(scan, pattern, config.num_classes)
-    yield from check_box_counts(scan, split, config.max_instances if split=='training' else np.inf)
+    max_instances = config.max_instances if split=='training' else np.inf
+    yield from check_box_counts(scan, split, max_instances, config.skip_crowd)
     yield from check_boxes(scan, split)
     yield from check_crowds(scan, split, config.skip_crowd or split=='validation')
 

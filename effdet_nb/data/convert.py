@@ -18,13 +18,13 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image
 from ..core.console import Status, counted, log_message, plural, progress_bar
-from ..core.files import atomic_write
+from ..core.files import atomic_write, write_json
 from ..core.fragments import html_facts, html_table, html_tag
 from .classes import ClassTable
 from .coco import CocoDataset, drop_masks, load_coco_lenient, pack_polygons, report_annotation_issues
 from .faults import ConversionReport, Fault, list_issues, worst_image_id
 from .image_files import (
-    find_image_files, image_path, match_orientation, probe_image, without_wrong_sizes)
+    UNREADABLE, find_image_files, image_path, match_orientation, probe_image, without_wrong_sizes)
 from .record import RecordEncoder, annotated_hw
 from .shards import ShardJob, flush_shards, output_lock, sha256_of, shard_name, stat_image, work_folder
 from ..detector.images import read_image
@@ -222,7 +222,7 @@ def draw_worst_image(
         height,width = annotated_hw(info, image.original_hw) or image.original_hw
         pixels = np.asarray(Image.fromarray(read_image(image.data)).resize((width,height)))
         drawn = Image.fromarray(draw_invalid_boxes(pixels, conversion.coco.annotations[image_id]))
-    except (OSError, ValueError, MemoryError): return None
+    except UNREADABLE: return None
     drawn.thumbnail((1024,1024))
     out = io.BytesIO()
     drawn.save(out, 'PNG', compress_level=1)
@@ -349,16 +349,16 @@ def publish(
     "Moves the finished shards to their final names and writes the reports; the sidecar is incomplete until the end."
     output_dir,warnings = conversion.output_dir,tao_warnings(conversion, report)
     sidecar = sidecar_contents(conversion, shards, report)
-    _write_json(conversion.path('records.json'), sidecar | dict(complete=False, replaced=sorted(replaced)), indent=1)
+    write_json(conversion.path('records.json'), sidecar | dict(complete=False, replaced=sorted(replaced)), indent=1)
     for suffix in ('warnings.json','report.json','report.png'): conversion.path(suffix).unlink(missing_ok=True)
     for shard in shards: os.replace(folder/shard.file, output_dir/shard.file)
     for name in replaced: (output_dir/name).unlink(missing_ok=True)
-    if warnings: _write_json(conversion.path('warnings.json'), warnings)
-    _write_json(conversion.path('report.json'), report_contents(conversion, report), indent=1)
+    if warnings: write_json(conversion.path('warnings.json'), warnings)
+    write_json(conversion.path('report.json'), report_contents(conversion, report), indent=1)
     if png := draw_worst_image(conversion, report):
         with atomic_write(conversion.path('report.png')) as f: f.write(png)
     shutil.rmtree(folder)
-    _write_json(conversion.path('records.json'), sidecar, indent=1)
+    write_json(conversion.path('records.json'), sidecar, indent=1)
     return _conversion_result(conversion, shards, report, warnings)
 
 def _conversion_result(conversion, shards, report, warnings):
@@ -368,9 +368,6 @@ def _conversion_result(conversion, shards, report, warnings):
     warnings_file = conversion.path('warnings.json') if warnings else None
     return ConversionResult(conversion.tag, report.num_images, report.num_empty_images, boxes_by_name, report, files,
                             warnings_file, conversion.path('report.json'))
-
-def _write_json(path, contents, indent=None):
-    with atomic_write(path, 'w') as f: json.dump(contents, f, indent=indent, default=str)
 
 # %% ../../nbs/data/11_convert.ipynb #590b44aa
 def _note_similar_names(names, report):

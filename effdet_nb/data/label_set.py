@@ -12,11 +12,10 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
-from PIL import Image
 from ..core.files import is_lfs_pointer
 from .faults import ConversionReport, Fault
 from .image_files import (
-    comparable_parts, image_fault, upright_size, walk_folders, without_upload_prefix)
+    UNREADABLE, comparable_parts, image_fault, upright_size, walk_folders, without_upload_prefix)
 
 # %% ../../nbs/data/18_label_set.ipynb #cae1286a
 IMAGE_ENDINGS = ('.jpg','.jpeg','.jfif','.png','.bmp','.tif','.tiff','.webp','.gif','.ppm','.pgm','.jp2')
@@ -123,7 +122,7 @@ def add_image(
 def _readable_hw(self:LabelSet, image):
     "Returns (height, width) of an image file in pixels; one that cannot be read is left out, and None is returned."
     try: return upright_size(image['path'])
-    except (OSError, ValueError, MemoryError, Image.DecompressionBombError) as e:
+    except UNREADABLE as e:
         self._report_image(image, image_fault(e) if os.path.exists(image['path']) else Fault.FILE_MISSING)
 
 @patch

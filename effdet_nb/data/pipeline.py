@@ -9,6 +9,7 @@ __all__ = ['DataConfig', 'load_class_table', 'read_training_example', 'downscale
 # %% ../../nbs/data/14_pipeline.ipynb #b5e3b2b7
 import io, numpy as np, tensorflow as tf
 from collections import deque
+from itertools import compress
 from dataclasses import dataclass
 from fastcore.basics import patch
 from pathlib import Path
@@ -96,6 +97,7 @@ def _drop_crowds(example):
     "Removes crowds from the lists of objects."
     keep = ~example['is_crowd']
     for key in ('boxes','labels','is_crowd','area'): example[key] = example[key][keep]
+    for key in ('names','masks'): example[key] = list(compress(example[key], keep))   # lists, empty if there are none
 
 # %% ../../nbs/data/14_pipeline.ipynb #ae7874a6
 def downscale_ratio(
@@ -211,8 +213,12 @@ def __call__(
 # %% ../../nbs/data/14_pipeline.ipynb #df527cfb
 @patch
 def validate_records(self:SampleLoader):
-    "Reads all records without decoding an image; raises an error for the first one that cannot be used."
-    for i in range(len(self.records)): self.read_example(i)
+    "Reads all records without decoding an image; skips damaged ones if the settings say so, else raises an error."
+    for i in range(len(self.records)):
+        try: self.read_example(i)
+        except CorruptRecord as e:
+            if not self.config.skip_corrupt: raise
+            self._skip(i, str(e))
 
 # %% ../../nbs/data/14_pipeline.ipynb #9d78db0a
 def _pad_objects(boxes, classes, count):
@@ -278,7 +284,7 @@ def _recording_failures(function):
     def wrapped(*args):
         try: return function(*args)
         except Exception as e:
-            if message := str(e).strip(): _failures.append(message)
+            if message := str(e).strip(): _failures.append((f'{type(e).__name__}: {message}', message))
             raise
     return wrapped
 
@@ -287,7 +293,7 @@ def pipeline_error_message(
 )->str:              # the message of our exception; the whole text if there is none
     "Returns the message of the exception that stopped a training pipeline, without TensorFlow's traceback."
     text = str(error)
-    return next((message for message in reversed(_failures) if message in text), text)
+    return next((message for marked,message in reversed(_failures) if marked in text), text)
 
 # %% ../../nbs/data/14_pipeline.ipynb #b4911f95
 def _with_targets(example, assign_fn):
@@ -371,5 +377,6 @@ def show_batch(
     for i,(ax,image,boxes,classes) in enumerate(zip(axs.flat, images, all_boxes, all_classes)):
         real = classes>=0
         show_boxes(image, boxes[real], classes[real], names=names, ax=ax)
-        if anchors is not None: _show_matched_anchors(ax, np.asarray(anchors), np.asarray(batch['cls_targets'][i]))
+        if anchors is not None and 'cls_targets' in batch:
+            _show_matched_anchors(ax, np.asarray(anchors), np.asarray(batch['cls_targets'][i]))
     return axs

@@ -17,6 +17,7 @@ from PIL import Image
 from ..core.console import counted, progress_bar
 from ..core.files import read_file
 from .faults import ConversionReport, describe_issues
+from .image_files import UNREADABLE
 from .label_formats import SourceError
 from .label_set import LabelSet
 from .shards import output_lock
@@ -48,7 +49,7 @@ def image_signature(
             grey = image.convert('L')
             small = np.asarray(grey.resize((9,8), Image.Resampling.BOX), np.int16)
             thumbnail = np.asarray(grey.resize((16,16), Image.Resampling.BOX), np.int16)
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError): return None
+    except UNREADABLE: return None
     mean = np.int16(round(float(thumbnail.mean())))
     return Signature(_difference_bits(small), thumbnail-mean)
 
@@ -231,6 +232,8 @@ def group_images(
     near:str='together',        # one of `NEAR_DUPLICATES`
 )->tuple:                       # number of the group of each image, and pairs of images that are nearly equal
     "Finds the images that belong to the same source or are nearly equal."
+    if near not in NEAR_DUPLICATES:
+        raise SourceError(f'--near_duplicates {near}: choose from {", ".join(NEAR_DUPLICATES)}')
     paths,base = [image['path'] for image in labels.images],labels.image_dir()
     names = [Path(os.path.relpath(path, base)).as_posix() for path in paths]
     by_source = _by_source(names, pattern) if pattern else {}
@@ -323,8 +326,8 @@ def _checked_groups(labels, pattern, near, num_parts):
         raise SourceError('\n'.join(['no image can be used. There is nothing to split', *reasons]))
     groups,duplicates = group_images(labels, pattern, near)
     if max(groups)+1>=num_parts: return groups, duplicates
-    raise SourceError(f'{len(groups):,} images in {max(groups)+1} groups that are kept together cannot be divided into '
-                      f'{num_parts} parts. Label more images, or change --group or --near_duplicates')
+    raise SourceError(f'{counted(len(groups), "image")} in {counted(max(groups)+1, "group")} kept together cannot be '
+                      f'divided into {num_parts} parts. Label more images, or change --group or --near_duplicates')
 
 def _group_counts(images, annotations, names, groups):
     "Returns boxes by group and class, [G, C], and images by group, [G]."

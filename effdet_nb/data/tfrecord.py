@@ -249,6 +249,10 @@ def _decode_objects(features, height, width, record_name):
     def values(key): return features.get(f'image/object/{key}') or []
     boxes = _decode_boxes(values, record_name)*np.float32([height,width,height,width])
     labels = np.int64(values('class/label'))
+    for key in ('class/text','is_crowd','area','mask'):
+        if len(values(key)) not in (0, len(labels)):
+            raise ValueError(f'{record_name}: {len(values(key))} values of image/object/{key} for {len(labels)} '
+                             'labels; the lists must be equally long. Convert the image again')
     names = [name.decode('utf-8', 'replace') for name in values('class/text')]
     is_crowd = np.array(values('is_crowd') or np.zeros(len(labels)), bool)
     area = np.float32(values('area') or np.prod(boxes[:,2:]-boxes[:,:2], -1))
@@ -296,6 +300,8 @@ def _load_complete(path):
     "Loads a sidecar; raises an error if it is damaged, or if its shards are not all in place."
     try: contents = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path}: damaged ({e}). Copy it again, or convert again') from None
+    if not isinstance(contents, dict) or 'shards' not in contents:
+        raise ValueError(f'{path}: not written by dataset_convert. Rename it, or convert again')
     if contents.get('complete', True): return contents
     raise ValueError(f'{path}: this conversion was stopped while its shards were moved to their final names, or is '
                      'still running. Run the same dataset_convert command again; it continues')

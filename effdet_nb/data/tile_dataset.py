@@ -24,6 +24,7 @@ from .convert import check_target
 from .faults import ConversionReport, Fault, describe_issues
 from .image_files import (
     find_image_files, image_fault, image_path, match_orientation, probe_image, without_wrong_sizes)
+from .record import annotated_hw, memory_error
 from .shards import output_lock
 from .validate import validate_box
 
@@ -86,6 +87,7 @@ class ImageCutter:
         number,info,annotations,stem = job
         cut = CutImage()
         try: image,boxes_hw,is_jpeg = _read_annotated(self.image_dir, info)
+        except MemoryError: raise memory_error(info['file_name']) from None
         except Exception as e:
             _drop_image(cut.report, info, annotations, image_fault(e))
             return cut
@@ -125,10 +127,9 @@ def _is_crowd(annotations): return np.array([bool(a.get('iscrowd')) for a in ann
 
 def _read_annotated(image_dir, info):
     "Returns the pixels of an image as annotated, the size that its boxes refer to, and whether it is a JPEG."
-    json_hw = info['height'], info['width']
-    encoded = match_orientation(probe_image(image_path(image_dir, info['file_name'])), json_hw)
-    image = read_image(encoded.data)
-    return image, json_hw if all(json_hw) else image.shape[:2], encoded.file_format=='jpeg'
+    encoded = match_orientation(probe_image(image_path(image_dir, info['file_name'])), (info['height'],info['width']))
+    boxes_hw = annotated_hw(info, encoded.original_hw) or encoded.original_hw  # an impossible size: that of the file
+    return read_image(encoded.data), boxes_hw, encoded.file_format=='jpeg'
 
 def _report_unseen(report, annotations, kept):
     "Reports the annotations that no tile shows; `kept` has the indices of each tile."

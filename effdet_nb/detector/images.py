@@ -95,7 +95,8 @@ def stored_orientation(
 )->int:                # 1 to 8; 1 for an image without the flag
     "Returns the EXIF orientation of an image; Pillow turns a TIFF itself, and would decode a PNG to find the flag."
     if image.format=='TIFF' or image.format=='PNG' and 'exif' not in image.info: return 1
-    orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    try: orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+    except SyntaxError: return 1        # the EXIF block is damaged; the pixels need not be
     return orientation if orientation in _TURNS else 1
 
 def read_image(

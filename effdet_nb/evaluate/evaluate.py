@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PER_CLASS_COLUMNS', 'TEXT_COLUMNS', 'FOOTNOTE', 'Metrics', 'format_metric', 'text_table', 'markdown_table',
-           'image_order', 'results_to_columns', 'coco_metrics', 'evaluate', 'coco_results']
+           'describe_ground_truth', 'describe_counts', 'image_order', 'results_to_columns', 'coco_metrics', 'evaluate',
+           'coco_results']
 
 # %% ../../nbs/evaluate/05_evaluate.ipynb #93c26a44
 import numpy as np
 from collections import Counter
 from itertools import chain, islice
 from fastcore.basics import patch
-from ..core.console import progress_bar
+from ..core.console import counted, progress_bar
 from ..data.classes import ClassTable
 from .coco_metric import (COCO_STAT_NAMES, DetectionColumns, GroundTruthColumns, average_precision,
                                             mean_valid, pycocotools_average_precision)
@@ -95,17 +96,23 @@ def _markdown_row(row):
 def _describe_images(metrics):
     "Describes how many images were evaluated, and how many there are."
     num_images, asked, available = metrics.num_images, metrics.eval_samples, metrics.num_available
-    if asked is None: return f'{num_images:,} images'
-    if num_images < asked: return f'{num_images:,} images (all there are; eval_samples is {asked:,})'
+    if asked is None: return counted(num_images, 'image')
+    if num_images < asked: return f'{counted(num_images, "image")} (all there are; eval_samples is {asked:,})'
     total = f' of {available:,}' if available else ''
     return f'the first {num_images:,}{total} images (eval_samples {asked:,})'
 
-def _describe_counts(metrics):
+def describe_ground_truth(
+    metrics, # a `Metrics`
+)->str:      # such as `200 images, 1,000 boxes to find`
+    "Describes the numbers of images and of boxes to find."
+    return f'{_describe_images(metrics)}, {counted(metrics.num_boxes, "box", "boxes")} to find'
+
+def describe_counts(
+    metrics, # a `Metrics`
+)->str:      # such as `200 images, 1,000 boxes to find, 1,203 detections`
     "Describes the numbers of images, boxes and detections."
-    text = f'{_describe_images(metrics)}, {metrics.num_boxes:,} boxes to find, {metrics.num_detections:,} detections'
-    if not metrics.num_crowds: return text
-    regions = 'region' if metrics.num_crowds == 1 else 'regions'
-    return f'{text}; {metrics.num_crowds:,} crowd {regions} ignored'
+    text = f'{describe_ground_truth(metrics)}, {counted(metrics.num_detections, "detection")}'
+    return f'{text}; {counted(metrics.num_crowds, "crowd region")} ignored' if metrics.num_crowds else text
 
 FOOTNOTE = '– (-1 in files): there was no such box to find, so there is no number; it is left out of means'
 
@@ -113,7 +120,7 @@ def _has_undefined(metrics):
     return -1 in metrics.values() or any(row[k] == -1 for row in metrics.per_class for k in ('AP','AP50','AR'))
 
 def _format_metrics(metrics, table):
-    parts = [_describe_counts(metrics), table(_summary_rows(metrics)), table(_per_class_rows(metrics))]
+    parts = [describe_counts(metrics), table(_summary_rows(metrics)), table(_per_class_rows(metrics))]
     if _has_undefined(metrics): parts.append(FOOTNOTE)
     return '\n\n'.join(parts)
 

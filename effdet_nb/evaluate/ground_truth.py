@@ -157,10 +157,13 @@ def _sample_of_example(example):
                         file_name=example.get('filename', ''))
     return example['image'], truth
 
+def _without_image(example): return {key: value for key,value in example.items() if key!='image'}
+
 def _samples_matched(examples, matcher):
     examples, seen, num_before = iter(examples), set(), 0
     for example in examples:
-        if not matcher.is_same_image(example): raise _mismatch_error(matcher, example, list(examples), num_before)
+        if not matcher.is_same_image(example):
+            raise _mismatch_error(matcher, example, [_without_image(other) for other in examples], num_before)
         num_before += 1
         sample = example['image'], matcher.ground_truth(example)
         seen.add(sample[1].image_id)

@@ -12,7 +12,7 @@ from ..data.classes import ClassTable
 from ..detector.boxes import show_boxes
 from ..detector.detections import Detections
 from . import error_analysis
-from .coco_metric import rank_in_group, take_rows
+from .coco_metric import IOU_THRESHOLDS, rank_in_group, take_rows
 from .error_analysis import match_detections
 from .ground_truth import GroundTruth, images_by_id
 from .predict import channels_to_category_ids
@@ -28,9 +28,11 @@ def plot_precision_recall(
     "Plots precision over recall for each class."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4.5,3), dpi=72)[1]
-    curves = metrics.precision[round((iou_threshold-.5)/.05)]
+    curves = metrics.precision[_threshold_index(iou_threshold)]
     ids = [row['id'] for row in metrics.per_class]
-    category_ids = category_ids or _largest_classes(metrics)
+    category_ids = _largest_classes(metrics) if category_ids is None else category_ids
+    if unknown := [k for k in category_ids if k not in ids]:
+        raise ValueError(f'category_ids: {unknown[0]} is none of the {len(ids)} categories ({ids[0]} to {ids[-1]})')
     for category_id in category_ids:
         i = ids.index(category_id)
         label = f'{metrics.per_class[i]["name"]} {format_metric(float(curves[:,i].mean()))}'
@@ -39,6 +41,12 @@ def plot_precision_recall(
     ax.set_title(f'precision and recall at IoU {iou_threshold:g}, with AP', fontsize=9)
     if category_ids: ax.legend(fontsize=8)
     return ax
+
+def _threshold_index(iou_threshold):
+    "Returns the position of a threshold among those of COCO; raises for any other."
+    differences = np.abs(np.array(IOU_THRESHOLDS)-iou_threshold)
+    if differences.min()<1e-6: return int(differences.argmin())
+    raise ValueError(f'iou_threshold {iou_threshold:g}: there is no such curve. Choose from 0.5, 0.55, ... 0.95')
 
 def _largest_classes(metrics, num=10):
     "Returns the ids of the classes with the most boxes."

@@ -146,11 +146,20 @@ def load_coco_results(
     "Reads detections from a file and pairs them with the ground truth."
     if isinstance(detections, list): name, rows = 'the detections', detections
     else: name, rows = detections, _read_json(detections)
-    truths = {id_key(truth.image_id): truth for truth in ground_truths}
+    truths = _truths_by_id(ground_truths, name)
     _check_rows(rows, truths, classes, name)
     rows_by_image = {image_id: [] for image_id in truths}
     for row in rows: rows_by_image[id_key(row['image_id'])].append(row)
     return [(truth, _detections_from_rows(rows_by_image[image_id], classes)) for image_id,truth in truths.items()]
+
+def _truths_by_id(ground_truths, name):
+    "Returns the ground truth of each image by its id; raises if two images have the same."
+    truths = {}
+    for truth in ground_truths:
+        if truths.setdefault(id_key(truth.image_id), truth) is truth: continue
+        raise ValueError(f'{name}: image id {truth.image_id!r} occurs twice in the ground truth, so its detections '
+                         'cannot be assigned. Make the ids unique and convert the records again')
+    return truths
 
 MAX_RESULTS_SIZE = 2**33 # bytes of a file of detections
 

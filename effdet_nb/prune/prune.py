@@ -153,7 +153,7 @@ def prune(
     pruning_threshold:float=.1,         # filters with a norm above this are kept, 0 to 1
     min_num_filters:int=16,             # smallest number of filters of a layer
     excluded_layers=(),                 # names or patterns of layers that are not pruned
-    dry_run:bool=False,                 # make the plan, but write nothing
+    dry_run:bool=False,                 # make the plan, but write no model and no status.json
     target_params:float=None,           # chooses the threshold: fraction or number of parameters to keep, at most
     target_macs:float=None,             # chooses the threshold: fraction or number of multiply-adds to keep, at most
     scope:str='all',                    # `all`, or the only part to prune: backbone, bifpn, heads
@@ -163,7 +163,6 @@ def prune(
     "Removes the filters with the smallest norms from a model file and writes the smaller model."
     if plot: check_not_input(plot, model_path, 'plot')
     if not dry_run: check_not_input(output_path, model_path, 'output')
-    if plot: check_output_path(plot)
     model_file = load_model_file(model_path, key, ('weights', 'ema'))
     rules = dict(normalizer=normalizer, criterion=equalization_criterion)
     def make_plan():

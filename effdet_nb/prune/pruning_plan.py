@@ -83,7 +83,7 @@ def select_channels(
 # %% ../../nbs/prune/02_pruning_plan.ipynb #fa2c2919
 BeforeAfter = namedtuple('BeforeAfter', 'before after') # a value before and after pruning
 
-@dataclass(repr=False)
+@dataclass(repr=False, frozen=True, eq=False)
 class PruningPlan:
     "The channels of a detector to keep, and the resulting cost."
     graph:ChannelGraph               # the channel groups
@@ -402,4 +402,5 @@ def _check_choice(name, value, allowed):
 
 def _check_count(name, value):
     "Yields an error message if a value is not a positive integer."
-    if value != int(value) or value < 1: yield f'{name} {value}: must be a whole number, 1 or more'
+    is_count = isfinite(value) and value == int(value) and value >= 1
+    if not is_count: yield f'{name} {value}: must be a whole number, 1 or more'
