@@ -15,6 +15,7 @@ from ..detector.detections import Detections
 from ..evaluate.result_files import predictions_to_coco
 from .inference_files import choose_channels, chosen_images, read_label_map, rename_classes
 from .infer import (
+    check_score_threshold,
     FilePrediction, InferenceSummary, OutputWriter, detection_limit, load_for_inference, make_output_writer,
     predict_files, warn_of_fixed_limit, warn_of_orientation, with_all_candidates)
 
@@ -97,6 +98,7 @@ def infer_bulk(
     only=None,                # COCO file; only the images in it are processed. None: all images of the folder
 )->InferenceSummary:
     "Detects objects in images with a Beam pipeline."
+    check_score_threshold(score_threshold)
     beam = _import_beam()
     results,model_path = Path(results_dir), str(model_path)
     names = read_label_map(label_map) if label_map else {}

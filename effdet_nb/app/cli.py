@@ -302,7 +302,10 @@ def effdet_import(
         raise ValueError('--set: sets fields of a spec, and there is none. Add it with -e, or describe the model with '
                          '--model_name, --num_classes and --image_size')
     from effdet_nb.train.set_fields import load_spec
-    spec = load_spec(experiment_spec_file, assignments=set) if experiment_spec_file else None
+    spec = load_spec(experiment_spec_file, assignments=set).check() if experiment_spec_file else None
+    if spec and not spec.is_set('dataset_config', 'num_classes'):
+        raise ValueError(f'{experiment_spec_file}: dataset_config.num_classes is missing. It is the number of '
+                         'categories plus one, or that of the published model')
     _check_import(model_path, output_path, model_name)
     from effdet_nb.weights.import_weights import import_weights
     if not experiment_spec_file:

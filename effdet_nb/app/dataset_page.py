@@ -16,7 +16,6 @@ from ..data.check import DataCheck, DataProblem, check_records
 from ..data.anchor_fit import plot_sizes
 from ..data.scan import plot_aspect_ratios, plot_class_counts, sample_images
 from ..train.experiment import arch_from_spec, data_config_from_spec
-from ..train.spec import SpecError
 from ..weights.read_weights import has_imagenet_weights
 from .html import (
     boxes_figure, chart_figure, check_page_path, figure_row, html_table, metric_cards, thumbnail, write_html_page)
@@ -125,8 +124,7 @@ def check_dataset(
 )->DataCheck:
     "Checks the records of a spec against its model and anchors, and writes the dataset page."
     if page_path is not None: check_page_path(page_path)
-    problems = spec.problems()
-    if problems: raise SpecError(spec.name, problems)
+    spec.check()
     check = check_records(
         data_config_from_spec(spec), arch_anchors(arch_from_spec(spec)), spec.training_config.num_examples_per_epoch,
         spec.training_config.train_batch_size, spec.eval_config.eval_samples,

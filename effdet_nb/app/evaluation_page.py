@@ -343,6 +343,9 @@ def evaluate_files(
     model_paths = [model_paths] if isinstance(model_paths, (str,Path)) else list(model_paths)
     with results_status(results_dir, 'evaluate', key) as status:
         _check_files_exist(model_paths)
+        if spec.dataset_config.testdev_dir and len(model_paths)>1:
+            raise ValueError('dataset_config.testdev_dir: is set, so detections are written for one model, and '
+                             f'{len(model_paths)} are given. Give one, or leave testdev_dir out to compare them')
         if spec.dataset_config.testdev_dir: return _detect_testdev(spec, model_paths[0], key, nms, resize)
         if score_threshold is None: score_threshold = spec.eval_config.min_score_thresh
         options = _evaluation_options(spec, len(model_paths)>1, iou_threshold, score_threshold)

@@ -65,7 +65,7 @@ def effdet_export(
     from effdet_nb.export.export import check_export, default_nms, export
     from effdet_nb.weights.model_file import read_meta
     nms = nms or ('efficient_nms_trt' if engine_file and data_type=='int8' else default_nms(output_path))
-    if engine_file: _check_engine(engine_file, data_type, nms)
+    if engine_file or deepstream: _check_tensorrt(output_path, data_type, nms, engine_file, deepstream)
     cal_records = spec.dataset_config.training_file_pattern if spec else ''
     check_export(output_path, nms, opset, max_batch_size, data_type, cal_image_dir or cal_records, cal_cache_file)
     read_meta(model_path, key or '')                    # raises for a file that is no model, or a wrong key
@@ -99,6 +99,16 @@ def _command_after_export(path, data_type, nms, key):
     if suffix=='.etlt' and not has_zero_points: lines.append(f'Next, on the device: {build}')
     elif suffix in ('.onnx','.tflite'): lines.append(f'Next: effdet_inference {model} -i IMAGES -r detections')
     return '\n'.join(lines) or None
+
+def _check_tensorrt(path, data_type, nms, engine_file, deepstream):
+    "Raises before the export starts if TensorRT or DeepStream cannot use the exported file."
+    option = '--engine_file' if engine_file else '--deepstream'
+    if os.path.splitext(path)[1].lower() not in ('.onnx','.etlt'):
+        raise ValueError(f'{option}: TensorRT reads .onnx and .etlt, and --output_path is {path}. Write one of the two')
+    if deepstream and nms=='none':
+        raise ValueError('--deepstream: needs a file that contains suppression, and --nms none leaves it out. '
+                         'Leave --nms out')
+    if engine_file: _check_engine(engine_file, data_type, nms)
 
 def _check_engine(path, data_type, nms):
     "Raises before the export starts if no engine can be built or written."

@@ -84,6 +84,9 @@ def effdet_inference(
     selection = dict(upright=upright, only=only)
     if runner:
         _check_beam_options(in_image_path, tiling, label_format, annotations_file, out_label_path)
+        if out_image_path or out_label_path:
+            raise ValueError('--runner: images and labels are written to the folder of --results_dir. '
+                             'Leave -o and -l out')
         summary = FilesSummary(_infer_with_beam(model_path, in_image_path, results_dir, runner=runner, **selection,
                                                 **options))
     else:

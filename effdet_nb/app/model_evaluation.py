@@ -137,6 +137,8 @@ def evaluation_summary(
     return describe_counts(metrics) if len(evaluations)==1 else describe_ground_truth(metrics)
 
 # %% ../../nbs/app/08_model_evaluation.ipynb #e58676a4
+def _rows_by_id(evaluation): return {row['id']: row for row in evaluation.metrics.per_class}
+
 class EvaluationResults(list):
     "Evaluated models, with tables that fit a terminal."
     def summary_table(self):
@@ -152,9 +154,11 @@ class EvaluationResults(list):
     def per_class_table(self):
         "Returns AP of each class by each model, heading first."
         rows = [['id','class','boxes', *[f'#{number}' for number in range(1, len(self)+1)]]]
-        for i,row in enumerate(self[0].metrics.per_class):
-            scores = [_format_score(e.metrics.per_class[i]['AP']) for e in self]
-            rows.append([str(row['id']), row['name'][:28], f'{row["num_boxes"]:,}', *scores])
+        models = [*map(_rows_by_id, self)]
+        for category_id in sorted(set().union(*models)):
+            row = next(own[category_id] for own in models if category_id in own)
+            cells = [_format_score(own[category_id]['AP'] if category_id in own else -1) for own in models]
+            rows.append([str(category_id), row['name'][:28], f'{row["num_boxes"]:,}', *cells])
         return rows
 
     def difference_lines(self):

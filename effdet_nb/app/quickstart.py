@@ -192,6 +192,7 @@ def quickstart_sections(
     run:QuickstartRun,           # models, files and measurements
     settings:QuickstartSettings, # of the run
     stage_seconds:dict,          # stage -> seconds
+    has_key:bool=False,          # whether the models are encrypted
 )->dict:                         # heading -> fragments
     "Returns the sections of the report."
     paths = [run.model_paths[name] for name in ('trained', 'retrained', 'exported')]
@@ -204,7 +205,7 @@ def quickstart_sections(
         'Files': [f'Paths are relative to {run.folder.resolve()}.', file_table(run.files, run.folder)],
         'From the shell': [
             'The same as single commands, to be run in the folder where the quickstart was started.',
-            command_list(shell_commands(run.folder, settings, *paths))],
+            command_list(shell_commands(run.folder, settings, *paths, has_key=has_key))],
     }
 
 def _summary_section(run):
@@ -358,7 +359,7 @@ def quickstart(
         run_training_stages(run, settings, key, stages)
         run_export_stages(run, settings, key, stages)
         with stages('report'):
-            sections = quickstart_sections(run, settings, stages.stage_seconds)
+            sections = quickstart_sections(run, settings, stages.stage_seconds, bool(key))
             subtitle = _describe_run(settings, time.perf_counter()-start)
             run.files['report'] = write_html_page(run.folder/'report.html', 'effdet_nb quickstart', sections, subtitle)
     return run

@@ -141,21 +141,22 @@ def shell_commands(
     settings:QuickstartSettings,  # of the run
     trained_path, retrained_path, # the two models' files
     exported_path,                # the exported file
+    has_key:bool=False,           # whether the models are encrypted
 )->list:                          # (what it does, command) pairs
     "Returns the shell commands for the steps of a run."
-    f = Path(folder).as_posix()
+    f, key = Path(folder).as_posix(), ' -k KEY' if has_key else ''
     return [
         ('Draw the images and their COCO files', _draw_command(f, settings)),
         ('Convert them to records', '\n'.join(_convert_command(f, split) for split in ('train', 'val'))),
-        ('Train', f'effdet_train -e {f}/spec.txt -d {f}/trained'),
-        ('Evaluate', f'effdet_evaluate -e {f}/spec.txt -m {trained_path}'),
-        ('Prune', f'effdet_prune -m {trained_path} -o {f}/pruned -pth {settings.pruning_threshold}'),
-        ('Retrain the pruned model', f'effdet_train -e {f}/spec_retrain.txt -d {f}/retrained'),
-        ('Evaluate that', f'effdet_evaluate -e {f}/spec.txt -m {retrained_path}'),
-        ('Export', f'effdet_export -m {retrained_path} -e {f}/spec.txt -o {exported_path} --nms onnx'),
-        ('Evaluate the exported file', f'effdet_evaluate -e {f}/spec.txt -m {exported_path}'),
+        ('Train', f'effdet_train -e {f}/spec.txt -d {f}/trained{key}'),
+        ('Evaluate', f'effdet_evaluate -e {f}/spec.txt -m {trained_path}{key}'),
+        ('Prune', f'effdet_prune -m {trained_path} -o {f}/pruned -pth {settings.pruning_threshold}{key}'),
+        ('Retrain the pruned model', f'effdet_train -e {f}/spec_retrain.txt -d {f}/retrained{key}'),
+        ('Evaluate that', f'effdet_evaluate -e {f}/spec.txt -m {retrained_path}{key}'),
+        ('Export', f'effdet_export -m {retrained_path} -e {f}/spec.txt -o {exported_path} --nms onnx{key}'),
+        ('Evaluate the exported file', f'effdet_evaluate -e {f}/spec.txt -m {exported_path}{key}'),
         ('Annotate images', f'effdet_inference -m {exported_path} -e {f}/spec.txt -i {f}/shapes/val '
-                            f'-o {f}/annotated/images_annotated -l {f}/annotated/labels'),
+                            f'-o {f}/annotated/images_annotated -l {f}/annotated/labels{key}'),
     ]
 
 def _draw_command(folder, settings):

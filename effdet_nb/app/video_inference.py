@@ -7,7 +7,7 @@ __all__ = ['FRAME_COLUMNS', 'FRAME_LABELS', 'frame_writer', 'predict_video', 'Vi
            'output_of_video', 'infer_videos', 'FilesSummary', 'infer_files']
 
 # %% ../../nbs/app/05_video_inference.ipynb #98c22590
-import csv, json, time
+import csv, glob, json, time
 from collections import Counter
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -153,6 +153,9 @@ def list_videos(
     "Lists the videos of a source."
     if is_live(source): return [str(source)]
     path = Path(source)
+    if is_video(path) and not path.exists() and glob.has_magic(str(path)):
+        raise ValueError(f'{source}: patterns are for images only. Give one video, or the folder that contains the '
+                         'videos')
     if path.is_dir():
         found = path.glob('**/*' if recursive else '*')
         return sorted(p for p in found if p.suffix.lower() in VIDEO_EXTENSIONS and p.name[0]!='.' and p.is_file())

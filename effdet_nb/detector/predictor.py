@@ -20,6 +20,7 @@ def predict_on_batch(
     images:np.ndarray,  # [N, H, W, C] uint8
 )->dict:                # cls_logits [N, A, C] and box_deltas [N, A, 4]
     "Computes the raw outputs of a network with its compiled graph."
+    model.jit_compile = False      # else Keras may compile with XLA on a GPU
     return model.predict_on_batch(images)
 
 class KerasDetector(DescribedDetector):
@@ -35,7 +36,6 @@ class KerasDetector(DescribedDetector):
         self.model, self.arch, self.classes, self.meta = model, arch, classes, meta or {}
         self.image_hw, self.pad_rgb, self.anchors = tuple(arch.image_hw), tuple(arch.pad_rgb), arch_anchors(arch)
         self.resize, self.nms_options, self.predict_fn = arch.resize, nms_options, predict_fn
-        model.jit_compile = False
 
     def facts(self)->dict:
         "Returns the properties of the detector."

@@ -325,6 +325,7 @@ def build_metadata(
     from_model = {name: meta.get(name) for name in ('arch','classes','step','epoch')}
     arch = meta.get('arch') or {}
     preparation = IMAGE_PREPARATION | dict(padding=list(arch.get('pad_rgb', PAD_RGB)))
+    if arch.get('channels')==1: preparation |= dict(colour='grey')
     if arch.get('resize')=='stretch': preparation |= dict(resize='stretch')
     return dict(format=1, version=__version__, **from_model, input=preparation, batch_size=batch_size,
                 opset=opset, data_type='fp32', nms=dict(kind='none'))

@@ -279,7 +279,7 @@ def check_nms_options(
 )->dict:             # those that are not None
     "Checks a kind of suppression and its thresholds."
     if kind not in NMS_BUILDERS:
-        raise ValueError(f'nms: "{kind}" is unknown. Allowed: {", ".join(NMS_BUILDERS)}')
+        raise ValueError(f'nms: "{kind}" is unknown. Allowed: {", ".join(NMS_BUILDERS)}; tflite for a .tflite file')
     given = {name: value for name,value in thresholds.items() if value is not None}
     for name,value in given.items():
         is_valid = 0<=value<=1 if name in ('score_threshold','iou_threshold') else value>=1

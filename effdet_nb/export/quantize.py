@@ -138,7 +138,7 @@ def has_zero_points(
     return any(arrays[name].any() for name in names & arrays.keys())
 
 # %% ../../nbs/export/04_quantize.ipynb #54a48c6c
-IMAGE_SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.webp'
+IMAGE_SUFFIXES = '.jpg', '.jpeg', '.jfif', '.jpe', '.png', '.bmp', '.webp', '.tif', '.tiff', '.gif'
 
 def calibration_batches(
     images,             # folder of images, including its subfolders, or a list of encoded images
@@ -222,5 +222,6 @@ def _batches_for(meta, image_dir, num_batches, batch_size):
     graph_batch = meta['batch_size'] or 1
     num_images = (batch_size or graph_batch)*num_batches
     channels, num_batches = meta['arch'].get('channels', 3), -(-num_images//graph_batch)
-    return calibration_batches(image_dir, meta['arch']['image_hw'], graph_batch, num_batches, channels,
-                               **resize_options_from_metadata(meta))
+    batches = calibration_batches(image_dir, meta['arch']['image_hw'], graph_batch, num_batches, channels,
+                                  **resize_options_from_metadata(meta))
+    return (np.resize(batch, (graph_batch, *batch.shape[1:])) for batch in batches)  # repeats do not change the ranges

@@ -52,12 +52,12 @@ def convert_precision(
     "Converts an exported file to the precision of the engine."
     meta = get_metadata(proto)
     if not meta:
-        raise ValueError('model_path: has no metadata, so it was not exported by effdet_nb. '
+        raise ValueError('the model: has no metadata, so it was not exported by effdet_nb. '
                          'Export the .tlt again, or use trtexec for files of other programs')
     file_type = meta.get('data_type') or 'fp32'
     data_type = data_type or file_type
     if has_zero_points(proto):
-        raise ValueError('--model_path: its 8-bit numbers have zero points, which TensorRT does not support. '
+        raise ValueError('the model: its 8-bit numbers have zero points, which TensorRT does not support. '
                          'Export the .tlt again with --nms efficient_nms_trt')
     if data_type==file_type: return proto
     if file_type!='fp32':
@@ -174,5 +174,8 @@ def _load_exported(model_path, key, engine_file):
     check_output_path(engine_file)
     proto = onnx.load_model_from_string(load_onnx_bytes(model_path, key))
     meta = get_metadata(proto)
-    if meta: check_metadata(meta, model_path)
+    if not meta:
+        raise ValueError(f'{model_path}: has no metadata, so it was not exported by effdet_nb. '
+                         'Export the .tlt again, or use trtexec for files of other programs')
+    check_metadata(meta, model_path)
     return proto

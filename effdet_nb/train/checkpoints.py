@@ -21,7 +21,7 @@ from ..weights.model_file import (
 from .spec import Spec, SpecError
 from .experiment import TrainingPlan, compare_spec_texts
 from .distributed import is_chief
-from .trainer import STEP_METRICS, Trainer
+from .trainer import Trainer
 
 # %% ../../nbs/train/08_checkpoints.ipynb #26e35c47
 def optimizer_state(
@@ -63,7 +63,7 @@ class MetricHistory:
         "Returns the mean metrics of the current epoch."
         self.flush()
         count, *sums = self.epoch_sums or [1, *[float('nan')]*len(self.names)]
-        return {name: total/count for name,total in zip(STEP_METRICS, sums)}
+        return {name: total/count for name,total in zip(self.names, sums)}
 
     def end_epoch(self, row:dict):
         "Adds a finished epoch and resets the sums."

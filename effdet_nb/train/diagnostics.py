@@ -8,18 +8,18 @@ __all__ = ['LR_PER_IMAGE', 'hyperparameter_warnings', 'batch_of_step', 'NanGuard
 
 # %% ../../nbs/train/10_diagnostics.ipynb #9f1bee41
 import time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 import keras, numpy as np, tensorflow as tf
 from ..core.files import atomic_write
 from ..core.signals import REPEAT_SECONDS, StopSignal, install_handlers, restore_handlers
 from ..data.pipeline import DataConfig, make_sample_loader, pipeline_error_message
-from ..data.record_index import record_of_sample
+from ..data.record_index import CorruptRecord, record_of_sample, sample_index
 from ..detector.efficientdet import arch_anchors
 from ..evaluate.predict import channels_to_category_ids
 from .experiment import TrainingPlan
 from .distributed import is_chief, num_workers, worker_rank
-from .trainer import Trainer, worker_dataset
+from .trainer import STEP_METRICS, Trainer, worker_dataset
 from .checkpoints import latest_checkpoint
 from .callbacks import MetricsCallback
 
@@ -48,13 +48,13 @@ def batch_of_step(
     return batch, _image_ids_of_step(trainer, data, step)
 
 def _image_ids_of_step(trainer, data, step):
-    "Returns the ids of the images that this machine's first replica takes in a step."
-    loader, size = make_sample_loader(data), trainer.plan.batch_size
-    first = (step*max(1, trainer.num_replicas//num_workers())*num_workers() + worker_rank())*size
-    ids = []
-    for sample in range(first, first+size):
+    "Returns the ids of this machine's first replica's images of a step: no damaged records, no further mosaic images."
+    loader, size, ids = make_sample_loader(data), trainer.plan.batch_size, []
+    first_batch = step*max(1, trainer.num_replicas//num_workers())
+    for i in range(size):
+        sample = sample_index(first_batch, i, size, (worker_rank(), num_workers()))
         record = record_of_sample(sample, len(loader.records), data.seed)
-        ids.append(loader.read_example(record)['source_id'])
+        with suppress(CorruptRecord): ids.append(loader.read_example(record)['source_id'])
     return ids
 
 # %% ../../nbs/train/10_diagnostics.ipynb #0eabe530
@@ -118,7 +118,8 @@ class NoPositivesGuard(MetricsCallback):
         self.has_warned = False
 
     def on_metrics(self, rows, summary=None):
-        for num_positives in rows[:, 5]: self.num_steps = 0 if num_positives else self.num_steps+1
+        for num_positives in rows[:, STEP_METRICS.index('positives')]:
+            self.num_steps = 0 if num_positives else self.num_steps+1
         if self.num_steps >= self.patience and not self.has_warned: self.warn()
 
     def warn(self):
@@ -168,8 +169,8 @@ def _batch_size_advice(batch_size, num_fitting):
     "Describes the settings that fit into memory."
     if not num_fitting: return 'Lower the batch size first, then the image size'
     parts = next(n for n in range(1, batch_size+1) if batch_size%n == 0 and batch_size//n <= num_fitting)
-    return (f'{num_fitting} would fit: set train_batch_size: {num_fitting}, or keep {batch_size} with '
-            f'gradient_accumulation_steps: {parts}')
+    return (f'{num_fitting} would fit: set train_batch_size: {num_fitting} and gradient_accumulation_steps: 1, or keep '
+            f'{batch_size} with gradient_accumulation_steps: {parts}')
 
 def _lost_worker_error(error):
     "Returns the error for a lost connection: another machine, or the pipeline of a single machine."

@@ -196,7 +196,8 @@ class DistributedPredictor:
         tables = []
         for cls_logits,box_deltas in zip(values['cls_logits'], values['box_deltas']):
             detections = self.detector.decode({'cls_logits': cls_logits.numpy(), 'box_deltas': box_deltas.numpy()})
-            tables.append(np.stack([detections_to_table(d) for d in detections]))
+            num_rows = self.detector.nms_options.max_detections
+            tables.append(np.stack([detections_to_table(d, num_rows) for d in detections]))
         return tables
 
     def _gather_tables(self, tables):

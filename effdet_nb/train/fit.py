@@ -22,7 +22,7 @@ from .fields import EvalConfig
 from .spec import Spec
 from .experiment import eval_dataset, evaluate_data, nms_options
 from .distributed import DistributedPredictor, is_chief, make_strategy, num_workers
-from .trainer import Trainer, training_batches
+from .trainer import STEP_METRICS, Trainer, training_batches
 from .checkpoints import CheckpointCallback, MetricHistory
 from .callbacks import MetricsCallback, ProfilerCallback, ProgressCallback, StatusCallback
 from .callbacks import TensorBoardCallback, write_run_config
@@ -175,8 +175,8 @@ class TrainingLoop:
         self.callbacks.on_train_batch_begin(first_step)
         with self.signals.critical_section():
             metrics = self.take_steps(batches, num_steps)
-            if self.is_log_due(first_step, end): self.read_metrics()
-        self.count_steps(num_steps, metrics, start)
+            self.count_steps(num_steps, metrics, start)
+            if self.is_log_due(first_step, end): self.read_metrics()     # waits for the steps just counted
         loss = metrics[0] if num_steps == 1 else metrics[-1,0]
         self.callbacks.on_train_batch_end(self.trainer.step-1, {'loss': loss})
 
@@ -213,7 +213,8 @@ class TrainingLoop:
     def epoch_row(self, epoch)->dict:
         "Returns the mean losses of an epoch, its learning rate and its speed."
         step = self.trainer.step
-        row = dict(epoch=epoch+1, step=step) | self.history.epoch_means()
+        means = self.history.epoch_means()
+        row = dict(epoch=epoch+1, step=step) | {name: means[name] for name in STEP_METRICS}
         return row | dict(lr=float(self.trainer.lr_schedule(max(step-1, 0)))) | self.timer.speed(self.images_per_step)
 
     def end_epoch(self, epoch, row):
@@ -252,9 +253,9 @@ def run_until_interrupted(
     try: return loop.run(batches)
     except KeyboardInterrupt:
         nan_guard.on_metrics(loop.history.flush())
-        path = checkpoints.save_step()
-        with suppress(OSError):      # the terminal may be closed
-            log_message(f'interrupted: saved {path}; run the same command again to continue')
+        path = checkpoints.save_step()          # None on all machines but the first
+        with suppress(OSError):                 # the terminal may be closed
+            if path: log_message(f'interrupted: saved {path}; run the same command again to continue')
         raise
     finally: loop.callbacks.on_train_end()
 

@@ -190,8 +190,8 @@ def problems(self:Spec,
 # %% ../../nbs/train/03_spec.ipynb #74dc7085
 @patch
 def check(self:Spec,
-    task:str, # 'train', 'evaluate', 'inference', 'export', 'prune' or 'dataset_convert'
-)->Spec:      # itself
+    task:str=None, # 'train', 'evaluate', 'inference', 'export', 'prune' or 'dataset_convert'; None: values only
+)->Spec:           # itself
     "Raises a SpecError that lists all problems if a task cannot use this spec."
     problems = self.problems(task)
     if problems: raise SpecError(self.name, problems)

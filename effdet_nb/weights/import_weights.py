@@ -45,6 +45,8 @@ def arch_for_weights(
     "Describes the detector that weights belong to."
     if weights.arch is not None and not (model_name or num_classes or image_hw): return weights.arch
     variant = variant_name(model_name) if model_name else _variant_of(weights)
+    if weights.arch and variant != weights.arch.name:
+        raise WeightsError(f'{weights.path}: is {weights.arch.name}, not {model_name}. Leave --model_name out')
     num_classes = num_classes or _num_classes(weights)
     if weights.arch:
         arch = replace(weights.arch, num_classes=num_classes, image_hw=image_hw or weights.arch.image_hw)

@@ -216,7 +216,8 @@ def __repr__(self:ModelFile):
     for group in ARRAY_GROUPS:
         arrays = getattr(self, group)
         if arrays: sizes.append(f'{group} {len(arrays)} arrays, {sum(a.size for a in arrays.values()):,} numbers')
-    return f"ModelFile({self.meta.get('model_name', 'model')}: {', '.join(sizes)})"
+    name = (self.meta.get('arch') or {}).get('name', 'model')
+    return f'ModelFile({name}: {", ".join(sizes)})'
 
 @patch
 def _repr_markdown_(self:ModelFile):

@@ -234,6 +234,7 @@ def match_preprocessing(
 )->Arch:       # the same, as the weights expect it
     "Returns the description of a detector with the pixel scale, the padding and P5 of some weights."
     if weights.mean_rgb is not None and len(weights.mean_rgb) == arch.channels:
-        padding = weights.pad_rgb if isinstance(weights, Arch) else None     # None: zero after this normalisation
+        own = weights if isinstance(weights, Arch) else weights.arch         # None: a file of another program
+        padding = own.pad_rgb if own else None                               # None: zero after this normalisation
         arch = replace(arch, mean_rgb=tuple(weights.mean_rgb), std_rgb=tuple(weights.std_rgb), pad_rgb=padding)
     return replace(arch, residual_last_block=weights.residual_last_block)

@@ -9,7 +9,7 @@ __all__ = ['AVERAGE', 'WEIGHT_PATH', 'VARIABLE', 'CHECKPOINT_FILE', 'ARCHIVE_ERR
            'file_format', 'read_weights', 'has_imagenet_weights']
 
 # %% ../../nbs/weights/08_read_weights.ipynb #a47bec24
-import glob, h5py, numpy as np, os, re, tarfile, tempfile, tensorflow as tf, zipfile, zlib
+import errno, glob, h5py, numpy as np, os, re, tarfile, tempfile, tensorflow as tf, zipfile, zlib
 from contextlib import contextmanager
 from functools import partial
 from math import prod
@@ -178,6 +178,7 @@ def extracted_archive(
     with tempfile.TemporaryDirectory() as folder:
         try: _extract(path, folder, pattern)
         except ARCHIVE_ERRORS as e:
+            if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL): raise   # of the disk
             raise WeightsError(f'{path}: the archive is damaged or truncated ({type(e).__name__}: {e}). '
                                'Copy it again from its source') from None
         yield folder
