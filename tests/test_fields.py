@@ -285,6 +285,12 @@ def test_out_of_memory_names_the_batch_that_fits(spec, monkeypatch):
             raise tf.errors.ResourceExhaustedError(None, None, 'OOM')
 
 
+@pytest.mark.parametrize('is_in_parts, words', [(True, 'train_batch_size: 3 and gradient_accumulation_steps: 1, or'),
+                                                (False, 'train_batch_size: 3, or')])
+def test_a_batch_that_fits_is_not_divided_again(is_in_parts, words):
+    assert words in diagnostics._batch_size_advice(12, 3, is_in_parts)
+
+
 def test_unusual_settings_come_with_a_remedy(spec):
     def warnings_for(**changes):
         return diagnostics.hyperparameter_warnings(training_plan_from_spec(set_training(spec, **changes)))

@@ -160,17 +160,20 @@ def fits_in_memory(
 def _out_of_memory_error(plan, image_hw, fits):
     "Returns the error for a batch that does not fit into memory, with the batch that does."
     batch_size, (height, width) = plan.batch_size, image_hw
-    part_size = batch_size//plan.config.gradient_accumulation_steps
+    num_parts = plan.config.gradient_accumulation_steps
+    part_size = batch_size//num_parts
     num_fitting = largest_passing(fits, part_size) if fits else 0
-    return ValueError(f'out of memory with train_batch_size {batch_size} at image_size "{height},{width}". '
-                      f'{_batch_size_advice(batch_size, num_fitting)}; amp: True halves activations on a GPU')
+    advice = _batch_size_advice(batch_size, num_fitting, num_parts>1)
+    return ValueError(f'out of memory with train_batch_size {batch_size} at image_size "{height},{width}". {advice}; '
+                      'amp: True halves activations on a GPU')
 
-def _batch_size_advice(batch_size, num_fitting):
+def _batch_size_advice(batch_size, num_fitting, is_in_parts):
     "Describes the settings that fit into memory."
     if not num_fitting: return 'Lower the batch size first, then the image size'
     parts = next(n for n in range(1, batch_size+1) if batch_size%n == 0 and batch_size//n <= num_fitting)
-    return (f'{num_fitting} would fit: set train_batch_size: {num_fitting} and gradient_accumulation_steps: 1, or keep '
-            f'{batch_size} with gradient_accumulation_steps: {parts}')
+    whole = ' and gradient_accumulation_steps: 1' if is_in_parts else ''
+    return (f'{num_fitting} would fit: set train_batch_size: {num_fitting}{whole}, or keep {batch_size} with '
+            f'gradient_accumulation_steps: {parts}')
 
 def _lost_worker_error(error):
     "Returns the error for a lost connection: another machine, or the pipeline of a single machine."
