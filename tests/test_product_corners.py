@@ -1,4 +1,5 @@
 "Features that meet each other: combinations of options, models and machines that once went wrong."
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,13 +11,19 @@ from test_pipeline import damaged_set, make_config
 
 import effdet_nb.app.cli as cli
 from effdet_nb.app.bulk import infer_bulk
+from effdet_nb.app.export_commands import _lines_after_export
+from effdet_nb.app.infer import warn_of_fixed_limit
 from effdet_nb.app.model_evaluation import EvaluationResults
 from effdet_nb.app.options import parse_options
 from effdet_nb.app.quickstart_settings import QuickstartSettings, shell_commands
 from effdet_nb.app.video_inference import list_videos
+from effdet_nb.data.label_formats import SourceError
+from effdet_nb.data.split import split_dataset
+from effdet_nb.data.tile_dataset import tile_dataset
 from effdet_nb.detector.efficientdet import Arch, arch_to_dict
+from effdet_nb.detector.tiles import Tiling
 from effdet_nb.export.onnx_graph import build_metadata
-from effdet_nb.export.quantize import _batches_for
+from effdet_nb.export.quantize import _batches_for, calibration_batches
 from effdet_nb.train import diagnostics
 from effdet_nb.train.distributed import DistributedPredictor
 from effdet_nb.train.fit import TrainingLoop
@@ -158,3 +165,62 @@ def test_a_wrong_threshold_of_a_bulk_inference_is_refused(tmp_path):
 
 def test_a_pattern_of_videos_is_named():
     with pytest.raises(ValueError, match='patterns are for images only'): list_videos('day1/*.mp4')
+
+
+def split(folder, names, out):
+    "Splits images of these names, each with one box."
+    folder.mkdir()
+    for name in names: Image.new('RGB', (64, 64), (hash(name) % 200, 9, 9)).save(folder/name)
+    images = [dict(id=i, file_name=name, width=64, height=64) for i, name in enumerate(names)]
+    boxes = [dict(id=i, image_id=i, category_id=1, bbox=[3, 3, 20, 20]) for i in range(len(names))]
+    labels = dict(images=images, annotations=boxes, categories=[dict(id=1, name='a')])
+    (folder.parent/f'{folder.name}.json').write_text(json.dumps(labels))
+    return split_dataset([folder.parent/f'{folder.name}.json'], [folder], out, val=.5, near='skip')
+
+
+def test_a_split_of_other_images_is_not_lost(tmp_path):
+    split(tmp_path/'one', ['a.png', 'b.png', 'c.png'], tmp_path/'out')
+    before = (tmp_path/'out'/'train.json').read_bytes()
+    with pytest.raises(SourceError, match='train.json: has the split of other images, such as'):
+        split(tmp_path/'two', ['x.png', 'y.png'], tmp_path/'out')
+    assert (tmp_path/'out'/'train.json').read_bytes()==before
+    split(tmp_path/'three', ['a.png', 'b.png', 'c.png', 'd.png'], tmp_path/'out')       # grown: may be split again
+
+
+@pytest.mark.parametrize('pattern, words', [(None, ''), ('^.', '(2 groups of images that belong together)'),
+                                            ('(.*)_', '(2 groups of images that belong together)')])
+def test_a_split_says_how_many_groups_a_pattern_made(pattern, words, tmp_path):
+    split(tmp_path/'one', ['a_1.png', 'a_2.png', 'b_1.png', 'b_2.png'], tmp_path/'out')
+    result = split_dataset(tmp_path/'one.json', tmp_path/'one', tmp_path/'out', .5, near='skip', pattern=pattern)
+    assert words in repr(result) and ('belong together' in repr(result))==bool(words)
+
+
+@pytest.mark.parametrize('out', ['one', 'one/../one', './one'])
+def test_tiles_are_not_written_among_the_images(out, tmp_path):
+    split(tmp_path/'one', ['a.png', 'b.png'], tmp_path/'out')
+    with pytest.raises(ValueError, match='would be written among the original images'):
+        tile_dataset(tmp_path/'one', tmp_path/'one.json', tmp_path/out, Tiling((32, 32)))
+    assert sorted(p.name for p in (tmp_path/'one').iterdir())==['a.png', 'b.png']
+
+
+@pytest.mark.parametrize('bad', [b'', b'no image', b'\xff\xd8\xff\xe0 cut'])
+def test_an_unreadable_calibration_image_is_left_out(bad, tmp_path, capsys):
+    for i in range(3): Image.new('RGB', (64, 48), (40*i, 0, 0)).save(tmp_path/f'{i}.png')
+    (tmp_path/'1b.jpg').write_bytes(bad)
+    assert sum(len(b) for b in calibration_batches(tmp_path, (128, 128), 2))==3
+    assert '1b.jpg' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('resize, is_said', [('letterbox', True), ('stretch', False), (None, True)])
+def test_an_export_for_mediapipe_names_the_command_that_measures_its_ap(resize, is_said):
+    meta = dict(arch=dict(resize=resize) if resize else {})
+    assert ('--resize stretch' in _lines_after_export('m.tflite', 'fp32', 'tflite', None, meta))==is_said
+    assert '--resize' not in _lines_after_export('m.onnx', 'fp32', 'onnx', None, meta)
+
+
+@pytest.mark.parametrize('channels, is_warned', [((0,), True), ((0, 1), False), (None, False)])
+def test_only_a_choice_of_some_classes_is_warned_of(channels, is_warned, capsys):
+    detector = SimpleNamespace(suppresses_itself=True, classes=SimpleNamespace(ids=(1, 2)),
+                               nms_options=SimpleNamespace(max_detections=100))
+    warn_of_fixed_limit(detector, channels)
+    assert ('--set max_detections_per_image=N' in capsys.readouterr().err)==is_warned

@@ -9,7 +9,7 @@ __all__ = ['predict_and_save', 'summarize_predictions', 'infer_bulk']
 import json
 from functools import lru_cache
 from pathlib import Path
-from ..core.console import results_status
+from ..core.console import install_command, results_status
 from ..core.files import check_output_path, write_json
 from ..detector.detections import Detections
 from ..evaluate.result_files import predictions_to_coco
@@ -123,7 +123,7 @@ def _import_beam():
     try: import apache_beam
     except ImportError:
         raise ImportError('bulk inference: Apache Beam is not installed. '
-                          'Install it (pip install "effdet_nb[beam]"), or run without a runner') from None
+                          f'Install it with {install_command("beam")}, or run without a runner') from None
     return apache_beam
 
 def _make_jobs(paths, source, results, draw):

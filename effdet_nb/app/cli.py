@@ -142,8 +142,8 @@ def effdet_train(
     gpus:Option('Number of GPUs', type=int, metavar='N')=1,
     gpu_index:Option('GPUs to use, counted from 0 (default: the first ones)', type=int, nargs='+', metavar='N')=None,
     use_amp:Option('Train in mixed precision, overriding the spec', flag=True)=False,
-    log_to:Option('Also send settings and metrics to MLflow or Weights & Biases; needs pip install "effdet_nb[mlflow]" '
-                  'or "effdet_nb[wandb]"', nargs='+', choices=['mlflow','wandb'])=None,
+    log_to:Option('Also send settings and metrics to MLflow or Weights & Biases; needs its extra: pip install '
+                  '"effdet_nb[mlflow]", in a clone ".[mlflow]"', nargs='+', choices=['mlflow','wandb'])=None,
     log_file:log_option()=None,
     verbose:verbose_option()=False,
 ):

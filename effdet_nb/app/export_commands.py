@@ -79,17 +79,21 @@ def effdet_export(
     print(result, flush=True)
     if data_type!='fp32': print(_quantization_report(spec, model_path, output_path, key), flush=True)
     if deepstream:
-        _write_deepstream(result.meta, output_path, deepstream, _inference_threshold(spec, model_path, key))
-        if engine_file is None: _print_missing_engine(result.meta, output_path)
-    if engine_file is None: return None if deepstream else _command_after_export(output_path, data_type, nms, key)
+        threshold = _inference_threshold(spec, model_path, key)
+        _write_deepstream(result.meta, output_path, deepstream, threshold, engine_file is None)
+    if deepstream and engine_file is None: return None
+    if engine_file is None: return _lines_after_export(output_path, data_type, nms, key, result.meta)
     from effdet_nb.export.tensorrt import gen_trt_engine
     return gen_trt_engine(output_path, engine_file, key, max_batch_size=max_batch_size or 1,
                           max_workspace_size=max_workspace_size, verbose=verbose)
 
-def _command_after_export(path, data_type, nms, key):
-    "The command that uses an exported file; for an int8 graph, also why it is large. None for a SavedModel."
+def _lines_after_export(path, data_type, nms, key, meta):
+    "What to know about an exported file, and the command that uses it; None for a SavedModel."
     stem,suffix = os.path.splitext(path)
     lines = []
+    if nms=='tflite' and meta['arch'].get('resize')!='stretch':
+        lines.append('The model was trained on letterboxed images, and MediaPipe stretches them. The AP that its users '
+                     f'get: effdet_evaluate -e SPEC -m {shlex.quote(path)} --resize stretch')
     if data_type=='int8' and suffix in ('.onnx','.etlt'):
         lines.append('The file is as large as in fp32, because its weights are rounded when it is loaded. For a '
                      'smaller file, export fp16, or int8 to .tflite')
@@ -144,10 +148,11 @@ def _inference_threshold(spec, model_path, key):
     if spec: settings |= export_nms_settings(spec, 'efficient_nms_trt')
     return settings.get('score_threshold')
 
-def _write_deepstream(meta, output_path, folder, score_threshold):
-    "Writes the DeepStream files and prints their paths."
+def _write_deepstream(meta, output_path, folder, score_threshold, lacks_engine):
+    "Writes the DeepStream files and prints their paths, and how to build the engine if there is none."
     from effdet_nb.export.deepstream import write_deepstream
     for path in write_deepstream(meta, output_path, folder, score_threshold): print(path)
+    if lacks_engine: _print_missing_engine(meta, output_path)
 
 def _print_missing_engine(meta, output_path):
     "Prints how to build the engine, if DeepStream cannot build it itself."

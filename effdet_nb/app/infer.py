@@ -392,9 +392,10 @@ def warn_of_fixed_limit(
 ):
     "Prints a warning if classes are chosen among the boxes of a file that contains NMS."
     if channels is None or not getattr(detector, 'suppresses_itself', False): return
+    if len({*channels})==len(detector.classes.ids): return      # all classes
     log_message(f'warning: --classes: this file contains its own suppression and returns the '
                 f'{detector.nms_options.max_detections} best boxes of all classes, so boxes of the chosen classes can '
-                'be missing. Export it again with a larger max_detections, or with nms "none"')
+                'be missing. Export it again with --set max_detections_per_image=N, or with --nms none')
 
 # %% ../../nbs/app/02_infer.ipynb #5a1c0034
 def infer(

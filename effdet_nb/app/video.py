@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 import numpy as np
+from ..core.console import install_command
 from ..core.files import atomic_write, check_output_path, is_lfs_pointer, lfs_pointer_error
 from .inference_files import VIDEO_EXTENSIONS
 
@@ -39,8 +40,7 @@ def import_av():
     "Imports PyAV; if it is missing, raises an error that says how to install it."
     try: import av
     except ImportError:
-        raise ImportError('video: PyAV is not installed. Install it: pip install "effdet_nb[video]" '
-                          '(in a clone of the project: pip install av)') from None
+        raise ImportError(f'video: PyAV is not installed. Install it: {install_command("video")}') from None
     return av
 
 _CAMERAS = {'linux': ('v4l2', '/dev/video{}'), 'darwin': ('avfoundation', '{}')}

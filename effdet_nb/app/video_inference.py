@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core.console import format_duration, log_message, progress_bar, results_status
+from ..core.console import format_duration, install_command, log_message, progress_bar, results_status
 from ..core.files import atomic_write, check_output_path
 from ..data.classes import ClassTable
 from ..detector.tiles import Tiling, detect_image, detect_tiled, warn_of_small_tiles
@@ -312,7 +312,7 @@ def _has_av(num_videos):
     try: return bool(import_av())
     except ImportError:
         log_message(f'note: {num_videos:,} videos are passed over, because PyAV is not installed. '
-                    'Install it: pip install "effdet_nb[video]"')
+                    f'Install it: {install_command("video")}')
         return False
 
 def _check_label_format(label_format):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTEBOOK_DELAY', 'NOTEBOOK_REFRESH', 'read_status', 'Status', 'results_status', 'format_duration', 'format_progress',
-           'plural', 'counted', 'prepare_streams', 'printable', 'log_message', 'progress_bar']
+           'plural', 'install_command', 'counted', 'prepare_streams', 'printable', 'log_message', 'progress_bar']
 
 # %% ../../nbs/core/02_console.ipynb #5f3043bf
 import html, json, os, re, sys, time
@@ -149,6 +149,12 @@ def plural(
     return f'{one}s' if many is None else many
 
 # %% ../../nbs/core/02_console.ipynb #5d1c0a04
+def install_command(
+    extra:str, # name of an extra, such as 'video'
+)->str:        # such as `pip install "effdet_nb[video]" (in a clone of the project: pip install -e ".[video]")`
+    "Returns the command that installs the packages of an extra, for a message."
+    return f'pip install "effdet_nb[{extra}]" (in a clone of the project: pip install -e ".[{extra}]")'
+
 def counted(
     count:int,     # number of things
     one:str,       # word for one of them

@@ -7,7 +7,7 @@ __all__ = ['MAX_BITS', 'MAX_GREY', 'PARTS', 'NEAR_DUPLICATES', 'Signature', 'ima
            'join_groups', 'assign_groups', 'SplitResult', 'part_shares', 'group_images', 'split_dataset']
 
 # %% ../../nbs/data/24_split.ipynb #aeee7252
-import io, os, re, shlex
+import io, json, os, re, shlex
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import starmap
@@ -197,7 +197,9 @@ class SplitResult:
         num_images,num_boxes = sum(self.num_images.values()), max(sum(totals), 1)
         shares = [f'{name} {images/num_images:.0%} of the images, {boxes/num_boxes:.0%} of the boxes'
                   for (name,images),boxes in zip(self.num_images.items(), totals)]
-        return f'{"; ".join(shares)} (images that belong together are not divided)'
+        num_together = num_images-self.num_groups
+        together = f' ({counted(self.num_groups, "group")} of images that belong together)' if num_together else ''
+        return f'{"; ".join(shares)}{together}'
 
     def _next_commands(self):
         return [f'effdet_dataset_convert -i {_quoted(self.image_dir)} -a {_quoted(path)} '
@@ -274,7 +276,7 @@ def split_dataset(
     for path in files.values(): _check_replaceable(path)
     labels = read_sources(paths, image_dirs, class_map)
     labels.leave_out_unreadable()
-    _earlier_parts(Path(output_dir), paths)
+    _check_same_images(_earlier_parts(Path(output_dir), paths), labels)
     names = ordered_names(labels, label_map)
     groups,duplicates = _checked_groups(labels, pattern, near, len(shares))
     usable,report = _usable_annotations(labels)
@@ -318,6 +320,15 @@ def _earlier_parts(output_dir, paths):
             raise SourceError(f'{path}: is to be split, and would be replaced by its parts. Choose another output '
                               'folder')
     return earlier
+
+def _check_same_images(earlier, labels):
+    "Raises an error if the files of an earlier split have none of the images, so that another split would be lost."
+    before = {Path(image['file_name']).name for path in earlier for image in _images_of(path)}
+    if not before or not before.isdisjoint(Path(image['path']).name for image in labels.images): return
+    raise SourceError(f'{earlier[0]}: has the split of other images, such as {min(before)}, which would be lost. '
+                      'Choose another output folder, or remove it')
+
+def _images_of(path): return json.loads(path.read_text(encoding='utf-8'))['images']
 
 def _checked_groups(labels, pattern, near, num_parts):
     "Groups the images; raises an error if there are not enough groups for the parts."

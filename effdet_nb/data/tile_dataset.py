@@ -252,7 +252,7 @@ def _tile_folder(output_dir, tag, image_dir):
     "Returns the folder for the tiles; raises an error if it has the original images."
     check_target(output_dir, tag, None)
     target = Path(output_dir)/tag
-    if target.resolve()!=Path(image_dir).resolve(): return target
+    if Path(image_dir).resolve() not in (target.resolve(), Path(output_dir).resolve()): return target
     raise ValueError(f'{target}: the tiles would be written among the original images. Choose another output_dir')
 
 def _check_share(name, value):

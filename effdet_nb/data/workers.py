@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from types import ModuleType
+from ..core.console import install_command
 from .shards import ShardJob, write_shard
 
 # %% ../../nbs/data/10_workers.ipynb #0a9ba20e
@@ -123,7 +124,7 @@ def run_jobs_on_beam(
         from apache_beam.options.pipeline_options import PipelineOptions
     except ImportError as e:
         raise ImportError(f'--runner {runner}: Apache Beam is not installed ({e}). '
-                          'pip install "effdet_nb[beam]"') from None
+                          f'Install it with {install_command("beam")}') from None
     for job in jobs: job.save()
     options = PipelineOptions(_beam_options(runner, options, num_workers))
     with hidden_main(), beam.Pipeline(options=options) as pipeline:

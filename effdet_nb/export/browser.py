@@ -10,6 +10,7 @@ __all__ = ['ORT_WEB_PACKAGE', 'ORT_WEB_FILES', 'DECODE_JS', 'RESIZE_JS', 'DETECT
 # %% ../../nbs/export/11_browser.ipynb #859ddfdc
 import base64, gzip, hashlib, html, json, os, shutil, subprocess, sys, tarfile, tempfile, zlib
 from pathlib import Path
+from ..core.console import install_command
 from ..core.files import (
     atomic_write, check_output_path, exclusive_lock, is_lfs_pointer, lfs_pointer_error)
 from ..data.classes import ClassTable
@@ -71,7 +72,7 @@ def fetch_ort_web()->dict: # name -> bytes, for the names in `ORT_WEB_FILES`
     npm = shutil.which('npm') or shutil.which('npm', path=os.path.dirname(sys.executable))
     if npm is None:
         raise FileNotFoundError('npm, which fetches ONNX Runtime Web, is not installed here. Install it '
-                                f'(pip install "effdet_nb[browser]"), or use another computer. {_FETCH_ELSEWHERE}')
+                                f'with {install_command("browser")}, or use another computer. {_FETCH_ELSEWHERE}')
     with tempfile.TemporaryDirectory(prefix='effdet_nb') as folder:
         command = [npm, 'pack', ORT_WEB_PACKAGE, '--prefer-offline', '--fetch-retries=1', '--silent']
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True)

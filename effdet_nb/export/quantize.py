@@ -11,7 +11,7 @@ __all__ = ['QUANTIZER_OPTIONS', 'IMAGE_SUFFIXES', 'PRECISIONS', 'convert_to_fp16
 import hashlib, json, tempfile
 from pathlib import Path
 import numpy as np
-from ..core.console import progress_bar
+from ..core.console import log_message, progress_bar
 from ..core.files import atomic_write
 from ..detector.images import read_resized_batches, to_channels
 from ..data.record_index import Records, require_record_files
@@ -151,9 +151,13 @@ def calibration_batches(
     "Reads calibration images in batches, those of a folder in the order of their names."
     sources = images if isinstance(images, list) else calibration_files(images)
     sources = sources[:batch_size*num_batches]
-    batches = read_resized_batches(sources, tuple(image_hw), batch_size, **options)
+    batches = read_resized_batches(sources, tuple(image_hw), batch_size, on_error=_leave_out, **options)
     stacked = (_stack(batch, channels) for batch in batches)
     return progress_bar(stacked, -(-len(sources)//batch_size), 'calibrating')
+
+def _leave_out(source, error):
+    "Prints that an image is not used for calibration."
+    log_message(f'warning: left out of the calibration: {error}')
 
 def calibration_files(
     image_dir, # folder

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 import numpy as np
-from ..core.console import log_message
+from ..core.console import install_command, log_message
 from ..data.classes import ClassTable
 from ..detector.images import to_channels
 from ..detector.detections import (
@@ -289,8 +289,7 @@ def _session_metadata(session, name):
     return parse_metadata(text, name) if text else None
 
 # %% ../../nbs/export/08_runtimes.ipynb #11d7c2c7
-INSTALL_TRT = ('It needs an NVIDIA GPU and: pip install "effdet_nb[trt]" '
-               '(in a clone of the project: pip install -e ".[trt]")')
+INSTALL_TRT = f'It needs an NVIDIA GPU and: {install_command("trt")}'
 
 def import_tensorrt():
     "Imports `tensorrt`; if it is missing, raises an error that says how to install it."

@@ -9,7 +9,7 @@ __all__ = ['TRACKERS', 'metric_values', 'MlflowRun', 'WandbRun', 'TrackerCallbac
 import importlib.util, json, math, os, sys
 from contextlib import suppress
 from pathlib import Path
-from ..core.console import log_message
+from ..core.console import install_command, log_message
 from ..core.files import atomic_write
 from .callbacks import MetricsCallback
 from .distributed import is_chief
@@ -128,5 +128,5 @@ def tracker_callbacks(
         package = importlib.util.find_spec(tracker)
         if package is None or package.origin is None:
             raise ImportError(f'--log_to {tracker}: the package {tracker} is not installed. '
-                              f'Install it with pip install "effdet_nb[{tracker}]"')
+                              f'Install it with {install_command(tracker)}')
     return [TrackerCallback(tracker, model_dir) for tracker in dict.fromkeys(trackers or ())]
