@@ -140,7 +140,7 @@ def test_json_is_one_document_without_nan(runs, capsys):
 @pytest.mark.parametrize('names, words', [
     (['nowhere'], ['nowhere: there is no such folder']),
     (['empty'], ['history.csv is missing or empty', '--model_dir']),
-    (['a/history.csv'], ['no such folder'])])
+    (['a/history.csv'], ['history.csv: is a file. Give the --model_dir'])])
 def test_without_any_run_it_fails_with_one_line(runs, tmp_path, names, words, capsys):
     (tmp_path/'empty').mkdir()
     with pytest.raises(SystemExit) as e: effdet_compare(runs=[str(tmp_path/name) for name in names])

@@ -172,6 +172,13 @@ def test_limits_of_a_variant_are_listed(name, channels, data_type, words):
     assert len(limits) == len(words) and all(word in limit for word, limit in zip(words, limits))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('limit', [1, 3_000, 100_000])
+def test_a_file_may_have_any_limit_on_its_boxes(folder, tmp_path, limit):
+    agreement = export(folder/'m.tlt', tmp_path/'a.tflite', max_detections=limit).agreement
+    assert agreement.matched >= .99*agreement.total > 0
+
+
 @pytest.fixture(scope='module')
 def grey(folder):
     "A detector for greyscale images, exported by the command, and what the command printed on stderr."

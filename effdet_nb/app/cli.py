@@ -11,6 +11,7 @@ import argparse, os, sys
 from difflib import get_close_matches
 from .command import command
 from .demo import effdet_demo, effdet_webpage
+from ..core.console import log_message
 from .compare import effdet_compare
 from .completion import SHELLS, answer_shell, completion_script, completion_parser
 from .export_commands import effdet_export, effdet_gen_trt_engine
@@ -91,6 +92,7 @@ def effdet_check(
     spec = load_spec(experiment_spec_file, None if overfit is None else 'train', set)
     from effdet_nb.app.dataset_page import check_dataset
     check = check_dataset(spec, output_path, pictures, sums)
+    if output_path: log_message(f'page: {output_path}')
     num_errors = len(check.errors)
     if num_errors==0 and suggest: _write_suggestion(spec, check, suggest)
     if num_errors==0 and overfit is None: return check

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .command import command
 from .options import Option, log_option, verbose_option
-from ..core.console import format_duration
+from ..core.console import format_duration, log_message
 from ..core.files import to_jsonable
 from ..train.fields import format_value
 from ..train.set_fields import field_values
@@ -85,7 +85,9 @@ def read_run(
 )->RunRecord:
     "Reads history, settings, scores and size of a run."
     folder = Path(model_dir)
-    if not folder.is_dir(): raise FileNotFoundError(f'{folder}: there is no such folder. Give the --model_dir of a run')
+    if not folder.is_dir():
+        problem = 'is a file' if folder.exists() else 'there is no such folder'
+        raise FileNotFoundError(f'{folder}: {problem}. Give the --model_dir of a run')
     history = read_history(folder)
     settings, note = _read_settings(folder/'spec.txt', name)
     if not history: note = f'{name}: history.csv is missing or empty: no epoch was finished, or this is no training run'
@@ -253,5 +255,7 @@ def effdet_compare(
         from effdet_nb.app.html import check_page_path
         check_page_path(output_path)
     comparison = compare_runs(map(os.path.expanduser, runs))
-    if output_path: write_comparison_page(output_path, comparison)
+    if output_path:
+        write_comparison_page(output_path, comparison)
+        log_message(f'page: {output_path}')
     return dumps(comparison.to_dict(), indent=1) if json else comparison

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from ..core.console import log_message
+from ..core.console import counted, log_message
 from ..core.files import absent_because, check_output_path, match_files, read_file
 from ..data.classes import ClassTable
 from ..data.coco import drop_masks, load_coco_lenient
@@ -230,5 +230,5 @@ def _find_class(classes, text):
     if text.isdecimal() and int(text) in classes.ids: return int(text)
     similar = get_close_matches(text.lower(), by_lower_case, 1)
     hint = f'Did you mean {classes.names[classes.ids.index(by_lower_case[similar[0]])]}?' if similar else (
-        f'Its {len(classes.ids)} classes are {", ".join(classes.names)[:200]}')
+        f'It has {counted(len(classes.ids), "class", "classes")}: {", ".join(classes.names)[:200]}')
     raise ValueError(f'--classes {text}: the model has no class of this name or id. {hint}')

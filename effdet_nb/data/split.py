@@ -223,7 +223,7 @@ def part_shares(
     if not (0<val<1 and 0<=test<1 and val+test<1):
         percent = next((x for x in (val, test) if 1<x<100), 20)
         raise SourceError(f'--val {val:g}, --test {test:g}: each is a share from 0 to 1 ({percent:g} percent is '
-                          f'{percent/100:g}), and some images must be left for training')
+                          f'{percent/100:g}), and together they must leave images for training')
     shares = dict(zip(PARTS, (1-val-test, val, test)))
     return {name:share for name,share in shares.items() if share}
 

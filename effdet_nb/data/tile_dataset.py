@@ -7,7 +7,7 @@ __all__ = ['MIN_VISIBLE', 'MIN_SIDE', 'EMPTY_SHARE', 'boxes_in_tile', 'choose_ti
            'TiledDataset', 'tile_dataset']
 
 # %% ../../nbs/data/23_tile_dataset.ipynb #9a15d457
-import os, re
+import os, re, shlex
 from collections import Counter
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -194,7 +194,10 @@ class TiledDataset:
                 ('  of them without objects', self.num_empty_tiles), ('  boxes', self.num_boxes),
                 ('tiles without objects left out', self.num_empty_left_out)]
         lines = [f'{label:<46}{count:>9,}' for label,count in rows]
-        return '\n'.join([*lines, *describe_issues(self.report), f'written to {self.annotations_file}'])
+        labels = Path(self.annotations_file)
+        folders = ['-i', str(self.image_dir), '-a', str(labels), '-o', str(labels.parent/'records')]
+        command = shlex.join(['effdet_dataset_convert', *folders, '-t', labels.stem])
+        return '\n'.join([*lines, *describe_issues(self.report), f'written to {labels}', f'Next: {command}'])
 
 def tile_dataset(
     image_dir,                     # folder with the images
@@ -257,7 +260,7 @@ def _tile_folder(output_dir, tag, image_dir):
 
 def _check_share(name, value):
     "Raises if a value is not a share."
-    if not 0<=value<=1: raise ValueError(f'{name}: {value:g}; must be a share from 0 to 1, such as 0.5')
+    if not 0<=value<=1: raise ValueError(f'--{name} {value:g}: must be a share from 0 to 1, such as 0.5')
 
 def _unique_stems(names):
     "Returns names for the tiles of images: the file names without endings, with a number where tiles could collide."
