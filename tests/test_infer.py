@@ -545,7 +545,7 @@ def test_channels_of_classes_do_not_depend_on_the_ids(ids, name):
 def test_an_unknown_class_is_one_sentence_with_a_suggestion(tmp_path):
     Image.fromarray(light_on_the_left()).save(tmp_path/'a.png')
     table = ClassTable.from_categories([dict(id=1, name='kangaroo'), dict(id=2, name='RBC')])
-    for name,hint in (('kangeroo', 'Did you mean kangaroo'), ('rbcs', 'Did you mean RBC'), ('9', 'classes: kangaroo, RBC')):
+    for name,hint in (('kangeroo', 'Did you mean kangaroo'), ('rbcs', 'Did you mean RBC'), ('9', ': kangaroo, RBC')):
         with pytest.raises(ValueError, match=f'--classes {name}: .*{hint}'): choose_channels(table, [name])
     with pytest.raises(ValueError, match='--classes c'):
         infer(LeftDetector(), tmp_path, tmp_path/'out', classes=['c'])
