@@ -195,7 +195,7 @@ def _structured_format(lines):
     "Returns the format of a text that is plainly no list of names: JSON, protobuf text or YAML; None for a list."
     if _is_json('\n'.join(lines)): return 'JSON'
     if any(re.match(r'(item|name|id|display_name)\s*[:{]', line) for line in lines) and '}' in ''.join(lines):
-        return 'a label map in protobuf text (.pbtxt)'
+        return 'protobuf text (.pbtxt)'
     is_yaml = lines[0] in ('---', 'names:') or all(re.match(r'-\s|[\w"\']+:(\s|$)', line) for line in lines)
     return 'YAML' if is_yaml else None
 

@@ -50,10 +50,7 @@ def convert_precision(
     batch_size:int=None, # int8: images per batch; None: the batch size of the file, or 1
 ):                       # onnx.ModelProto in that precision, with the same suppression
     "Converts an exported file to the precision of the engine."
-    meta = get_metadata(proto)
-    if not meta:
-        raise ValueError('the model: has no metadata, so it was not exported by effdet_nb. '
-                         'Export the .tlt again, or use trtexec for files of other programs')
+    meta = _metadata_of(proto, 'proto')
     file_type = meta.get('data_type') or 'fp32'
     data_type = data_type or file_type
     if has_zero_points(proto):
@@ -65,6 +62,13 @@ def convert_precision(
                          f'restored. Export the .tlt again as fp32 or {data_type}')
     raw = quantize(strip_nms(proto), data_type, cal_image_dir, cal_cache_file, num_batches, batch_size)
     return add_nms(raw, **meta['nms'])
+
+def _metadata_of(proto, name):
+    "Returns the metadata of a file that this package exported; raises for any other."
+    meta = get_metadata(proto)
+    if meta: return meta
+    raise ValueError(f'{name}: has no metadata, so it was not exported by effdet_nb. '
+                     'Export the .tlt again, or use trtexec for files of other programs')
 
 # %% ../../nbs/export/09_tensorrt.ipynb #b0539bb5
 def parse_network(
@@ -173,9 +177,5 @@ def _load_exported(model_path, key, engine_file):
                          'Export the .tlt first (effdet_export)')
     check_output_path(engine_file)
     proto = onnx.load_model_from_string(load_onnx_bytes(model_path, key))
-    meta = get_metadata(proto)
-    if not meta:
-        raise ValueError(f'{model_path}: has no metadata, so it was not exported by effdet_nb. '
-                         'Export the .tlt again, or use trtexec for files of other programs')
-    check_metadata(meta, model_path)
+    check_metadata(_metadata_of(proto, model_path), model_path)
     return proto
