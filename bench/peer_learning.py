@@ -3,7 +3,8 @@
 Standard input is one JSON object: images, train and val (COCO files), num_classes, size, batch, seconds, seed, threads,
 optimizer, learning_rate, weights (a state dict of an EfficientNet-Lite0 in timm's order) and out. It writes
 OUT-ema.json and OUT-last.json, COCO results of the averaged and of the last weights. The seconds are those of the
-processor, of all threads together, and they start with the process.
+processor, of all threads together, and they start with the process. With bn_momentum, batch norms average their
+statistics with it instead of effdet's 0.01.
 """
 import json
 import math
@@ -43,6 +44,8 @@ def make_network(setup):
     net = EfficientDet(config, pretrained_backbone=False)
     load_backbone(net.backbone, setup['weights'])
     net.class_net = HeadNet(config, num_outputs=config.num_classes)
+    for layer in net.modules() if 'bn_momentum' in setup else ():
+        if isinstance(layer, torch.nn.BatchNorm2d): layer.momentum = setup['bn_momentum']
     return net.to(memory_format=torch.channels_last), config
 
 

@@ -143,7 +143,7 @@ def mosaic_of_colors(key, image_hw, hw=(60,90), box=(5,10,55,80), scales=(.5,2.)
         image[box[0]:box[2],box[1]:box[3]] = color
         samples.append(A.augment(tf.constant(image), tf.constant([box], tf.float32), tf.constant([i]), image_hw,
                                  (key[0],i), True, *scales, window_hw=tiles[i,2:]-tiles[i,:2],
-                                 min_visible=A.MIN_VISIBLE))
+                                 min_visible=A.MIN_VISIBLE_IN_MOSAIC))
     return tiles.numpy(), [part.numpy() for part in A.join_tiles(tiles, samples, image_hw)]
 
 
@@ -173,7 +173,7 @@ def test_boxes_of_a_mosaic_stay_inside_their_tiles():
 @pytest.mark.parametrize('visible,is_kept', [(.05, False), (.19, False), (.21, True), (1., True)])
 def test_slivers_are_dropped_and_visible_objects_kept(visible, is_kept):
     boxes = tf.constant([[0.,100-100*visible,50,200-100*visible]])     # of 100 columns, `visible` lie in the window
-    _,labels = A.transform_boxes(boxes, tf.constant([7]), (0,0), (50,100), (50,100), A.MIN_VISIBLE)
+    _,labels = A.transform_boxes(boxes, tf.constant([7]), (0,0), (50,100), (50,100), A.MIN_VISIBLE_IN_MOSAIC)
     assert labels.numpy().tolist()==([7] if is_kept else [])
 
 

@@ -295,7 +295,7 @@ def test_an_image_with_exchanged_sides_is_left_out(toy_dataset, orientation):
     Image.new('RGB', (128, 100)).save(images/'000002.jpg', exif=exif)
     edit(annotations, lambda d: d['images'][1].update(height=128, width=100))
     summary = dataset_convert(images, annotations, out, num_shards=1)
-    assert summary.dropped_images=={'sides exchanged in the JSON': [(2, '000002.jpg')]}
+    assert summary.dropped_images=={'sides exchanged in the labels': [(2, '000002.jpg')]}
     assert summary.num_images==13
 
 
@@ -337,7 +337,7 @@ def test_other_formats_and_unusual_images_are_noted(toy_dataset):
          lambda d: [d['images'][5 + i].update(file_name=n) for i, n in enumerate(('a.bmp', 'g.jpg', 's.jpg', 'e.jpg'))])
     summary = dataset_convert(images, annotations, out, num_shards=1)
     assert summary.notes == {'BMP turned into PNG': ['a.bmp'], 'L instead of RGB, converted when read': ['g.jpg'],
-                             'JSON and file disagree about the size': ['s.jpg'],
+                             'labels and file disagree about the size': ['s.jpg'],
                              'turned by an EXIF flag, which is ignored': ['e.jpg']}
     bmp = next(e for e in examples(summary.files) if e['filename'] == 'a.bmp')
     assert bmp['format'] == 'png'
@@ -407,11 +407,11 @@ faults = {
                       [(2, '000002.jpg')]),
     'broken jpeg': (file('000002.jpg', truncate), 'dropped_images', 'file damaged', [(2, '000002.jpg')]),
     'broken png': (file('000005.png', truncate), 'dropped_images', 'file damaged', [(5, '000005.png')]),
-    'size disagrees': (file('000002.jpg', shrink), 'notes', 'JSON and file disagree about the size', ['000002.jpg']),
-    'size missing': (drop_key('images', 'width', 1), 'notes', 'size missing in the JSON', ['000002.jpg']),
+    'size disagrees': (file('000002.jpg', shrink), 'notes', 'labels and file disagree about the size', ['000002.jpg']),
+    'size missing': (drop_key('images', 'width', 1), 'notes', 'size missing in the labels', ['000002.jpg']),
     'size is text': (entry(1, height='128'), 'notes', 'size written as text', ['000002.jpg']),
     'size is text twice': (entry(1, height='128', width='128'), 'notes', 'size written as text', ['000002.jpg']),
-    'size is zero twice': (entry(1, height=0, width=0), 'notes', 'size missing in the JSON', ['000002.jpg']),
+    'size is zero twice': (entry(1, height=0, width=0), 'notes', 'size missing in the labels', ['000002.jpg']),
     'box is text': (box(bbox=['5', '5', '9.5', '9']), 'notes', 'bbox written as text', [1]),
     'nothing': (lambda images, d: d['annotations'].append(None), 'dropped_boxes', 'incomplete', [(None, None)]),
     'same box': (copy('annotations', id=99), 'notes', 'same box under two ids', [99]),
@@ -771,6 +771,8 @@ def test_reports_of_earlier_versions_are_read():
     report = ConversionReport.from_dict(data)
     assert report.dropped_images == {Fault.NOT_AN_IMAGE: [(3, 'a.jpg')]}
     assert report.dropped_boxes == {Fault.IMAGE_LEFT_OUT: [(3, 7)], Fault.NO_SIZE: [(4, 8)]}
+    assert Fault('JSON and file disagree about the size') is Fault.SIZE_DIFFERS
+    assert Fault('sides exchanged in the JSON') is Fault.SIDES_SWAPPED
     with pytest.raises(ValueError): Fault('no such fault')
 
 
@@ -833,7 +835,7 @@ def test_sizes_in_the_json_that_are_too_small_for_the_boxes_stop_the_conversion(
     ((30, 40), lambda i: [[9, 9, 9, 9], [10, 10, 90, 10]]), ((120, 160), lambda i: [[90, 70, 70, 50]])])
 def test_sizes_in_the_json_stay_where_boxes_do_not_show_that_they_are_wrong(tmp_path, json_hw, boxes):
     result = dataset_of_one_size(tmp_path, json_hw, boxes)
-    assert 'JSON and file disagree about the size' in str(result)
+    assert 'labels and file disagree about the size' in str(result)
 
 
 @pytest.mark.parametrize('beyond', [2, 5, 9])

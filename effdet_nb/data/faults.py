@@ -62,17 +62,17 @@ class Fault(StrEnum):
     UNKNOWN_IMAGE = 'unknown image', 'Add the image to "images", or remove these annotations'
     IMAGE_LEFT_OUT = 'of an image left out', 'These boxes return when their image can be used'
     FILE_NAME_NOT_TEXT = 'file name is no text', 'file_name is the path relative to the image folder'
-    SIZE_MISSING = ('size missing in the JSON',
-                    'The size of the file was used. Write height and width into the JSON')
-    SIZE_IMPOSSIBLE = ('size in the JSON larger than any image',
-                       'The size of the file was used. Correct height and width in the JSON')
+    SIZE_MISSING = ('size missing in the labels',
+                    'The size of the file was used. Write height and width into the labels')
+    SIZE_IMPOSSIBLE = ('size in the labels larger than any image',
+                       'The size of the file was used. Correct height and width in the labels')
     CROWD_MISSING = 'iscrowd missing, taken as 0', 'Nothing to do if none of these is a crowd', False
     AREA_MISSING = ('area missing, taken from the box',
                     'Nothing to do unless you evaluate by size with mask areas', False)
     # image files
     FILE_MISSING = ('file missing', 'file_name is relative to the image folder. Copy the files there, '
                                     'or choose the right folder')
-    NAME_DIFFERS = ('file found under another name', 'Write this name into the JSON', False)
+    NAME_DIFFERS = ('file found under another name', 'Write this name into the labels', False)
     OUTSIDE_FOLDER = ('outside the image folder',
                       'file_name must not lead out of the image folder. Choose a folder above all images, such as /')
     NOT_A_FILE = 'not an ordinary file of at most 1 GB', 'Replace the folder, device, pipe or huge file by an image'
@@ -83,22 +83,23 @@ class Fault(StrEnum):
                     'Scale the pixels to 16 bits, or save the image with 8 bits')
     LFS_POINTER = ('Git LFS pointer instead of the file',
                    'Run "git lfs pull" in the repository that the files are from, or download them')
-    NOT_AN_IMAGE = 'not an image', 'Replace the file, or remove it from the JSON'
+    NOT_AN_IMAGE = 'not an image', 'Replace the file, or remove it from the labels'
     NOT_PERMITTED = ('cannot be read: permission denied',
                      'Change the permissions of the file and its folder (chmod), or convert as their owner')
-    FILE_DAMAGED = 'file damaged', 'Copy the file again, or remove it from the JSON'
-    SIZE_DIFFERS = ('JSON and file disagree about the size',
-                    'Boxes were taken relative to the size in the JSON. That is right if the file was scaled; '
-                    'if it was rotated, its boxes are wrong: correct the JSON')
-    SIZE_TOO_SMALL = ('size in the JSON is too small for the boxes',
+    FILE_DAMAGED = 'file damaged', 'Copy the file again, or remove it from the labels'
+    SIZE_DIFFERS = ('labels and file disagree about the size',
+                    'Boxes were taken relative to the size in the labels. That is right if the file was scaled; '
+                    'if it was rotated, its boxes are wrong: correct the labels')
+    SIZE_TOO_SMALL = ('size in the labels is too small for the boxes',
                       'They lie inside the files, so the sizes of the files were taken. '
-                      'Correct width and height in the JSON')
+                      'Correct width and height in the labels')
     EXIF_ROTATED = ('turned by an EXIF flag, which is ignored',
                     'Save the image upright ("mogrify -auto-orient"), and check its boxes')
     TURNED_UPRIGHT = ('turned upright by its EXIF flag',
-                      'The size in the JSON shows that it was annotated upright. Other programs may not turn it', False)
-    SIDES_SWAPPED = ('sides exchanged in the JSON',
-                     'If the boxes belong to the image as it is stored, exchange height and width in the JSON; '
+                      'The size in the labels shows that it was annotated upright. Other programs may not turn it',
+                      False)
+    SIDES_SWAPPED = ('sides exchanged in the labels',
+                     'If the boxes belong to the image as it is stored, exchange height and width in the labels; '
                      'if they belong to the turned image, save the file as it was annotated')
     CONVERTED_TO_PNG = 'turned into PNG', '', False
     NOT_RGB = 'instead of RGB, converted when read', '', False
@@ -134,7 +135,12 @@ class Fault(StrEnum):
     SHORT_POLYGON = 'polygons of fewer than three points, left out'
 
 _EARLIER_TEXTS = {'of a picture left out': 'of an image left out', 'not a picture': 'not an image',
-                  'class names that differ only in case': 'class names that differ only in case or blanks'}
+                  'class names that differ only in case': 'class names that differ only in case or blanks',
+                  'size missing in the JSON': 'size missing in the labels',
+                  'size in the JSON larger than any image': 'size in the labels larger than any image',
+                  'JSON and file disagree about the size': 'labels and file disagree about the size',
+                  'size in the JSON is too small for the boxes': 'size in the labels is too small for the boxes',
+                  'sides exchanged in the JSON': 'sides exchanged in the labels'}
 
 # %% ../../nbs/data/02_faults.ipynb #44f8996d
 class Reason(NamedTuple):
@@ -172,6 +178,18 @@ def add_note(
 ):
     "Records a fault for which no box and no image is left out."
     self.notes[Reason(fault, detail)].append(item)
+
+@patch
+def add_dropped_image(
+    self:ConversionReport,
+    image_info:dict,  # an entry of "images"
+    annotations:list, # of the image
+    fault:Fault,      # why the image cannot be used
+):
+    "Records an image that is left out, and its boxes."
+    image_id = image_info['id']
+    self.dropped_images[fault].append((image_id, image_info['file_name']))
+    self.dropped_boxes[Fault.IMAGE_LEFT_OUT] += [(image_id, a['id']) for a in annotations]
 
 # %% ../../nbs/data/02_faults.ipynb #e29bd8e6
 @patch

@@ -19,7 +19,7 @@ from ..detector.boxes import label_color, show_boxes
 from ..detector.images import PAD_RGB, resize_options, resize_scale
 from .classes import ClassTable
 from .tfrecord import decode_example, load_sidecar
-from .augment import MIN_VISIBLE, augment, join_tiles, mosaic_tiles, sample_scale_jitter
+from .augment import MIN_VISIBLE_IN_MOSAIC, augment, join_tiles, mosaic_tiles, sample_scale_jitter
 from .record_index import CorruptRecord, Records, record_of_sample, require_record_files, sample_index
 
 # %% ../../nbs/data/14_pipeline.ipynb #412a75e4
@@ -270,7 +270,7 @@ def _mosaic(number, key, loader):
     others = tf.random.stateless_uniform([3], _derived_seed(key, 5), 0, len(loader.records), tf.int64)
     samples = []
     for i,sample in enumerate([number, *tf.unstack(others)]):
-        tile = dict(window_hw=tiles[i,2:]-tiles[i,:2], min_visible=MIN_VISIBLE)
+        tile = dict(window_hw=tiles[i,2:]-tiles[i,:2], min_visible=MIN_VISIBLE_IN_MOSAIC)
         samples.append(_augmented(sample, _derived_seed(key, 6+i), loader, **tile))
     return join_tiles(tiles, samples, image_hw)
 

@@ -107,7 +107,7 @@ def encode(
         image = probe_image(image_path(self.image_dir, file_name))
         image = match_orientation(image, (image_info['height'],image_info['width']))
     except MemoryError: raise memory_error(file_name) from None
-    except Exception as e: return _drop_image(image_info, annotations, image_fault(e), report)
+    except Exception as e: return report.add_dropped_image(image_info, annotations, image_fault(e))
     hw = annotated_hw(image_info, image.original_hw)
     if hw is None: report.add_note(Fault.SIZE_IMPOSSIBLE, file_name)
     hw = hw or image.original_hw
@@ -122,12 +122,6 @@ def memory_error(
 )->MemoryError:
     "Returns the error for an image that is too large for the memory of this process."
     return MemoryError(f'{file_name}: not enough memory to read it. Use fewer workers, or cut the image into tiles')
-
-def _drop_image(image_info, annotations, fault, report):
-    "Adds an image that cannot be used and its boxes to the report."
-    image_id = image_info['id']
-    report.dropped_images[fault].append((image_id, image_info['file_name']))
-    report.dropped_boxes[Fault.IMAGE_LEFT_OUT] += [(image_id, a['id']) for a in annotations]
 
 def _image_features(image, hw, image_id, file_name):
     "Returns the features of a record that describe the image."

@@ -132,9 +132,7 @@ class TrainingPlan:
     def total_steps(self)->int: return self.step_at(self.num_epochs)
 
     @property
-    def last_epoch(self)->int:
-        "The epoch after which the run stops: `stop_at_epoch`, or the end of the schedule."
-        return min(self.config.stop_at_epoch or self.num_epochs, self.num_epochs)
+    def last_epoch(self)->int: return self.config.last_epoch         # after which the run stops
 
     def step_at(self, epoch)->int:
         "Returns the number of steps done at the end of an epoch, counted from 1."

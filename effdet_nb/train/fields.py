@@ -234,6 +234,11 @@ class TrainingConfig:
     deterministic:bool = spec_field(
         102, False, 'Use deterministic operations, so that a repeated run gives identical bits; slower; not in TAO')
 
+    @property
+    def last_epoch(self)->int:
+        "The epoch after which the run stops: `stop_at_epoch`, or the end of the schedule."
+        return min(self.stop_at_epoch or self.num_epochs, self.num_epochs)
+
 # %% ../../nbs/train/01_fields.ipynb #5aa792c5
 @dataclass(frozen=True)
 class EvalConfig:

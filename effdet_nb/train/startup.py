@@ -66,8 +66,7 @@ def check_same_network(
 
 def _was_finished(meta):
     "Returns whether a checkpoint is of the last epoch that its own spec sets."
-    config = Spec.parse(meta['spec']).training_config
-    return len(meta['history']) >= min(config.stop_at_epoch or config.num_epochs, config.num_epochs)
+    return len(meta['history']) >= Spec.parse(meta['spec']).training_config.last_epoch
 
 def continue_run(
     trainer:Trainer,        # the run
