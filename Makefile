@@ -49,7 +49,8 @@ nbtest: $(DEV)  ## run the chapters, and find kept outputs that are not those of
 	exit $$failed
 
 tutorials: $(DEV)  ## run the tutorials and the chapters that train for long, minutes
-	@$(NBTEST) --path nbs/tutorials
+	@$(NBTEST_COMPARE) --path nbs/tutorials --file_re '^($(FIXED_TUTORIALS))\.'
+	@$(NBTEST) --path nbs/tutorials --skip_file_re '^([_.]|($(FIXED_TUTORIALS))\.)'
 	@$(NBTEST) --file_re '^($(LONG_CHAPTERS))\.'
 
 docs: $(DEV)  ## the site, offline, into _docs/
@@ -96,6 +97,8 @@ NBTEST_OPTIONS = --timing --n_workers $(WORKERS)
 # Chapters of the first list train networks, and numbers of a training may depend on the processor.
 TRAINING_PARTS = detector|train|export
 LONG_CHAPTERS  = 12_fit|13_overfit|14_first_fit
+# Tutorials whose outputs do not come from a training.
+FIXED_TUTORIALS = coming_from_tao|deploy|raspberry_pi|reading_a_report
 OTHER_PARTS    = core|accel|data|evaluate|weights|prune|app|reference
 
 # Compiling once saves seconds at every start of TensorFlow; the files that do not compile are templates inside packages.
