@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, strategies as st
 from PIL import Image
 
-from effdet_nb.app.infer import InferenceSummary, infer, load_for_inference, predict_files, predict_tiled_files
+from effdet_nb.app.infer import infer, load_for_inference, predict_files, predict_tiled_files
 from effdet_nb.app.inference_files import choose_channels, find_images, read_label_map
+from effdet_nb.app.inference_results import InferenceSummary
 from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.detector.boxes import area, iou

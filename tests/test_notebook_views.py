@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from effdet_nb.app.infer import InferenceSummary
+from effdet_nb.app.inference_results import InferenceSummary
 from effdet_nb.core.fragments import html_facts
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.convert import ConversionResult
