@@ -25,7 +25,8 @@ from effdet_nb.data.record_index import CorruptRecord, Records
 from effdet_nb.data.tfrecord import decode_example, example_class, make_example, write_records
 from effdet_nb.detector.efficientdet import Arch, arch_to_dict
 from effdet_nb.export.onnx_graph import get_metadata
-from effdet_nb.export.runtimes import check_metadata, load_onnx_bytes, parse_metadata
+from effdet_nb.export.exported_detector import check_metadata, parse_metadata
+from effdet_nb.export.runtimes import load_onnx_bytes
 from effdet_nb.prune.prune import saved_norms
 from effdet_nb.train.spec import MAX_SPEC_SIZE, Spec, SpecError
 from effdet_nb.train.startup import read_initial_weights
