@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from effdet_nb.data.check import check_annotation_file
-from effdet_nb.data.coco import CocoError
+from effdet_nb.data.coco_json import CocoError
 from effdet_nb.data.image_files import OutsideFolder
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.data.faults import Fault, describe_issues

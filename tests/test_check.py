@@ -9,6 +9,9 @@ from effdet_nb.app.dataset_page import initial_weights_note
 from effdet_nb.data import check as C
 from effdet_nb.data.anchor_fit import best_size_iou
 from effdet_nb.data.convert import dataset_convert
+from effdet_nb.data.record_checks import check_classes
+from effdet_nb.data.record_index import Records
+from effdet_nb.data.scan import scan_records
 from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.detector.anchors import all_anchors
 from effdet_nb.train.experiment import data_config_from_spec
@@ -98,8 +101,8 @@ def test_validation_images_that_are_training_images_are_found(val_ids, is_error,
 def test_channels_without_a_category_are_a_note(num_classes, ids, expected, tmp_path):
     draw_toy(tmp_path, ids)
     result = dataset_convert(tmp_path/'images', tmp_path/'a.json', tmp_path/'rec', 'train', num_shards=1, workers=1)
-    scan = C.scan_records(C.Records.from_files(result.files))
-    problems = [*C.check_classes(scan, f'{tmp_path}/rec/train-*', num_classes)]
+    scan = scan_records(Records.from_files(result.files))
+    problems = [*check_classes(scan, f'{tmp_path}/rec/train-*', num_classes)]
     assert not any(p.is_error for p in problems) and len(problems)==(expected is not None)
     if expected: assert expected in problems[0].message and f'is {num_classes}, but' in problems[0].message
 

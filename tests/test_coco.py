@@ -1,4 +1,4 @@
-"Guards for effdet_nb.data.coco: every fault is named, every table is a bijection."
+"Guards for effdet_nb.data.coco and the two chapters before it: every fault is named, every table is a bijection."
 import json
 
 import numpy as np
@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from effdet_nb.data.classes import ClassTable
-from effdet_nb.data.coco import CocoError, load_coco, load_coco_lenient, report_annotation_issues
+from effdet_nb.data.coco import load_coco, load_coco_lenient, report_annotation_issues
+from effdet_nb.data.coco_json import CocoError
 from effdet_nb.data.faults import Fault
 
 

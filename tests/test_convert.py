@@ -16,7 +16,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from effdet_nb.data import shards, workers
-from effdet_nb.data.coco import CocoDataset, CocoError
+from effdet_nb.data.coco import CocoDataset
+from effdet_nb.data.coco_json import CocoError
 from effdet_nb.data.convert import choose_num_shards, dataset_convert
 from effdet_nb.data.faults import ConversionReport, Fault, worst_image_id
 from effdet_nb.data.masks import mask_png

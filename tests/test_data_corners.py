@@ -10,7 +10,7 @@ from test_pipeline import damaged_set, make_config
 
 from effdet_nb.accel.cpu_session import no_remapping
 from effdet_nb.data import convert, pipeline as D, record, tile_dataset as tiles
-from effdet_nb.data.check import check_box_counts
+from effdet_nb.data.record_checks import check_box_counts
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.data.image_files import upright_size

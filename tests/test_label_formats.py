@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from effdet_nb.core.files import UnsuitableFile
-from effdet_nb.data.coco import CocoError
+from effdet_nb.data.coco_json import CocoError
 from effdet_nb.data.faults import Fault
 from effdet_nb.data.label_formats import SourceError, find_source, text_format
 from effdet_nb.data.label_json import labelme_outline

@@ -8,7 +8,8 @@ from test_html import PageParser
 
 import effdet_nb.core.console as console
 from effdet_nb.core.fragments import image_tag
-from effdet_nb.data.check import DataCheck, DataProblem
+from effdet_nb.data.check import DataCheck
+from effdet_nb.data.record_checks import DataProblem
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.data.record_index import Records

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from ..core.console import counted
 from ..detector.efficientdet import arch_anchors, get_variant
-from ..data.check import DataCheck, DataProblem, check_records
+from ..data.check import DataCheck, check_records
+from ..data.record_checks import DataProblem
 from ..data.anchor_fit import plot_sizes
 from ..data.scan import plot_aspect_ratios, plot_class_counts, sample_images
 from ..train.experiment import arch_from_spec, data_config_from_spec

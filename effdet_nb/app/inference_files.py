@@ -16,7 +16,8 @@ from pathlib import Path
 from ..core.console import counted, log_message
 from ..core.files import absent_because, check_output_path, match_files, read_file
 from ..data.classes import ClassTable
-from ..data.coco import drop_masks, load_coco_lenient
+from ..data.coco import load_coco_lenient
+from ..data.coco_json import drop_masks
 from ..data.image_files import find_image_files, image_path
 
 # %% ../../nbs/app/01_inference_files.ipynb #a6349525

@@ -20,7 +20,7 @@ from ..detector.images import (
     PAD_RGB, boxes_to_original, read_resized, resize_options, resize_to_input, threaded_map)
 from ..detector.detections import Detections
 from ..data.classes import ClassTable
-from ..data.coco import id_key, whole_number
+from ..data.coco_checks import id_key, whole_number
 from .ground_truth import yxyx_to_xywh64
 
 # %% ../../nbs/evaluate/04_predict.ipynb #fdda814c

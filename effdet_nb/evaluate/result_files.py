@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from ..core.console import log_message
 from ..core.files import atomic_write, check_output_path, write_json
 from ..data.classes import ClassTable
-from ..data.coco import drop_masks, load_coco_lenient
+from ..data.coco import load_coco_lenient
+from ..data.coco_json import drop_masks
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #44d994d1
 CSV_COLUMNS = ('image', 'category_id', 'class', 'score', 'x1', 'y1', 'x2', 'y2') # boxes in pixels of the image
