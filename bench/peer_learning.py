@@ -1,10 +1,10 @@
-"""Trains effdet for some seconds from ImageNet weights; bench/learning.py runs it in an environment that has effdet.
+"""Trains effdet for some epochs from ImageNet weights; bench/learning.py runs it in an environment that has effdet.
 
-Standard input is one JSON object: images, train and val (COCO files), num_classes, size, batch, seconds, seed, threads,
+Standard input is one JSON object: images, train and val (COCO files), num_classes, size, batch, epochs, seed, threads,
 optimizer, learning_rate, weights (a state dict of an EfficientNet-Lite0 in timm's order) and out. It writes
-OUT-ema.json and OUT-last.json, COCO results of the averaged and of the last weights. The seconds are those of the
-processor, of all threads together, and they start with the process. With bn_momentum, batch norms average their
-statistics with it instead of effdet's 0.01.
+OUT-ema.json and OUT-last.json, COCO results of the averaged and of the last weights. The last line of standard output
+is a JSON object: step, and cpu_seconds, those of the whole process until the end of the training. With bn_momentum,
+batch norms average their statistics with it instead of effdet's 0.01.
 """
 import json
 import math
@@ -25,7 +25,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV2
 
 ImageFile.LOAD_TRUNCATED_IMAGES = True      # one of the photographs lacks its last bytes
-WARMUP, EMA_DECAY, CLIP_NORM = .05, .99, 10.     # warm-up as a share of the seconds
+WARMUP, EMA_DECAY, CLIP_NORM = .05, .99, 10.     # warm-up as a share of the steps
 
 
 def load_backbone(backbone, path):
@@ -68,22 +68,22 @@ def as_input(images, config):
 
 
 def learning_rate(share):
-    "Linear warm-up, then a cosine, over the share of the time that has passed."
+    "Linear warm-up, then a cosine, over the share of the steps that are done."
     if share < WARMUP: return max(share/WARMUP, .01)
     return (1+math.cos(math.pi*min(1, (share-WARMUP)/(1-WARMUP))))/2
 
 
 def train(net, setup, config):
-    "Trains until the time is over; returns the network, its moving average and the number of steps."
+    "Trains for some epochs; returns the network, its moving average and the number of steps."
     bench = DetBenchTrain(net, create_labeler=False).train()
     optimizer = create_optimizer_v2(net, opt=setup['optimizer'], lr=setup['learning_rate'], weight_decay=4e-5,
                                     momentum=.9)
     average, steps, loader = ModelEmaV2(net, decay=EMA_DECAY), 0, make_loader(setup['train'], setup, config, True)
-    while True:
+    total = setup['epochs']*len(loader)
+    for _ in range(setup['epochs']):
         for images, target in loader:
-            share = time.process_time()/setup['seconds']
-            if share >= 1: return net, average.module, steps
-            for group in optimizer.param_groups: group['lr'] = setup['learning_rate']*learning_rate(share)
+            rate = setup['learning_rate']*learning_rate(steps/total)
+            for group in optimizer.param_groups: group['lr'] = rate
             loss = bench(as_input(images, config), target)['loss']
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -91,6 +91,7 @@ def train(net, setup, config):
             optimizer.step()
             average.update(net)
             steps += 1
+    return net, average.module, steps
 
 
 def coco_results(net, setup, config):
@@ -114,7 +115,7 @@ def main():
     np.random.seed(setup['seed'])
     net, config = make_network(setup)
     last, average, steps = train(net, setup, config)
-    row = dict(step=steps, cpu_seconds=round(time.process_time()))
+    row = dict(step=steps, cpu_seconds=round(time.process_time(), 1))
     for name, network in dict(last=last, ema=average).items():
         Path(f'{setup["out"]}-{name}.json').write_text(json.dumps(coco_results(network, setup, config)))
     print('\n'+json.dumps(row))
