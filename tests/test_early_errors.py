@@ -51,6 +51,7 @@ LINES = [
     ('export -m model.tlt -o k.tflite --max_batch_size 4', '--max_batch_size 4'),
     ('prune -m nope.tlt -o p', 'nope.tlt: no such file'),
     ('prune -m run -o p', 'Give run/model.best.tlt'),
+    ('prune -m run/model.step-9.tlt -o p', 'The newest model there is run/model.best.tlt'),
     ('prune -m model.onnx -o p', 'use the .tlt'),
     ('train -e spec.txt -d out --set model_name=efficientdet-d9', 'efficientdet-lite0'),
     ('train -e spec.txt -d out --set num_classes=1', 'from 2'),

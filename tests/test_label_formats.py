@@ -18,7 +18,7 @@ from effdet_nb.data.faults import Fault
 from effdet_nb.data.label_formats import SourceError, find_source, text_format
 from effdet_nb.data.label_json import labelme_outline
 from effdet_nb.data.label_set import LabelSet
-from effdet_nb.data.sources import convert_sources, parse_class_map, read_sources
+from effdet_nb.data.sources import convert_sources, ordered_names, parse_class_map, read_sources
 from effdet_nb.data.tfrecord import parse_example, read_records
 
 FIXTURES = Path(__file__).parent/'fixtures'/'labels'
@@ -212,7 +212,7 @@ YOLO_LINES = [ # line, class names known, what becomes of it: a box in pixels of
     ('0 .5 .25 .625 .4166666 .5 .5833333 .375 .4166666', Fault.ROTATED_BOX),          # a square on its corner
     ('0 .5 .5 .25', Fault.UNUSABLE_LABEL), ('0', Fault.UNUSABLE_LABEL), ('car .5 .5 .1 .1', Fault.UNUSABLE_LABEL),
     ('0.5 .5 .5 .1 .1', Fault.UNUSABLE_LABEL), ('-1 .5 .5 .1 .1', Fault.UNUSABLE_LABEL),
-    ('0 .2 .2 .3 .3 .4 .4 .5', Fault.UNUSABLE_LABEL), ('2 .5 .5 .1 .1', Fault.UNKNOWN_CATEGORY),
+    ('0 .2 .2 .3 .3 .4 .4 .5', Fault.UNUSABLE_LABEL), ('2 .5 .5 .1 .1', Fault.UNNAMED_CLASS),
     ('0 40 30 20 30', Fault.NOT_A_FRACTION), ('0 nan .5 .1 .1', Fault.NOT_FINITE),
     ('0 1e999 .5 .1 .1', Fault.NOT_FINITE),
     ('0 .5 .5 0 .1', [40, 27, 0, 6])]                                                 # conversion reports "no size"
@@ -249,7 +249,22 @@ def test_classes_of_yolo_without_names_are_numbered_and_reported(tmp_path):
     write(tmp_path/'labels'/'a.txt', '10 .5 .5 .1 .1\n2 .2 .2 .1 .1')
     labels = read_sources(tmp_path)
     assert labels.all_names()==['class 2', 'class 10']
-    assert [str(reason) for reason in labels.report.notes]==[str(Fault.CATEGORY_NAME_MISSING)]
+    assert [str(reason) for reason in labels.report.notes]==[str(Fault.NAMES_MISSING)]
+
+
+@pytest.mark.parametrize('line, reason', [
+    ('0 40 30 20 30', 'coordinates beyond 0 to 1'), ('0 nan .5 .1 .1', 'not finite')])
+def test_labels_of_which_no_box_can_be_used_say_why(line, reason, tmp_path):
+    draw_images(tmp_path/'images', {'a.jpg': (60, 80)})
+    write(tmp_path/'labels'/'a.txt', '0 .5 .5 .1 .1')
+    write(tmp_path/'labels'/'a.txt', line)
+    with pytest.raises(SourceError, match=f'no box can be used\n  boxes left out: {reason}'):
+        ordered_names(read_sources(tmp_path/'labels', tmp_path/'images'))
+
+
+def test_a_table_is_refused_by_name(tmp_path):
+    path = write(tmp_path/'labels.csv', 'filename,xmin\na.jpg,3\n')
+    with pytest.raises(SourceError, match='labels.csv: tables are not read.*Export COCO'): read_sources(path, tmp_path)
 
 
 def test_parts_of_a_yolo_dataset_are_not_mixed_by_accident(tmp_path):

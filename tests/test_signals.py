@@ -87,6 +87,18 @@ def test_a_second_signal_ends_a_command_that_does_not_react(body, number, tmp_pa
     assert end_of(process) == (code, f'effdet_wait: {words} a second time, ended at once\n')
 
 
+def test_a_command_that_stops_late_says_so(tmp_path):
+    "As in a compilation, which is one call in C."
+    body = f'import effdet_nb.core.signals as signals; signals.REMINDER_SECONDS = .2; {IN_C}'
+    process = start(tmp_path, body)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.readline() == ('effdet_wait: stopping after the current operation; '
+                                         'the same signal again ends the command at once\n')
+    time.sleep(REPEAT_SECONDS)
+    process.send_signal(signal.SIGINT)
+    assert end_of(process) == (130, 'effdet_wait: interrupted a second time, ended at once\n')
+
+
 def test_a_signal_that_is_sent_twice_at_once_counts_as_one(tmp_path):
     "As `timeout` does, and a terminal that is closed."
     process = start(tmp_path, '''

@@ -298,3 +298,26 @@ def test_labels_without_a_usable_image_say_why(tmp_path):
     with pytest.raises(SourceError, match='no image can be used, since none of its 3 images is in .*, such as a. Give'):
         split_dataset(tmp_path/'labels', tmp_path/'images', tmp_path/'out')
     assert not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('line', ['1 .5 .5 .1 .1', '0 40 30 20 30'])
+def test_labels_without_a_usable_box_are_not_split(line, tmp_path):
+    for i in range(4):
+        path = tmp_path/'images'/f'{i}.jpg'
+        path.parent.mkdir(exist_ok=True)
+        photo(i).save(path)
+        (tmp_path/'labels').mkdir(exist_ok=True)
+        (tmp_path/'labels'/f'{i}.txt').write_text(line)
+    (tmp_path/'labels'/'classes.txt').write_text('raccoon\n')
+    reason = '(?s)no box can be used.*(counts classes from 0|fractions of the image size)'
+    with pytest.raises(SourceError, match=reason):
+        split_dataset(tmp_path/'labels', tmp_path/'images', tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+
+
+def test_a_rare_class_with_nearly_the_name_of_another_is_reported(tmp_path):
+    labels = make_dataset(tmp_path, [f'{i}' for i in range(1, 31)], lambda i: [2 if i==7 else 1])
+    content = json.loads(labels.read_text())
+    for category,name in zip(content['categories'], ('raccoon', 'racoon', 'cat', 'car')): category['name'] = name
+    labels.write_text(json.dumps(content))
+    assert 'such as --map_classes racoon=raccoon. If they are one class' in repr(split(tmp_path, near='skip'))

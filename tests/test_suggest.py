@@ -9,6 +9,7 @@ from effdet_nb.core.console import counted
 from effdet_nb.app import cli
 from effdet_nb.data.record_index import Records, require_record_files
 from effdet_nb.data.scan import SplitScan, scan_records
+from effdet_nb.data.tfrecord import load_sidecar
 from effdet_nb.train import suggest as S
 from effdet_nb.train.spec import Spec
 
@@ -64,6 +65,14 @@ def test_images_without_objects_and_crowded_images():
     crowded = scan_of_boxes(3, (480,640), 99)
     crowded.boxes_per_image[1] = 240
     assert S.suggest_spec(SPEC, crowded).dataset_config.max_instances_per_image==240
+
+
+def test_the_number_of_classes_is_that_of_the_records(tmp_path):
+    spec = small_spec(write_records(tmp_path))
+    scan = scan_records(Records.from_files(require_record_files(f'{tmp_path}/train-*')))
+    needed = {S.suggest_spec(spec.replace(dataset_config=dict(num_classes=n)), scan).dataset_config.num_classes
+              for n in (2, spec.dataset_config.num_classes, 50)}
+    assert needed=={load_sidecar(f'{tmp_path}/train-*').classes.num_needed}=={4}
 
 
 def test_the_command_writes_a_spec_that_can_be_trained(tmp_path, capsys):

@@ -27,6 +27,11 @@ class ClassTable:
         "Tests whether id k is channel k-1, as in TAO; otherwise the categories are numbered in order."
         return bool(self.ids) and self.ids[0]>=1 and self.ids[-1]<=self.num_classes-1
 
+    @property
+    def num_needed(self)->int:
+        "The smallest `num_classes` in TAO's convention: the highest id or the number of categories, plus one."
+        return 1+(self.ids[-1] if self.is_identity else len(self.ids))
+
 # %% ../../nbs/data/01_classes.ipynb #bc7cc7bc
 @patch
 def channel(

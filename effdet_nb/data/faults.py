@@ -107,6 +107,11 @@ class Fault(StrEnum):
     LABELS_DAMAGED = ('labels cannot be read',
                       'Export them again, or remove the file. Without its labels, the image is left out')
     UNUSABLE_LABEL = ('label without a class or without coordinates', 'Correct it in the labelling tool, or remove it')
+    UNNAMED_CLASS = ('class number without a name',
+                     'YOLO counts classes from 0, in the order of classes.txt or data.yaml. Correct the numbers, or '
+                     'add the missing names')
+    NAMES_MISSING = ('classes without names, named after their numbers',
+                     'Put a file classes.txt with one class name per line beside the labels')
     NOT_A_FRACTION = ('coordinates beyond 0 to 1',
                       'YOLO labels are fractions of the image size. Divide pixels by the width and height of the image')
     ROTATED_BOX = ('rotated box', 'Only upright boxes can be trained. Export boxes without rotation, or polygons')
@@ -127,6 +132,8 @@ class Fault(StrEnum):
                   'Each copy counts as an image, and has only its own boxes. Remove one of them', False)
     CASE_DIFFERS = ('class names that differ only in case or blanks', 'If they are one class, convert with this option',
                     False)
+    NAMES_SIMILAR = ('class with few boxes and nearly the name of another', 'If they are one class, convert with this '
+                     'option', False)
     SCORE_IGNORED = ('score of the label ignored', 'These labels are predictions. Check them before you train', False)
     # masks
     MASK_OUTSIDE_BOX = 'masks outside their box (kept)', 'Redraw the mask or the box; training uses only the box'

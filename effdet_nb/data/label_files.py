@@ -173,7 +173,7 @@ def _yolo_fault(numbers, rules):
     is_polygon = not rules.has_keypoints and len(numbers)>6
     if is_polygon and len(coordinates)%2: return Fault.UNUSABLE_LABEL
     if not all(map(math.isfinite, numbers)): return Fault.NOT_FINITE
-    if rules.class_name(int(numbers[0])) is None: return Fault.UNKNOWN_CATEGORY
+    if rules.class_name(int(numbers[0])) is None: return Fault.UNNAMED_CLASS
     return None if _are_fractions(coordinates) else Fault.NOT_A_FRACTION
 
 def _are_fractions(numbers): return min(numbers)>=-FRACTION_SLACK and max(numbers)<=1+FRACTION_SLACK
@@ -212,7 +212,7 @@ def _report_unnamed_classes(labels):
     "Lists the classes by number and reports that they have no names."
     numbers = {int(name[6:]) for name in labels.all_names() if name.startswith('class ') and name[6:].isdecimal()}
     labels.add_class_names(f'class {number}' for number in sorted(numbers))
-    for number in sorted(numbers): labels.report.add_note(Fault.CATEGORY_NAME_MISSING, f'class {number}')
+    for number in sorted(numbers): labels.report.add_note(Fault.NAMES_MISSING, f'class {number}')
 
 def _add_yolo_file(labels, path, image_path, lines, rules):
     image = labels.add_image(image_path)

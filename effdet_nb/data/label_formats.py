@@ -285,6 +285,9 @@ def find_source(
     if is_lfs_pointer(path): raise lfs_pointer_error(path)
     ending = path.suffix.lower()
     if ending in _ARCHIVES: raise SourceError(f'{path}: an archive. Unpack it and give its folder')
+    if ending in _TABLES:
+        raise SourceError(f'{path}: tables are not read, because their columns differ from tool to tool. Export COCO, '
+                          'Pascal VOC or YOLO labels, or write a COCO file from the table')
     if ending=='.xml': return _xml_source(path)
     if ending in ('.yaml','.yml'): return _yaml_source(path)
     if ending=='.txt' and path.is_file(): return _list_source(path)
@@ -296,6 +299,7 @@ def _no_such_path(path):
                              'with labels of another format')
 
 _ARCHIVES = ('.zip','.tar','.gz','.7z','.rar')
+_TABLES = ('.csv','.tsv','.xls','.xlsx','.ods')
 
 def _checked_json_format(path):
     found = json_format(path)

@@ -68,13 +68,10 @@ def check_classes(
 
 def _check_idle_channels(classes, pattern):
     "Yields a note if more than one channel has no category."
-    enough = classes.ids[-1]+1 if classes.is_identity else len(classes.ids)+1
-    unused = classes.num_classes-enough
-    if unused<=0 or not load_sidecar(pattern): return
-    stay = counted(unused, 'channel stays', 'channels stay')
+    if classes.num_classes<=classes.num_needed or not load_sidecar(pattern): return
     yield data_note(NUM_CLASSES_FIELD, f'is {classes.num_classes}, but the records have '
-                                       f'{counted(len(classes.ids), "category", "categories")}: {enough} is enough; '
-                                       f'{stay} unused')
+                                       f'{counted(len(classes.ids), "category", "categories")}: '
+                                       f'{classes.num_needed} is enough')
 
 def _no_channel_message(counts, classes):
     "Returns the message about boxes whose ids have no channel, too high or too low."

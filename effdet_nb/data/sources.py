@@ -187,7 +187,10 @@ def _used_names(labels):
     "Returns the class names of labels; none at all is an error."
     names = labels.all_names()
     if names or not labels.images: return names
-    raise SourceError('--annotations_file: the labels name no class, and have no usable box. Label an object, or name '
+    if labels.report.dropped_boxes:
+        reasons = [f'  {line}' for line in describe_issues(labels.report)]
+        raise SourceError('\n'.join(['--annotations_file: no box can be used', *reasons]))
+    raise SourceError('--annotations_file: the labels name no class, and have no box. Label an object, or name '
                       'the classes with --label_map classes.txt')
 
 # %% ../../nbs/data/25_sources.ipynb #32d5078d

@@ -8,7 +8,7 @@ __all__ = ['MAX_BITS', 'MAX_GREY', 'PARTS', 'NEAR_DUPLICATES', 'Signature', 'ima
 
 # %% ../../nbs/data/27_split.ipynb #aeee7252
 import io, json, os, re, shlex
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import starmap
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from ..core.console import counted, progress_bar
 from ..core.files import read_file
+from .convert import note_similar_names
 from .faults import ConversionReport, describe_issues
 from .image_files import UNREADABLE
 from .label_formats import SourceError
@@ -280,12 +281,14 @@ def split_dataset(
     names = ordered_names(labels, label_map)
     groups,duplicates = _checked_groups(labels, pattern, near, len(shares))
     usable,report = _usable_annotations(labels)
+    if not usable and report.dropped_boxes: raise SourceError(_nothing_left('no box can be used', report))
     counts,sizes = _group_counts(labels.images, usable, names, groups)
     part_of_group = assign_groups(counts, sizes, list(shares.values()), seed)
     part_of_image = [int(part_of_group[group]) for group in groups]
     with output_lock(Path(output_dir), 'split'):
         for path in _earlier_parts(Path(output_dir), paths): path.unlink()
         _write_parts(labels, files, names, part_of_image, seed)
+    note_similar_names(Counter(annotation['class_name'] for annotation in usable), report)
     counted_labels = replace(labels, annotations=usable, report=report)
     return _split_result(counted_labels, files, names, part_of_image, groups, duplicates)
 
@@ -330,11 +333,13 @@ def _check_same_images(earlier, labels):
 
 def _images_of(path): return json.loads(path.read_text(encoding='utf-8'))['images']
 
+def _nothing_left(problem, report):
+    "Returns the message about labels of which nothing can be used."
+    return '\n'.join([f'{problem}. There is nothing to split', *[f'  {line}' for line in describe_issues(report)]])
+
 def _checked_groups(labels, pattern, near, num_parts):
     "Groups the images; raises an error if there are not enough groups for the parts."
-    if not labels.images:
-        reasons = [f'  {line}' for line in describe_issues(labels.report)]
-        raise SourceError('\n'.join(['no image can be used. There is nothing to split', *reasons]))
+    if not labels.images: raise SourceError(_nothing_left('no image can be used', labels.report))
     groups,duplicates = group_images(labels, pattern, near)
     if max(groups)+1>=num_parts: return groups, duplicates
     raise SourceError(f'{counted(len(groups), "image")} in {counted(max(groups)+1, "group")} kept together cannot be '

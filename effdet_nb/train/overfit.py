@@ -13,7 +13,7 @@ import numpy as np, tensorflow as tf
 from dataclasses import dataclass
 from enum import Enum
 from fastcore.basics import patch
-from ..core.console import log_message
+from ..core.console import format_duration, log_message
 from ..accel.cpu_session import predict_with_tensorflow
 from ..accel.grid_targets import anchor_grid, assign_on_grid
 from ..data.anchor_fit import MATCH_IOU, anchor_sizes, best_size_iou
@@ -182,7 +182,7 @@ def summary(self:OverfitResult)->str:
     "Returns the numbers of the run without advice."
     lines = [f'overfitting: {self.num_images} images with {len(self.box_sizes)} objects, {len(self.losses)} steps, '
              f'learning rate {self.learning_rate:.2g}',
-             f'class and box loss: {self.losses[0]:.2f} at first, {np.mean(self.losses[-5:]):.2f} at last']
+             f'class and box loss: {self.losses[0]:.2f} at first, {np.mean(self.losses[-5:]):.2f} in the last steps']
     if self.metrics: lines.append(f'on the same images: AP {self.metrics["AP"]:.2f}, AP50 {self.metrics["AP50"]:.2f}')
     return '\n'.join(lines)
 
@@ -229,7 +229,9 @@ class _OverfitRun:
 
     def run(self, max_steps, seconds):
         "Takes steps until the run is over; returns whether time ran out."
+        log_message('compiling the training step (once) ...')
         self.take_step()                           # compiles: not counted
+        log_message(f'compiled; training for at most {format_duration(seconds)}')
         end = time.monotonic()+seconds
         while not self.is_over(max_steps):
             if time.monotonic()>end:

@@ -11,6 +11,7 @@ import math
 import numpy as np
 from ..core.console import counted
 from ..data.scan import SplitScan
+from ..data.tfrecord import load_sidecar
 from .spec import Spec
 
 # %% ../../nbs/train/14_suggest.ipynb #ee55aace
@@ -50,7 +51,7 @@ def suggest_spec(
     "Suggests settings for the data of a spec: a thousand steps of lite0 from ImageNet weights."
     period = max(1, suggest_num_epochs(scan.num_records)//4)
     return Spec().replace(
-        dataset_config=_given(spec, 'dataset_config') | _input_fields(scan),
+        dataset_config=_given(spec, 'dataset_config') | _class_field(spec) | _input_fields(scan),
         model_config=_given(spec, 'model_config') | dict(model_name='efficientdet-lite0'),
         training_config=_training_fields(scan.num_records) | dict(checkpoint_period=period),
         eval_config=dict(eval_batch_size=BATCH_SIZE, eval_epoch_cycle=period),
@@ -63,6 +64,11 @@ def _input_fields(scan):
     side = suggest_image_side(object_sides, float(np.median(longest)) if len(longest) else math.inf)
     max_boxes = int(scan.boxes_per_image.max(initial=0))
     return dict(image_size=f'{side},{side}', max_instances_per_image=max(100, max_boxes))
+
+def _class_field(spec):
+    "Returns the number of classes that the records need; no field if they were not converted by this package."
+    sidecar = load_sidecar(spec.dataset_config.training_file_pattern)
+    return dict(num_classes=sidecar.classes.num_needed) if sidecar else {}
 
 def _training_fields(num_images):
     "Returns the fields about batch, learning rate and length."

@@ -149,9 +149,18 @@ def require_file(
     "Returns the path if there is a file to read."
     path = Path(path)
     if path.is_file(): return path
-    best = path/'model.best.tlt'                 # of a run, if the path is its folder
-    advice = f'Give {best}' if best.is_file() else 'Check the path; relative paths start in the current folder'
-    raise FileNotFoundError(f'{path}: {absent_because(path)}. {advice}')
+    raise FileNotFoundError(f'{path}: {absent_because(path)}. {_model_advice(path)}')
+
+def _model_advice(path):
+    "Returns what to do about a path that is no model file: the model in the folder of a run, if there is one."
+    if path.is_dir() and (model := _newest_model(path)): return f'Give {model}'
+    if path.suffix=='.tlt' and (model := _newest_model(path.parent)): return f'The newest model there is {model}'
+    return 'Check the path; relative paths start in the current folder'
+
+def _newest_model(folder):
+    "Returns the best model of a training run in a folder, else its newest checkpoint; None if there is none."
+    models = sorted(folder.glob('model*.tlt'), key=lambda path: (path.name=='model.best.tlt', path.stat().st_mtime))
+    return models[-1] if models else None
 
 # %% ../../nbs/weights/02_container.ipynb #3d4adb5a
 def is_encrypted(

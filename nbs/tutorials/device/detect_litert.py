@@ -35,5 +35,6 @@ interpreter.invoke()
 boxes, classes, scores, count = (interpreter.get_tensor(o['index'])[0] for o in interpreter.get_output_details())
 for box, c, score in list(zip(boxes, classes, scores))[:int(count)]:
     if score < float(lowest): break
-    y1, x1, y2, x2 = box*[height, width, height, width]/[scale_y, scale_x, scale_y, scale_x]
+    box = box*[height, width, height, width]/[scale_y, scale_x, scale_y, scale_x]
+    y1, x1, y2, x2 = np.clip(box, 0, [image.height, image.width]*2)
     print(f'{labels[int(c)]} {score:.2f}: left {x1:.0f}, top {y1:.0f}, right {x2:.0f}, bottom {y2:.0f}')
