@@ -59,6 +59,7 @@ LINES = [
     ('train -e spec.txt -d out --set checkpoint=imagnet', 'Did you mean "imagenet"?'),
     ('train -e spec.txt -d out --set checkpoint=IMAGENET1K_V1', 'Did you mean "imagenet"?'),
     ('train -e spec.txt -d out --set checkpoint=efficientnet_b0', 'Weights of ImageNet are named "imagenet"'),
+    ('check -e spec.txt --set num_classes=1', 'from 2'),
     ('evaluate -e spec.txt -m nope.tlt --set validation_file_pattern=r-*', 'nope.tlt: no such file'),
     ('evaluate -e spec.txt -m nope.tlt --set validation_file_pattern=r-* num_classes=1', 'from 2'),
     ('import -m nope.pth -o a.tlt', 'nope.pth: no such file'),

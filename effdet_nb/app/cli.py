@@ -90,6 +90,7 @@ def effdet_check(
                          'needed, such as --overfit 8 --minutes 2')
     from effdet_nb.train.set_fields import load_spec
     spec = load_spec(experiment_spec_file, None if overfit is None else 'train', set)
+    spec.check()                                             # before TensorFlow is loaded
     from effdet_nb.app.dataset_page import check_dataset
     check = check_dataset(spec, output_path, pictures, sums)
     if output_path: log_message(f'page: {output_path}')

@@ -15,7 +15,7 @@ from .coco_json import CocoError, drop_masks
 from .faults import Fault
 
 # %% ../../nbs/data/07_validate.ipynb #e1437353
-SLACK = 1e-6       # pixels; tolerance for rounding, since 0.1 + 0.2 is not 0.3
+SLACK = .01        # pixels; tolerance for rounding, since many files have two decimals, or six of a fraction (YOLO)
 EDGE_WIDTH = 1.    # pixels; a box that extends no further beyond its image is cut, not left out
 SURE_SIZE = .01    # pixels; a longer side is still positive in float32 if the image has sides below 65,536 pixels
 
@@ -38,7 +38,7 @@ def validate_box(
     if not _has_size(box): return None, Fault.NO_SIZE
     cut = _cut_at_edges(box, H, W)
     excess = max(abs(a-b) for a,b in zip(box, cut))
-    if excess<=SLACK: return cut, None
+    if excess<=SLACK and _has_size(cut): return cut, None
     is_kept = (clip or excess<=EDGE_WIDTH) and _has_size(cut)
     return (cut if is_kept else None), Fault.OUT_OF_BOUNDS
 
