@@ -48,8 +48,8 @@ def test_kept_boxes_lie_inside_their_image(bbox, clip):
 
 @pytest.mark.parametrize('bbox, fault', [
     ([0, 0, 150, 100], None), ([0, 0, 150.005, 100], None), ([0, 0, 150.02, 100], 'out of bounds'),
-    ([-.02, 0, 9, 9], 'out of bounds'), ([0, -1, 9, 9], 'out of bounds'), ([0, 99, 9, 2], 'out of bounds'), ([1, 1, 0, 5], 'no size'),
-    ([1, 1, 5, 0], 'no size'), ([1, 1, -5, 5], 'no size'), ([1, 1, 5, 1e-12], 'no size'),
+    ([-.02, 0, 9, 9], 'out of bounds'), ([0, -1, 9, 9], 'out of bounds'), ([0, 99, 9, 2], 'out of bounds'),
+    ([1, 1, 0, 5], 'no size'), ([1, 1, 5, 0], 'no size'), ([1, 1, -5, 5], 'no size'), ([1, 1, 5, 1e-12], 'no size'),
     ([float('nan'), 1, 5, 5], 'not finite'), ([1, 1, float('inf'), 5], 'not finite'), ([149.7, 0, .1 + .2, 9], None)])
 def test_boxes_with_a_fault_are_left_out(bbox, fault): assert validate_box(bbox, (100, 150))[1] == fault
 
