@@ -189,7 +189,7 @@ def test_the_search_in_the_chapter_runs(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fit, 'train', train)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    chapter = Path(__file__).resolve().parents[1]/'nbs'/'app'/'15_compare.ipynb'
+    chapter, = (Path(__file__).resolve().parents[1]/'nbs'/'app').glob('*_compare.ipynb')
     pages = [''.join(cell['source']) for cell in json.loads(chapter.read_text(encoding='utf-8'))['cells']]
     program, = [block for page in pages for block in re.findall(r'```python\n(.*?)```', page, re.S)]
     assert 20<len(program.splitlines())<40
