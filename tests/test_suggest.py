@@ -9,7 +9,6 @@ from effdet_nb.core.console import counted
 from effdet_nb.app import cli
 from effdet_nb.data.record_index import Records, require_record_files
 from effdet_nb.data.scan import SplitScan, scan_records
-from effdet_nb.data.tfrecord import load_sidecar
 from effdet_nb.train import suggest as S
 from effdet_nb.train.spec import Spec
 
@@ -67,12 +66,12 @@ def test_images_without_objects_and_crowded_images():
     assert S.suggest_spec(SPEC, crowded).dataset_config.max_instances_per_image==240
 
 
-def test_the_number_of_classes_is_that_of_the_records(tmp_path):
+def test_a_number_of_classes_that_is_too_large_is_lowered(tmp_path):
     spec = small_spec(write_records(tmp_path))
     scan = scan_records(Records.from_files(require_record_files(f'{tmp_path}/train-*')))
-    needed = {S.suggest_spec(spec.replace(dataset_config=dict(num_classes=n)), scan).dataset_config.num_classes
-              for n in (2, spec.dataset_config.num_classes, 50)}
-    assert needed=={load_sidecar(f'{tmp_path}/train-*').classes.num_needed}=={4}
+    suggested = [S.suggest_spec(spec.replace(dataset_config=dict(num_classes=n)), scan).dataset_config.num_classes
+                 for n in (3, 4, 50)]
+    assert suggested==[3, 4, 4]     # three categories have three channels; the fourth is TAO's idle one
 
 
 def test_the_command_writes_a_spec_that_can_be_trained(tmp_path, capsys):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALMOST_ALL', 'MANY', 'MIN_BOXES', 'Fault', 'Reason', 'ConversionReport', 'Outcome', 'Issue', 'list_issues',
-           'describe_issues', 'worst_image_id', 'coordinate_mistake']
+           'describe_issues', 'with_reasons', 'worst_image_id', 'coordinate_mistake']
 
 # %% ../../nbs/data/02_faults.ipynb #c9c58462
 from collections import Counter, defaultdict
@@ -110,7 +110,7 @@ class Fault(StrEnum):
     UNNAMED_CLASS = ('class number without a name',
                      'YOLO counts classes from 0, in the order of classes.txt or data.yaml. Correct the numbers, or '
                      'add the missing names')
-    NAMES_MISSING = ('classes without names, named after their numbers',
+    NAMES_MISSING = ('class without a name, named after its number',
                      'Put a file classes.txt with one class name per line beside the labels')
     NOT_A_FRACTION = ('coordinates beyond 0 to 1',
                       'YOLO labels are fractions of the image size. Divide pixels by the width and height of the image')
@@ -318,6 +318,14 @@ def describe_issues(
         found = f'{issue.title}: {issue.count:,}, such as {issue.example()}'
         lines.append(f'{found}. {issue.fault.hint}' if issue.fault.hint else found)
     return lines
+
+# %% ../../nbs/data/02_faults.ipynb #866edc97
+def with_reasons(
+    problem:str,             # one sentence
+    report:ConversionReport, # of what was left out
+)->str:                      # the sentence, and a line for each issue
+    "Appends the issues of a report to an error message."
+    return '\n'.join([problem, *[f'  {line}' for line in describe_issues(report)]])
 
 # %% ../../nbs/data/02_faults.ipynb #fc6041ad
 _BOX_FAULTS = (Fault.OUT_OF_BOUNDS, Fault.NO_SIZE, Fault.NOT_FINITE, Fault.DUPLICATE_ANNOTATION)

@@ -17,7 +17,7 @@ from ..core.files import atomic_write, is_lfs_pointer, lfs_pointer_error
 from .coco import load_coco_lenient, report_annotation_issues
 from .coco_json import read_coco_json
 from .convert import ConversionResult, check_target, dataset_convert
-from .faults import Fault, Reason, describe_issues
+from .faults import Fault, Reason, with_reasons
 from .image_files import OutsideFolder, find_image_files, image_path, without_wrong_sizes
 from .label_files import read_kitti, read_label_lines, read_voc, read_yolo
 from .label_formats import Source, SourceError, default_image_dir, find_source, read_yaml
@@ -188,8 +188,7 @@ def _used_names(labels):
     names = labels.all_names()
     if names or not labels.images: return names
     if labels.report.dropped_boxes:
-        reasons = [f'  {line}' for line in describe_issues(labels.report)]
-        raise SourceError('\n'.join(['--annotations_file: no box can be used', *reasons]))
+        raise SourceError(with_reasons('--annotations_file: no box can be used', labels.report))
     raise SourceError('--annotations_file: the labels name no class, and have no box. Label an object, or name '
                       'the classes with --label_map classes.txt')
 
@@ -361,8 +360,8 @@ def _checked_tag(tag, paths):
 def _check_not_empty(labels, paths):
     "Raises an error with all reasons if no image is left."
     if labels.images: return
-    reasons = [f'  {line}' for line in describe_issues(labels.report)]
-    raise SourceError('\n'.join([f'{paths[0]}: no image can be used. There is nothing to convert', *reasons]))
+    problem = f'{paths[0]}: no image can be used. There is nothing to convert'
+    raise SourceError(with_reasons(problem, labels.report))
 
 def _convert_labels(paths, image_dirs, output_dir, tag, class_map, label_map, options):
     "Writes labels as a COCO file and converts it."

@@ -17,7 +17,7 @@ from PIL import Image
 from ..core.console import counted, progress_bar
 from ..core.files import read_file
 from .convert import note_similar_names
-from .faults import ConversionReport, describe_issues
+from .faults import ConversionReport, describe_issues, with_reasons
 from .image_files import UNREADABLE
 from .label_formats import SourceError
 from .label_set import LabelSet
@@ -281,14 +281,11 @@ def split_dataset(
     names = ordered_names(labels, label_map)
     groups,duplicates = _checked_groups(labels, pattern, near, len(shares))
     usable,report = _usable_annotations(labels)
-    if not usable and report.dropped_boxes: raise SourceError(_nothing_left('no box can be used', report))
     counts,sizes = _group_counts(labels.images, usable, names, groups)
-    part_of_group = assign_groups(counts, sizes, list(shares.values()), seed)
-    part_of_image = [int(part_of_group[group]) for group in groups]
+    part_of_image = assign_groups(counts, sizes, list(shares.values()), seed)[groups].tolist()
     with output_lock(Path(output_dir), 'split'):
         for path in _earlier_parts(Path(output_dir), paths): path.unlink()
         _write_parts(labels, files, names, part_of_image, seed)
-    note_similar_names(Counter(annotation['class_name'] for annotation in usable), report)
     counted_labels = replace(labels, annotations=usable, report=report)
     return _split_result(counted_labels, files, names, part_of_image, groups, duplicates)
 
@@ -299,13 +296,16 @@ def _write_parts(labels, files, names, part_of_image, seed):
         write_coco(path, _subset(labels, ids), names, description='written by effdet_split', seed=seed)
 
 def _usable_annotations(labels):
-    "Returns the annotations that a conversion keeps, and a report that counts the others."
+    "Returns the annotations that a conversion keeps, and a report that counts the others; raises if all are left out."
     sizes = {image['id']:(image['height'],image['width']) for image in labels.images}
     usable,report = [],ConversionReport().merge(labels.report)
     for annotation in labels.annotations:
         box,fault = validate_box(annotation['bbox'], sizes[annotation['image_id']])
         if box: usable.append(annotation)
         else: report.dropped_boxes[fault].append((annotation['image_id'], annotation['id']))
+    if not usable and report.dropped_boxes:
+        raise SourceError(with_reasons('no box can be used. There is nothing to split', report))
+    note_similar_names(Counter(annotation['class_name'] for annotation in usable), report)
     return usable, report
 
 def _check_replaceable(path):
@@ -333,13 +333,10 @@ def _check_same_images(earlier, labels):
 
 def _images_of(path): return json.loads(path.read_text(encoding='utf-8'))['images']
 
-def _nothing_left(problem, report):
-    "Returns the message about labels of which nothing can be used."
-    return '\n'.join([f'{problem}. There is nothing to split', *[f'  {line}' for line in describe_issues(report)]])
-
 def _checked_groups(labels, pattern, near, num_parts):
     "Groups the images; raises an error if there are not enough groups for the parts."
-    if not labels.images: raise SourceError(_nothing_left('no image can be used', labels.report))
+    if not labels.images:
+        raise SourceError(with_reasons('no image can be used. There is nothing to split', labels.report))
     groups,duplicates = group_images(labels, pattern, near)
     if max(groups)+1>=num_parts: return groups, duplicates
     raise SourceError(f'{counted(len(groups), "image")} in {counted(max(groups)+1, "group")} kept together cannot be '

@@ -66,9 +66,9 @@ def _input_fields(scan):
     return dict(image_size=f'{side},{side}', max_instances_per_image=max(100, max_boxes))
 
 def _class_field(spec):
-    "Returns the number of classes that the records need; no field if they were not converted by this package."
-    sidecar = load_sidecar(spec.dataset_config.training_file_pattern)
-    return dict(num_classes=sidecar.classes.num_needed) if sidecar else {}
+    "Returns the number of classes of the spec, or a smaller one that is enough for the categories of the records."
+    given,sidecar = spec.dataset_config.num_classes, load_sidecar(spec.dataset_config.training_file_pattern)
+    return dict(num_classes=min(given, sidecar.classes.with_num_classes(given).num_needed)) if sidecar else {}
 
 def _training_fields(num_images):
     "Returns the fields about batch, learning rate and length."
