@@ -42,14 +42,14 @@ in-step: $(DEV)  ## nbdev_export and nbdev_clean change nothing
 lint: $(DEV)  ## ruff over modules, tests, benchmarks, tools and the cells of notebooks, seconds
 	@$(BIN)/ruff check --quiet && echo 'ruff: nothing to mend'
 
-nbtest: $(DEV)  ## run the chapters, and find kept outputs that are not those of today's code
+nbtest: $(DEV)  ## run the chapters and the short tutorials, and find kept outputs that are not those of today's code
 	@failed=0; \
 	$(NBTEST_COMPARE) --skip_folder_re '^[_.]|^($(TRAINING_PARTS)|tutorials)$$' || failed=1; \
+	$(NBTEST_COMPARE) --path nbs/tutorials --file_re '^($(FIXED_TUTORIALS))\.' || failed=1; \
 	$(NBTEST) --skip_folder_re '^[_.]|^($(OTHER_PARTS)|tutorials)$$' --skip_file_re '^([_.]|index\.ipynb|($(LONG_CHAPTERS))\.)' || failed=1; \
 	exit $$failed
 
-tutorials: $(DEV)  ## run the tutorials and the chapters that train for long, minutes
-	@$(NBTEST_COMPARE) --path nbs/tutorials --file_re '^($(FIXED_TUTORIALS))\.'
+tutorials: $(DEV)  ## run the tutorials and chapters that train networks for long, minutes
 	@$(NBTEST) --path nbs/tutorials --skip_file_re '^([_.]|($(FIXED_TUTORIALS))\.)'
 	@$(NBTEST) --file_re '^($(LONG_CHAPTERS))\.'
 
