@@ -214,6 +214,13 @@ def test_advice_is_about_the_most_expensive_errors():
     assert len(suggest_improvements(analysis()))==1
 
 
+def test_advice_for_a_model_that_has_hardly_learned_is_about_its_training_first():
+    errors = dict(errors=[dict(kind='missed', what='not detected', count=9, cost=.3)])
+    trained, untrained = suggest_improvements(errors, .6), suggest_improvements(errors, .043)
+    assert trained==suggest_improvements(errors)==untrained[1:]
+    assert untrained[0].startswith('AP50 is only 0.043') and '--overfit 8' in untrained[0]
+
+
 def test_a_confusion_matrix_of_a_hundred_classes_shows_thirty(work):
     classes = ClassTable(tuple(range(1, 101)), tuple(f'class {i}' for i in range(100)), 101)
     results = []

@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'TASK_ALIASES', 'LAUNCHER_WORDS', 'effdet_dataset_convert', 
            'effdet_prune', 'effdet_quickstart', 'effdet_import', 'effdet_completion', 'efficientdet_tf1']
 
 # %% ../../nbs/app/22_cli.ipynb #c0a1d005
-import argparse, os, sys
+import argparse, os, shlex, sys
 from difflib import get_close_matches
 from .command import command
 from .demo import effdet_demo, effdet_webpage
@@ -203,7 +203,16 @@ def effdet_evaluate(
         spec, model_path, key, results_dir, nms, iou_threshold, score_threshold, pycocotools, show_progress=True,
         resize=resize)
     if not results_dir or isinstance(results, str): return results
-    return f'{results}\n\nreport: {os.path.join(results_dir, "report.html")}'
+    report = os.path.join(results_dir, 'report.html')
+    return f'{results}\n\nreport: {report}{_next_inference(model_path, results, key)}'
+
+def _next_inference(model_paths, results, key):
+    "A line with the command that uses a model with its best score threshold; empty for several models or detections."
+    if len(results)>1 or model_paths[0].endswith('.json'): return ''
+    from effdet_nb.app.evaluation_page import display_score_threshold
+    words = ['effdet_inference', '-m', model_paths[0], '-i', 'IMAGES', '-r', 'detections',
+             '-t', f'{display_score_threshold(results[0]):.2f}', *(['-k', 'KEY'] if key else [])]
+    return f'\nNext, with the best score threshold: {shlex.join(words)}'
 
 # %% ../../nbs/app/22_cli.ipynb #fdc22d1a
 @command(example='-m runs/first/model.best.tlt -o runs/pruned -pth 0.5', hints={
