@@ -99,6 +99,20 @@ def test_a_command_that_stops_late_says_so(tmp_path):
     assert end_of(process) == (130, 'effdet_wait: interrupted a second time, ended at once\n')
 
 
+def test_a_command_that_has_reported_its_end_prints_nothing_more(tmp_path):
+    "Although it takes time to free its objects, such as a pool of workers."
+    process = start(tmp_path, """
+    import effdet_nb.core.signals as signals
+    signals.REMINDER_SECONDS = .3
+    class Pool:
+        def __del__(self): time.sleep(1)
+    pool = Pool()
+    time.sleep(60)
+    """)
+    process.send_signal(signal.SIGTERM)
+    assert end_of(process) == (143, 'effdet_wait: terminated\n')
+
+
 def test_a_signal_that_is_sent_twice_at_once_counts_as_one(tmp_path):
     "As `timeout` does, and a terminal that is closed."
     process = start(tmp_path, '''

@@ -236,17 +236,18 @@ def _run_command(f, options):
             result = f(**options)
             if result is not None: print(printable(str(result)), flush=True)
             code = 0
-        except KeyboardInterrupt as e: code = _report_signal(f, e)
+        except KeyboardInterrupt as e: code = _report_signal(signals, e)
         except BrokenPipeError: code = _close_stdout()
         except Exception as e: code = 1 if signals.received else _report_error(f, e, options)
         # A library may drop or replace the exception of a signal; the signal is reported all the same.
         is_lost = signals.received and code in (0, 1)
-        return _report_signal(f, signals.received) if is_lost else code
+        return _report_signal(signals, signals.received) if is_lost else code
 
-def _report_signal(f, error):
+def _report_signal(handler, error):
     "Prints which signal stopped a command, and returns the shell's exit code for it."
     stop = error if isinstance(error, StopSignal) else StopSignal(signal.SIGINT)
-    with suppress(OSError): _print_error(f'{_command_name(f)}: {stop}')      # the terminal may be closed
+    handler.has_ended.set()
+    with suppress(OSError): _print_error(f'{handler.name}: {stop}')      # the terminal may be closed
     return stop.exit_code
 
 def _close_stdout():

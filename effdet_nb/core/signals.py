@@ -66,7 +66,7 @@ class StopSignalHandler:
         self.name, self.ends_process = name, ends_process
         self.received = None     # the first signal, a `StopSignal`
         self.first_time = None   # when it arrived, seconds
-        self.is_closed = threading.Event()
+        self.has_ended = threading.Event()   # the command has reported its end, or the context is closed
         self.previous, self.previous_fd, self.stderr_fd, self.sender = {}, None, None, None
 
     def __enter__(self):
@@ -75,6 +75,7 @@ class StopSignalHandler:
         return self
 
     def __exit__(self, *error):
+        self.has_ended.set()
         restore_handlers(self.previous)
         if self.sender is None: return
         signal.set_wakeup_fd(self.previous_fd)
@@ -100,7 +101,6 @@ class StopSignalHandler:
         "Reads the numbers of signals until the context is closed."
         with receiver:
             while number := receiver.recv(1): self._count_signal(number[0])
-            self.is_closed.set()
 
     def _count_signal(self, number):
         "Ends the process if a signal is not the first."
@@ -113,7 +113,7 @@ class StopSignalHandler:
 
     def _remind(self):
         "Prints a line if the command is still running some seconds after the signal, for instance in a compilation."
-        if not self.is_closed.wait(REMINDER_SECONDS):
+        if not self.has_ended.wait(REMINDER_SECONDS):
             self._write_line('stopping after the current operation; the same signal again ends the command at once')
 
     def end_process(self, number, suffix=''):
