@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 
 from effdet_nb.data.anchor_fit import measure_anchor_fit
 from effdet_nb.detector.anchors import all_anchors, decode_boxes, encode_boxes, feature_size
-from effdet_nb.detector.boxes import iou
+from effdet_nb.detector.boxes import area, iou
 
 
 def test_anchors_equal_the_reference(shared_dir):
@@ -51,3 +51,12 @@ def test_the_anchor_fit_counts_by_size_and_suggests_only_improvements():
 
 def test_an_anchor_fit_without_boxes_is_refused():
     with pytest.raises(ValueError, match='no boxes'): measure_anchor_fit([], (128, 128))
+
+
+def test_predictions_of_a_diverged_network_have_finite_areas_and_no_warning():
+    anchors = all_anchors((128, 128))
+    deltas = np.full((len(anchors), 4), 200, np.float32)
+    with np.errstate(all='raise'):
+        boxes = decode_boxes(deltas, anchors)
+        assert np.isfinite(area(boxes)).all()
+        assert np.isfinite(iou(boxes[:3], anchors[:5])).all()
