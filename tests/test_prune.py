@@ -508,6 +508,13 @@ def start_trainer(spec):
     return trainer, initial, message
 
 
+def test_imagenet_weights_do_not_replace_those_of_the_pruned_model(pruned, spec):
+    "As in the spec of the first training, of which the retraining is a copy."
+    trainer, initial, message = start_trainer(spec.replace(training_config=dict(checkpoint='imagenet')))
+    assert initial.pretrained is None and message == f'retraining the pruned {pruned.path}'
+    assert {name: trainer.arch.widths[name] for name in pruned.widths} == pruned.widths
+
+
 @pytest.mark.slow
 def test_retraining_starts_from_the_pruned_file_alone_and_resumes_exactly(pruned, spec, tmp_path, capsys):
     fit.train(spec, tmp_path/'a', 'key')

@@ -84,3 +84,14 @@ def test_the_command_writes_a_spec_that_can_be_trained(tmp_path, capsys):
     suggested = Spec.load(target, 'train')
     scan = scan_records(Records.from_files(require_record_files(f'{tmp_path}/train-*')))
     assert suggested.to_text()==S.suggest_spec(spec, scan).to_text()
+
+
+def test_the_command_checks_the_data_with_the_settings_that_it_suggests(tmp_path, capsys):
+    spec = small_spec(write_records(tmp_path)).replace(dataset_config=dict(num_classes=50))
+    (tmp_path/'spec.txt').write_text(spec.to_text())
+    cli.effdet_check(experiment_spec_file=str(tmp_path/'spec.txt'))
+    assert 'num_classes' in capsys.readouterr().out
+    cli.effdet_check(experiment_spec_file=str(tmp_path/'spec.txt'), suggest=str(tmp_path/'suggested.txt'))
+    notes = capsys.readouterr().out.split('The data with these settings:')[1]
+    assert 'train: ' in notes or 'training: ' in notes
+    assert 'num_classes' not in notes

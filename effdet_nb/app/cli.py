@@ -93,9 +93,11 @@ def effdet_check(
     spec.check()                                             # before TensorFlow is loaded
     from effdet_nb.app.dataset_page import check_dataset
     check = check_dataset(spec, output_path, pictures, sums)
+    if suggest and not check.errors:
+        spec = _write_suggestion(spec, check, suggest)
+        check = check_dataset(spec, output_path, pictures, sums)     # its notes are about the suggested settings
     if output_path: log_message(f'page: {output_path}')
     num_errors = len(check.errors)
-    if num_errors==0 and suggest: _write_suggestion(spec, check, suggest)
     if num_errors==0 and overfit is None: return check
     print(check, flush=True)
     if num_errors==0: return _overfit(spec, overfit, minutes, key)
@@ -103,7 +105,7 @@ def effdet_check(
     raise ValueError(f'{num_errors} serious {problems} with the data, listed above. Correct the data or the spec')
 
 def _write_suggestion(spec, check, path):
-    "Writes a spec with settings for the training records, and prints where."
+    "Writes a spec with settings for the training records, prints where, and returns it."
     from effdet_nb.core.files import atomic_write
     from effdet_nb.train.suggest import describe_suggestion, suggest_spec
     if 'training' not in check.scans:
@@ -112,7 +114,8 @@ def _write_suggestion(spec, check, path):
     suggestion = suggest_spec(spec, scan)
     with atomic_write(path) as f: f.write(suggestion.to_text().encode())
     print(f'suggested settings: {path} ({describe_suggestion(suggestion, scan.num_records)})\n'
-          f'Next: effdet_train -e {path} -d FOLDER', flush=True)
+          f'Next: effdet_train -e {path} -d FOLDER\n\nThe data with these settings:', flush=True)
+    return suggestion
 
 def _overfit(spec, num_images, minutes, key):
     "Trains on a few images; returns the result, or raises with its advice if the images were not learned."

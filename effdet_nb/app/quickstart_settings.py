@@ -35,7 +35,6 @@ training_config {
   lr_warmup_epoch: $warmup
   lr_warmup_init: 0.01
   l2_weight_decay: 0.00004
-  moving_average_decay: 0.99
   checkpoint_period: $eval_every
   keep_checkpoint_max: 2
   tf_random_seed: $seed

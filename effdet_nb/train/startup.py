@@ -37,9 +37,14 @@ def read_initial_weights(
     path, checkpoint = load_latest_checkpoint(model_dir, key) if model_dir and config.resume else (None, None)
     pruned = load_model_file(config.pruned_model_path, key) if config.pruned_model_path else None
     if pruned: model_name = pruned.arch.name
-    is_pretrained = config.checkpoint and config.checkpoint != config.pruned_model_path and not checkpoint
+    is_pretrained = _needs_pretrained(config) and not checkpoint
     pretrained = read_weights(config.checkpoint, key, model_name) if is_pretrained else None
     return InitialWeights(checkpoint, str(path or ''), pruned, pretrained)
+
+def _needs_pretrained(config):
+    "Returns whether `checkpoint` is loaded: a pruned model brings weights of its own, instead of those of ImageNet."
+    if config.pruned_model_path and config.checkpoint == 'imagenet': return False
+    return config.checkpoint not in ('', config.pruned_model_path)
 
 # %% ../../nbs/train/11_startup.ipynb #bed7b78a
 def weight_decay_hint(
