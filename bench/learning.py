@@ -12,8 +12,9 @@ speeds are measured first, by a run of two and one of six epochs, and kept in FO
 while nothing else runs (`--speed_only`): a processor that is shared with other programs can need three times the
 processor time for a step. The trainings themselves may run at any time, since a step is a step.
 
-effdet is scored with its averaged and with its last weights and keeps the better score. Each run appends a row to
-FOLDER/learning.jsonl; a row that is there is not run again.
+effdet is scored with its averaged and with its last weights and keeps the better score. It also trains on the last
+batch of an epoch, which may be smaller; ours fills its batches from the next epoch. Each run appends a row to
+FOLDER/learning.jsonl; a row that is there is not run again, so use a new FOLDER for changed specs or settings.
 """
 import argparse
 import contextlib
@@ -46,10 +47,10 @@ def run_script(python, script, setup):
     return json.loads(result.stdout.strip().splitlines()[-1])
 
 
-def own_run(data, epochs, seed, evaluates=True):
+def own_run(data, epochs, seed):
     "Trains our preset for some epochs with a schedule of that length; returns its row."
-    fields = dict(num_epochs=epochs, checkpoint_period=epochs, tf_random_seed=seed, resume=False,
-                  eval_epoch_cycle=epochs if evaluates else 0)
+    fields = dict(num_epochs=epochs, checkpoint_period=epochs, eval_epoch_cycle=epochs, train_batch_size=BATCH,
+                  tf_random_seed=seed, resume=False)
     return run_script(sys.executable, 'own_learning.py', dict(spec=data['spec'], fields=fields, out='learning_run'))
 
 
@@ -87,6 +88,8 @@ def measure_speed(side, data):
     "Returns the processor seconds of a run without its epochs, and those of one epoch."
     two, six = (train_side(side, 'momentum .05', data, epochs, 0)['cpu_seconds'] for epochs in (2, 6))
     per_epoch = (six-two)/4
+    if per_epoch <= 0:
+        raise SystemExit(f'{side}: six epochs took {six} s, two took {two} s. Wait until the machine is quiet')
     return two-2*per_epoch, per_epoch
 
 
@@ -104,8 +107,9 @@ def speed_of(side, data):
 def measure(side, settings, data, minutes, seed):
     "Returns one row of the table."
     start, per_epoch = speed_of(side, data)
-    row = train_side(side, settings, data, round((minutes*60*CORES-start)/per_epoch), seed)
-    return dict(data=data['name'], minutes=minutes, side=side, settings=settings, seed=seed) | row
+    epochs = round((minutes*60*CORES-start)/per_epoch)
+    row = train_side(side, settings, data, epochs, seed)
+    return dict(data=data['name'], minutes=minutes, side=side, settings=settings, seed=seed, epochs=epochs) | row
 
 
 def run_key(row): return tuple(row[key] for key in COLUMNS[:5])
@@ -117,15 +121,18 @@ def table_row(row):
 
 
 def print_ratios(rows):
-    "Prints, per data set and time, our mean AP over seeds as a multiple of effdet's at its better settings."
+    "Prints, per data set and time, our mean AP as a multiple of effdet's at each of its settings, over common seeds."
     for name, minutes in sorted({(row['data'], row['minutes']) for row in rows}):
         groups = {}
         for row in rows:
             if (row['data'], row['minutes']) == (name, minutes):
-                groups.setdefault((row['side'], row['settings']), []).append(row['AP'])
-        means = {key: mean(values) for key, values in groups.items()}
-        own, peers = means.get(('ours', 'preset')), [v for (side, _), v in means.items() if side == 'effdet']
-        if own is not None and peers: print(f'{name}, {minutes} minutes: {own/max(peers):.2f} times effdet\'s AP')
+                groups.setdefault((row['side'], row['settings']), {})[row['seed']] = row['AP']
+        own = groups.pop(('ours', 'preset'), {})
+        for (_, settings), peer in groups.items():
+            seeds = sorted(own.keys() & peer.keys())
+            if not seeds: continue
+            ratio = mean(own[seed] for seed in seeds)/mean(peer[seed] for seed in seeds)
+            print(f'{name}, {minutes} minutes, seeds {seeds}: {ratio:.2f} times the AP of effdet with {settings}')
 
 
 def main():
@@ -137,9 +144,12 @@ def main():
     parser.add_argument('--peer_settings', nargs='*', choices=PEER_SETTINGS, default=list(PEER_SETTINGS))
     parser.add_argument('--speed_only', action='store_true', help='measure the speeds that are missing, and stop')
     args = parser.parse_args()
+    if 'PEER_PYTHON' not in os.environ: parser.error('set PEER_PYTHON to the Python of an environment with effdet')
     os.chdir(args.folder)
-    datasets = [data for data in json.loads(Path('learning.json').read_text())
-                if not args.data or data['name'] in args.data]
+    datasets = json.loads(Path('learning.json').read_text())
+    if unknown := set(args.data or ())-{data['name'] for data in datasets}:
+        parser.error(f'--data {" ".join(unknown)}: not in learning.json')
+    datasets = [data for data in datasets if not args.data or data['name'] in args.data]
     if args.speed_only:
         for data in datasets: print(data['name'], {side: speed_of(side, data) for side in ('ours', 'effdet')})
         return

@@ -19,7 +19,7 @@ def main():
     from effdet_nb.train.fit import train
     from effdet_nb.train.spec import Spec
     last = train(with_fields(Spec.load(setup['spec'], 'train'), setup['fields']), Path(setup['out']))[-1]
-    row = {key: last.get(key) for key in ('step', 'AP', 'AP50')}
+    row = {key: last[key] for key in ('step', 'AP', 'AP50')}
     print('\n'+json.dumps(row | dict(cpu_seconds=round(time.process_time(), 1))))
 
 

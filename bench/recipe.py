@@ -5,11 +5,13 @@
 The JSON lists runs: a name, a spec file in FOLDER, and the fields to change, such as {"learning_rate": 0.1}. Each is
 trained to its end and evaluated on the validation images of its spec. Its row is appended to FOLDER/recipe.jsonl, so an
 interrupted list continues, and a row that is there is not run again. The table of all rows is printed at the end.
-The AP of one run varies by about 0.02 with the seed ("tf_random_seed"): repeat a run before you believe less than that.
+The AP of one run varies by about 0.02 even with the same seed: repeat a run, under another name, before you believe
+less than that.
 """
 import argparse
 import json
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,7 +24,8 @@ def with_fields(spec, changes):
     "Returns a spec with fields changed, each found in its section by name."
     from effdet_nb.train.fields import SPEC_SECTIONS, section_fields
     for field, value in changes.items():
-        section = next(name for name in SPEC_SECTIONS if field in section_fields(name))
+        section = next((name for name in SPEC_SECTIONS if field in section_fields(name)), None)
+        if section is None: raise ValueError(f'{field}: no field of a spec')
         spec = spec.replace(**{section: {field: value}})
     return spec
 
@@ -34,10 +37,10 @@ def measure(run):
     from effdet_nb.train.fit import train
     from effdet_nb.train.spec import Spec
     spec = with_fields(Spec.load(run['spec'], 'train'), run['set'])
-    spec = spec.replace(training_config=dict(resume=False, keep_checkpoint_max=1))
+    spec = spec.replace(training_config=dict(keep_checkpoint_max=1))
     keras.utils.clear_session()
     start = time.process_time()
-    last = train(spec, Path('recipe_run'))[-1]
+    with tempfile.TemporaryDirectory() as folder: last = train(spec, folder)[-1]
     metrics = {key: round(last[key], 3) for key in ('AP', 'AP50')}
     seconds = round(time.process_time()-start)
     return dict(spec=run['spec'], name=run['name'], steps=last['step'], **metrics) | {'CPU seconds': seconds}
