@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effdet_nb.app.evaluation_page import confusion_matrix_table, evaluate_files, suggest_improvements
+from effdet_nb.app.evaluation_page import confusion_matrix_table, evaluate_files
 from effdet_nb.app.html import TABLE_SORT_JS, html_page, html_table
-from effdet_nb.app.model_evaluation import ModelEvaluation, most_different_images
+from effdet_nb.app.model_evaluation import ModelEvaluation, most_different_images, suggest_improvements
 from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.coco import load_coco

@@ -92,10 +92,8 @@ def effdet_check(
     spec = load_spec(experiment_spec_file, None if overfit is None else 'train', set)
     spec.check()                                             # before TensorFlow is loaded
     from effdet_nb.app.dataset_page import check_dataset
+    if suggest: spec = _write_suggestion(spec, suggest)
     check = check_dataset(spec, output_path, pictures, sums)
-    if suggest and not check.errors:
-        spec = _write_suggestion(spec, check, suggest)
-        check = check_dataset(spec, output_path, pictures, sums)     # its notes are about the suggested settings
     if output_path: log_message(f'page: {output_path}')
     num_errors = len(check.errors)
     if num_errors==0 and overfit is None: return check
@@ -104,10 +102,13 @@ def effdet_check(
     problems = 'problem' if num_errors==1 else 'problems'
     raise ValueError(f'{num_errors} serious {problems} with the data, listed above. Correct the data or the spec')
 
-def _write_suggestion(spec, check, path):
-    "Writes a spec with settings for the training records, prints where, and returns it."
+def _write_suggestion(spec, path):
+    "Writes a spec with settings for the training records and returns it; the given spec, if the data has errors."
+    from effdet_nb.app.dataset_page import check_dataset
     from effdet_nb.core.files import atomic_write
     from effdet_nb.train.suggest import describe_suggestion, suggest_spec
+    check = check_dataset(spec)
+    if check.errors: return spec
     if 'training' not in check.scans:
         raise ValueError('--suggest: the spec names no training records. Set dataset_config.training_file_pattern')
     scan = check.scans['training']
