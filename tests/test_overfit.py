@@ -47,7 +47,10 @@ FALLEN, FLAT = [2.]+[.2]*9, [2.]+[1.9]*9
     (result(FALLEN, .89), O.Outcome.NOT_LEARNED, 'AP50 on the same images is 0.89'),
     (result(FALLEN, .4, [False,True,True], size=3.), O.Outcome.NO_ANCHOR, '1 of 3 boxes match no anchor'),
     (result(FLAT, .1, [False]*4, size=5.), O.Outcome.NO_ANCHOR, '5 x 5 pixels'),
+    (result(FLAT, .1, [False]*4, rate=1e-5), O.Outcome.NO_ANCHOR, '1e-05 for 8 images per step, is low: 0.01 to 0.05'),
     (result(FLAT, .1, out_of_time=True), O.Outcome.OUT_OF_TIME, 'after 10 steps'),
+    (result(FLAT, .1, out_of_time=True, rate=1e-5), O.Outcome.OUT_OF_TIME, 'is low'),
+    (result(FALLEN, .5, rate=1e-5), O.Outcome.NOT_LEARNED, 'is low'),
 ])
 def test_each_end_has_its_outcome_and_advice(run, outcome, advice):
     assert run.outcome==outcome and advice in O.overfit_advice(run)

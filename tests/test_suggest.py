@@ -33,7 +33,17 @@ def test_the_input_is_as_large_as_the_objects_need(hw, box, side):
     suggested = S.suggest_spec(SPEC, scan_of_boxes(30, hw, box))
     assert suggested.dataset_config.image_hw==(side,side)
     scale = side/max(hw)
-    assert box*scale>=S.MIN_OBJECT_SIDE-1e-6 or side==max(S.SIDES) or side>=max(hw)
+    assert box*scale>=S.MIN_OBJECT_RATIO*24-1e-6 or side==max(S.SIDES) or side>=max(hw)
+
+
+@pytest.mark.parametrize('field,side', [(dict(model_config=dict(anchor_scale=4.)), 448),
+                                        (dict(model_config=dict(anchor_scale=1.5)), 256),
+                                        (dict(dataset_config=dict(resize='stretch')), 256)])
+def test_the_input_size_follows_the_anchors_and_the_resizing(field, side):
+    "A box of 32 pixels in an image of 320 x 640 needs 320 pixels with the anchors of lite0, letterboxed."
+    scan = scan_of_boxes(30, (320,640), 32)
+    assert S.suggest_spec(SPEC, scan).dataset_config.image_hw==(320,320)
+    assert S.suggest_spec(SPEC.replace(**field), scan).dataset_config.image_hw==(side,side)
 
 
 @pytest.mark.parametrize('num_images', [1, 5, 131, 205, 3000, 200_000])
@@ -46,6 +56,7 @@ def test_the_length_is_about_a_thousand_steps_within_limits(num_images):
     text = S.describe_suggestion(S.suggest_spec(SPEC, scan_of_boxes(num_images, (480,640), 99)), num_images)
     assert f'{counted(config.num_epochs, "epoch")}, about {counted(round(steps), "step")} of ' in text
     assert f' of {counted(config.train_batch_size, "image")} at ' in text
+    assert ('label more images' in text)==(num_images<80)
     assert config.lr_warmup_epoch<config.num_epochs
 
 
@@ -80,7 +91,8 @@ def test_the_command_writes_a_spec_that_can_be_trained(tmp_path, capsys):
     target = tmp_path/'new'/'suggested.txt'
     cli.effdet_check(experiment_spec_file=str(tmp_path/'spec.txt'), suggest=str(target))
     out = capsys.readouterr().out
-    assert str(target) in out and ' epochs, about ' in out and f'Next: effdet_train -e {target} -d FOLDER' in out
+    assert f'suggested settings: {target}\n' in out and ' epochs, about ' in out
+    assert f'Next: effdet_train -e {target} -d FOLDER' in out
     suggested = Spec.load(target, 'train')
     scan = scan_records(Records.from_files(require_record_files(f'{tmp_path}/train-*')))
     assert suggested.to_text()==S.suggest_spec(spec, scan).to_text()

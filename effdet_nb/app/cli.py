@@ -114,7 +114,7 @@ def _write_suggestion(spec, path):
     scan = check.scans['training']
     suggestion = suggest_spec(spec, scan)
     with atomic_write(path) as f: f.write(suggestion.to_text().encode())
-    print(f'suggested settings: {path} ({describe_suggestion(suggestion, scan.num_records)})\n'
+    print(f'suggested settings: {path}\n{describe_suggestion(suggestion, scan.num_records)}\n'
           f'Next: effdet_train -e {path} -d FOLDER\n\nThe data with these settings:', flush=True)
     return suggestion
 

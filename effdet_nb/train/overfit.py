@@ -126,7 +126,19 @@ def overfit_advice(
     result:OverfitResult,
 )->str: # two or three sentences
     "Explains the outcome of overfitting and says what to do."
-    return _ADVICE[result.outcome](result)
+    sentences = [_ADVICE[result.outcome](result)]
+    if result.outcome in (Outcome.OUT_OF_TIME, Outcome.NO_ANCHOR, Outcome.NOT_LEARNED):
+        sentences.append(_unusual_rate(result))
+    return '. '.join(filter(None, sentences))
+
+def _unusual_rate(result):
+    "Says that the learning rate is low or high; an empty string if it is usual."
+    rate,usual = result.learning_rate,result.usual_rate
+    if usual/2<=rate<=10*usual: return ''
+    direction = 'low' if rate<usual else 'high'
+    return (f'The learning rate, {rate:.2g} for {result.num_images} images per step, is {direction}: '
+            f'{usual:.2g} to {5*usual:.2g} is usual. Change training_config.learning_rate in proportion to '
+            'train_batch_size')
 
 def _learned(result):
     return ('The objects are found, so images, boxes, anchors and learning rate can work. This does not show whether '
@@ -139,15 +151,10 @@ def _diverged(result):
             f'towards {result.usual_rate:.2g} for {result.num_images} images, in proportion to train_batch_size')
 
 def _stuck(result):
-    rate,usual = result.learning_rate,result.usual_rate
     start = f'The loss fell only to {result.loss_ratio:.0%} of its first value. '
-    if usual/2<=rate<=10*usual:
-        return start + ('The learning rate is usual, so check whether the boxes lie on the objects and whether the '
-                        f'objects can be seen at this image_size: {LOOK_AT_THE_DATA}')
-    direction = 'low' if rate<usual else 'high'
-    return start + (f'The learning rate, {rate:.2g} for {result.num_images} images per step, is {direction}: '
-                    f'{usual:.2g} to {5*usual:.2g} is usual. Change training_config.learning_rate in proportion to '
-                    'train_batch_size')
+    return start + (_unusual_rate(result) or
+                    'The learning rate is usual, so check whether the boxes lie on the objects and whether the '
+                    f'objects can be seen at this image_size: {LOOK_AT_THE_DATA}')
 
 def _out_of_time(result):
     return (f'Time ran out after {len(result.losses)} steps; the loss fell to {result.loss_ratio:.0%} of its first '
