@@ -9,7 +9,7 @@ import pytest
 from effdet_nb.app.inference_results import InferenceSummary
 from effdet_nb.core.fragments import html_facts
 from effdet_nb.data.classes import ClassTable
-from effdet_nb.data.convert import ConversionResult
+from effdet_nb.data.conversion import ConversionResult
 from effdet_nb.data.faults import ConversionReport
 from effdet_nb.detector.detections import Detections, network_facts
 from effdet_nb.evaluate.ground_truth import EvalDataset
