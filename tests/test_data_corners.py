@@ -9,7 +9,7 @@ from PIL import Image
 from test_pipeline import damaged_set, make_config
 
 from effdet_nb.accel.cpu_session import no_remapping
-from effdet_nb.data import convert, pipeline as D, record, tile_dataset as tiles
+from effdet_nb.data import conversion, pipeline as D, record, tile_dataset as tiles
 from effdet_nb.data.record_checks import check_box_counts
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.convert import dataset_convert
@@ -43,7 +43,7 @@ def test_a_picture_of_the_worst_image_that_cannot_be_drawn_does_not_end_the_conv
     labels['annotations'] += [labels['annotations'][0] | dict(id=999)]
     (toys/'train.json').write_text(json.dumps(labels))
     def fail(*_): raise error
-    monkeypatch.setattr(convert, 'draw_invalid_boxes', fail)
+    monkeypatch.setattr(conversion, 'draw_invalid_boxes', fail)
     result = dataset_convert(toys/'train', toys/'train.json', toys/'rec', 'train', num_shards=1, workers=1)
     assert json.loads((toys/'rec'/'train_records.json').read_text()).get('complete', True)
     assert result.num_images==4 and not (toys/'rec'/'train_report.png').exists()
