@@ -2,18 +2,21 @@
 
     python bench/recipe.py bench/recipe.json FOLDER
 
-The JSON lists runs: a name, a spec file in FOLDER, and the fields to change, such as {"learning_rate": 0.1}. Each is
+The JSON lists runs: a name, a spec file in FOLDER, and the fields to change, such as {"learning_rate": 0.1}. A run may
+also have "bn_momentum", the part of the batch statistics that a step keeps, which is no field of a spec. Each is
 trained to its end and evaluated on the validation images of its spec. Its row is appended to FOLDER/recipe.jsonl, so an
 interrupted list continues, and a row that is there is not run again. The table of all rows is printed at the end.
 The AP of one run varies by about 0.02 even with the same seed: repeat a run, under another name, before you believe
 less than that.
 """
 import argparse
+import contextlib
 import json
 import os
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
@@ -30,6 +33,13 @@ def with_fields(spec, changes):
     return spec
 
 
+def batch_statistics(momentum):
+    "Within this context, new networks keep this part of their batch statistics in a step; None: what the rule says."
+    from effdet_nb.detector import backbone
+    if momentum is None: return contextlib.nullcontext()
+    return mock.patch.object(backbone, 'bn_momentum', lambda *_: momentum)
+
+
 def measure(run):
     "Trains one run in the current folder; returns its row of the table."
     import keras
@@ -40,7 +50,8 @@ def measure(run):
     spec = spec.replace(training_config=dict(keep_checkpoint_max=1))
     keras.utils.clear_session()
     start = time.process_time()
-    with tempfile.TemporaryDirectory() as folder: last = train(spec, folder)[-1]
+    with tempfile.TemporaryDirectory() as folder, batch_statistics(run.get('bn_momentum')):
+        last = train(spec, folder)[-1]
     metrics = {key: round(last[key], 3) for key in ('AP', 'AP50')}
     seconds = round(time.process_time()-start)
     return dict(spec=run['spec'], name=run['name'], steps=last['step'], **metrics) | {'CPU seconds': seconds}
