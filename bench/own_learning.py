@@ -1,7 +1,7 @@
 """Trains our lite0 from ImageNet weights for a number of epochs; bench/learning.py runs it as a process of its own.
 
-Standard input is one JSON object: spec (a path), the fields to change, and out, a folder for the run. The last line of
-standard output is a JSON object: steps, AP, AP50, and the processor seconds of the whole process, imports included.
+Standard input is one JSON object: spec (a path), fields (name: value), and out, a folder for the run. The last line of
+standard output is a JSON object: step, AP, AP50, and cpu_seconds of the whole process, imports included.
 """
 import json
 import os

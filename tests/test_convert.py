@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from effdet_nb.data import shards, workers
+from effdet_nb.data import convert, shards, workers
 from effdet_nb.data.coco import CocoDataset
 from effdet_nb.data.coco_json import CocoError
 from effdet_nb.data.convert import choose_num_shards, dataset_convert
@@ -597,6 +598,24 @@ def test_shards_of_two_conversions_do_not_mix(toy_dataset):
     with pytest.raises(ValueError, match='train-00000-of-00009.tfrecord is of another conversion'):
         dataset_convert(images, annotations, out, num_shards=3)
     assert (out/'train-00000-of-00009.tfrecord').exists() and load_sidecar(out/'train-*-of-00002*').num_images == 14
+
+
+def test_shards_of_unknown_origin_are_not_replaced_by_shards_of_the_same_names(toy_dataset):
+    images, annotations, out = toy_dataset
+    dataset_convert(images, annotations, out, num_shards=2)
+    before = {path.name: path.read_bytes() for path in out.glob('*.tfrecord')}
+    (out/'train_records.json').unlink()                                     # as in a folder of TAO's records
+    with pytest.raises(ValueError, match='2 files such as train-00000-of-00002.tfrecord are of another conversion'):
+        dataset_convert(images, annotations, out, num_shards=2)
+    assert {path.name: path.read_bytes() for path in out.glob('*.tfrecord')} == before
+
+
+def test_boxes_of_categories_of_one_name_are_added_before_names_are_compared():
+    report = ConversionReport(boxes_by_category=Counter({1:76, 2:1, 9:0}))
+    counts = convert._boxes_by_name({1:'raccoon', 2:'racoon', 9:'raccoon'}, report)
+    assert counts == {'raccoon':76, 'racoon':1}
+    convert.note_similar_names(counts, report)
+    assert '--map_classes racoon=raccoon' in sum(report.notes.values(), [])
 
 
 def test_the_sidecar_describes_the_shards(toy_dataset):

@@ -1,9 +1,11 @@
 "Guards of overfitting on purpose: what is trained on, how it can end, and the command."
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 from small_training import small_spec, write_records
 
@@ -43,7 +45,9 @@ FALLEN, FLAT = [2.]+[.2]*9, [2.]+[1.9]*9
     (result([2.,float('inf')], rate=3.), O.Outcome.DIVERGED, 'learning rate 3 for 8 images'),
     (result(FLAT, rate=1e-5), O.Outcome.STUCK, '1e-05 for 8 images per step, is low: 0.01 to 0.05'),
     (result(FLAT, rate=2.), O.Outcome.STUCK, '2 for 8 images per step, is high'),
-    (result(FLAT, rate=.05), O.Outcome.STUCK, 'learning rate is usual'),
+    (result([2.,float('nan')], rate=.001), O.Outcome.DIVERGED, 'not too high, so check clip_gradients_norm'),
+    (result(FLAT, rate=.05), O.Outcome.STUCK, '95% of its first value. The learning rate is not far'),
+    (result([2.]+[3.]*9, rate=.05), O.Outcome.STUCK, 'The loss rose to 150% of its first value'),
     (result(FALLEN, .89), O.Outcome.NOT_LEARNED, 'AP50 on the same images is 0.89'),
     (result(FALLEN, .4, [False,True,True], size=3.), O.Outcome.NO_ANCHOR, '1 of 3 boxes match no anchor'),
     (result(FLAT, .1, [False]*4, size=5.), O.Outcome.NO_ANCHOR, '5 x 5 pixels'),
@@ -51,6 +55,7 @@ FALLEN, FLAT = [2.]+[.2]*9, [2.]+[1.9]*9
     (result(FLAT, .1, out_of_time=True), O.Outcome.OUT_OF_TIME, 'after 10 steps'),
     (result(FLAT, .1, out_of_time=True, rate=1e-5), O.Outcome.OUT_OF_TIME, 'is low'),
     (result(FALLEN, .5, rate=1e-5), O.Outcome.NOT_LEARNED, 'is low'),
+    (replace(result(FALLEN, .5, rate=.08), num_images=64), O.Outcome.NOT_LEARNED, '10 steps may be too few'),
 ])
 def test_each_end_has_its_outcome_and_advice(run, outcome, advice):
     assert run.outcome==outcome and advice in O.overfit_advice(run)
@@ -64,6 +69,16 @@ def test_each_end_has_its_outcome_and_advice(run, outcome, advice):
 def test_out_of_time_says_how_much_time_is_needed(num_steps, seconds, advice):
     run = replace(result([2.]*num_steps, .1, out_of_time=True), seconds=seconds)
     assert advice in O.overfit_advice(run)
+
+
+def test_too_many_images_for_the_memory_are_named_with_a_remedy_that_helps():
+    class Run:
+        plan,arch = SimpleNamespace(batch_size=64), SimpleNamespace(image_hw=(512,512))
+        def run(self, *_): raise tf.errors.ResourceExhaustedError(None, None, 'OOM')
+    Run.plan.config = SimpleNamespace(gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match='out of memory with 64 images in one step. Take fewer images') as e:
+        O._run_in_memory(Run(), 10, 1.)
+    assert 'batch' not in str(e.value)
 
 
 def test_chosen_images_have_objects_and_cover_the_categories(spec):

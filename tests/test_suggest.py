@@ -68,6 +68,15 @@ def test_the_data_and_the_anchors_of_the_spec_are_kept():
     assert suggested.augmentation_config.hue_jitter==0        # colours may be the class
 
 
+@pytest.mark.parametrize('model', ['d7x', 'd7', 'd0', 'lite4'])
+def test_the_spec_of_any_variant_gives_a_valid_suggestion(model):
+    level = 8 if model=='d7x' else 7
+    spec = Spec.parse(f'model_config {{ model_name: "efficientdet-{model}" min_level: 3 max_level: {level} }}'
+                      'dataset_config { training_file_pattern: "t-*" num_classes: 5 }')
+    suggested = S.suggest_spec(spec, scan_of_boxes(30, (480,640), 99))
+    assert not suggested.problems() and suggested.model_config.max_level==7
+
+
 def test_images_without_objects_and_crowded_images():
     none = replace(scan_of_boxes(4, (480,640), 99), boxes_per_image=np.zeros(4, int), labels=np.zeros(0, int),
                    boxes=np.zeros((0,4), np.float32), is_crowd=np.zeros(0, bool), image_index=np.zeros(0, int))
@@ -96,6 +105,27 @@ def test_the_command_writes_a_spec_that_can_be_trained(tmp_path, capsys):
     suggested = Spec.load(target, 'train')
     scan = scan_records(Records.from_files(require_record_files(f'{tmp_path}/train-*')))
     assert suggested.to_text()==S.suggest_spec(spec, scan).to_text()
+
+
+def test_the_command_lists_the_fields_that_it_does_not_take_over(tmp_path, capsys):
+    spec = small_spec(write_records(tmp_path))
+    (tmp_path/'spec.txt').write_text(spec.replace(training_config=dict(amp=True, num_epochs=7)).to_text())
+    for given,suggested in (('spec.txt','first.txt'), ('first.txt','second.txt')):
+        cli.effdet_check(experiment_spec_file=str(tmp_path/given), suggest=str(tmp_path/suggested))
+    first,second = capsys.readouterr().out.split('suggested settings: ')[1:]
+    line = next(line for line in first.splitlines() if line.startswith('not taken from the spec: '))
+    assert 'amp' in line and 'num_epochs' not in line
+    assert 'not taken' not in second
+    assert (tmp_path/'first.txt').read_text()==(tmp_path/'second.txt').read_text()
+
+
+def test_data_with_errors_get_no_suggestion(tmp_path, capsys):
+    spec = small_spec(write_records(tmp_path)).replace(dataset_config=dict(num_classes=2))
+    (tmp_path/'spec.txt').write_text(spec.to_text())
+    with pytest.raises(SystemExit):
+        cli.effdet_check(experiment_spec_file=str(tmp_path/'spec.txt'), suggest=str(tmp_path/'suggested.txt'))
+    assert f'{tmp_path}/suggested.txt was not written' in capsys.readouterr().err
+    assert not (tmp_path/'suggested.txt').exists()
 
 
 def test_the_command_checks_the_data_with_the_settings_that_it_suggests(tmp_path, capsys):

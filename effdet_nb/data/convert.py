@@ -8,6 +8,7 @@ __all__ = ['MAX_SHARDS', 'RARE', 'SIMILAR', 'check_target', 'check_sources', 'ch
 
 # %% ../../nbs/data/14_convert.ipynb #c65ddbfd
 import json, os, re, shlex, shutil
+from collections import Counter
 from contextlib import ExitStack
 from difflib import get_close_matches
 from functools import partial
@@ -84,18 +85,17 @@ def old_shards(
     "Finds shards of an earlier conversion to remove; shards of unknown origin are an error."
     pattern = re.compile(re.escape(conversion.tag)+r'-\d{5}-of-\d{5}\.tfrecord')
     present = {path.name for path in conversion.output_dir.glob('*') if pattern.fullmatch(path.name)}
-    old = present - {*conversion.shard_names()}
     contents = _sidecar(conversion.path('records.json'))
     if present and not _is_same_source(conversion, contents):
         raise ValueError(f'{conversion.output_dir}: has the records of another file with the tag {conversion.tag}, '
                          f'{contents["annotations_path"]}, which would be lost. Choose another tag with --tag or '
                          'another output_dir, or remove them')
-    own = _listed_shards(contents)
-    if old<=own: return old
-    verb = plural(len(old-own), 'is', 'are')
-    raise ValueError(f'{conversion.output_dir}: {counted(len(old-own), "file")} such as {min(old-own)} '
-                     f'{verb} of another conversion and would be read together with the new ones. Remove them or '
-                     'choose another tag')
+    unknown = present - _listed_shards(contents)
+    if not unknown: return present - {*conversion.shard_names()}
+    verb = plural(len(unknown), 'is', 'are')
+    raise ValueError(f'{conversion.output_dir}: {counted(len(unknown), "file")} such as {min(unknown)} {verb} of '
+                     'another conversion and would be replaced by the new ones, or read together with them. '
+                     'Remove them or choose another tag')
 
 def _sidecar(path):
     "Returns the contents of a sidecar, empty if it cannot be read."
@@ -212,12 +212,18 @@ def run_conversion(
         for shard,shard_report in flush_shards(results, folder):
             shards.append(shard)
             report.merge(shard_report)
-        note_similar_names({name:report.boxes_by_category[k] for k,name in conversion.encoder.names.items()}, report)
+        note_similar_names(_boxes_by_name(conversion.encoder.names, report), report)
         try: check_result(conversion.coco, report, strict, labels_name)
         except ValueError:
             shutil.rmtree(folder)
             raise
         return publish(conversion, folder, shards, report, replaced)
+
+def _boxes_by_name(names, report):
+    "Returns class name -> boxes; categories of the same name are added up."
+    counts = Counter()
+    for category_id,name in names.items(): counts[name] += report.boxes_by_category[category_id]
+    return counts
 
 # %% ../../nbs/data/14_convert.ipynb #bafbe81d
 def choose_num_shards(
@@ -261,8 +267,8 @@ def dataset_convert(
         else: run = _run_in_pool(stack, choose_num_workers(workers, annotations_file, num_shards))
         coco,issues = load_coco_lenient(annotations_file, pack_polygons if include_masks else drop_masks)
         coco,renamed = find_image_files(coco, image_dir)
-        check_sizes(coco, image_dir)
         check_sources(coco, image_dir)
+        check_sizes(coco, image_dir)
         names = {category['id']:str(category['name']) for category in coco.categories}
         encoder = RecordEncoder(image_dir, names, include_masks, clip)
         count = choose_num_shards(tag, num_shards, len(coco.images))

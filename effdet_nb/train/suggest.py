@@ -53,6 +53,7 @@ def suggest_spec(
     "Suggests settings for the data of a spec: a thousand steps of lite0 from ImageNet weights."
     period = max(1, suggest_num_epochs(scan.num_records)//4)
     model = _given(spec, 'model_config') | dict(model_name='efficientdet-lite0')
+    model.pop('max_level', None)                    # 8 belongs to d7x
     return Spec().replace(
         dataset_config=_given(spec, 'dataset_config') | _class_field(spec) | _input_fields(spec, scan, model),
         model_config=model,
