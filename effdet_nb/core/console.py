@@ -135,7 +135,9 @@ def format_progress(
 def _speed_parts(done, seconds, num_left):
     "Yields the speed and the time left, if they are known."
     if done<=0: return
-    if seconds>0: yield f'{done/seconds:.3g}/s'
+    if seconds>0:
+        rate = done/seconds
+        yield f'{rate:,.0f}/s' if rate>=100 else f'{rate:.3g}/s'
     if num_left>0: yield f'{format_duration(num_left*seconds/done)} left'
 
 # %% ../../nbs/core/02_console.ipynb #5d1c0a02

@@ -157,8 +157,9 @@ def _diverged(result):
                     'train_batch_size')
 
 def _loss_change(result):
-    direction = 'fell' if result.loss_ratio<1 else 'rose'
-    return f'{direction} to {result.loss_ratio:.0%} of its first value'
+    percent = round(100*result.loss_ratio)
+    verb = 'stayed at' if percent==100 else 'fell to' if percent<100 else 'rose to'
+    return f'{verb} {percent}% of its first value'
 
 def _stuck(result):
     start = f'The loss {_loss_change(result)}. '
