@@ -59,6 +59,9 @@ mistakes = {
                          r'\d+ training images have more than 2 objects, the most is (\d+) in \d+.jpg \(id \d+\). '
                          r'Set it to \1'),
     'no such records': (dict(rec='nowhere'), 2, r'training_file_pattern: no file matches'),
+    'a folder instead of a pattern': (dict(more='training_file_pattern: "{}/rec"'), 1,
+                                      r'training_file_pattern: ".*/rec" is a folder. Write the names of the records '
+                                      r'with \*, such as ".*/rec/train-\*" or ".*/rec/val-\*"'),
     'file of another set': (dict(more='validation_file_pattern: "{}/rec/train-*"'), 2,
                             r'12 of 20 validation images are not in val.json, such as 000009.jpg'),
     'a part of the validation': (dict(more='validation_file_pattern: "{}/rec/val-00000*"'), 0,

@@ -4,6 +4,7 @@ import random
 import shlex
 import time
 from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -290,6 +291,21 @@ def test_the_next_commands_can_be_pasted_into_a_shell(name, tmp_path, monkeypatc
     assert '-i ~' not in command and head=='Next:'
     assert shlex.split(command)==['effdet_dataset_convert', '-i', name, '-a', f'{name}/train.json', '-o',
                                   f'{name}/records', '-t', 'train']
+
+
+def test_all_labels_that_are_left_out_are_in_a_report(tmp_path):
+    (tmp_path/'images').mkdir()
+    for i in range(8):
+        Image.new('RGB', (40,40), (i*20,90,90)).save(tmp_path/'images'/f'{i}.png')
+        (tmp_path/'images'/f'{i}.txt').write_text(f'{0 if i else 7} .5 .5 .2 .2\n')
+    (tmp_path/'images'/'classes.txt').write_text('cat\n')
+    result = split_dataset(tmp_path/'images', None, tmp_path/'out', near='skip')
+    report = json.loads((tmp_path/'out'/'split_report.json').read_text())
+    assert [(r['count'], r['examples']) for r in report['reasons'] if 'class number' in r['reason']]==[(1, ANY)]
+    assert '0.txt' in str(report['reasons']) and f'all ids and fixes: {result.report_file}' in repr(result)
+    (tmp_path/'images'/'0.txt').write_text('0 .5 .5 .2 .2\n')
+    assert split_dataset(tmp_path/'images', None, tmp_path/'out', near='skip').report_file is None
+    assert not (tmp_path/'out'/'split_report.json').exists()
 
 
 def test_labels_without_a_usable_image_say_why(tmp_path):

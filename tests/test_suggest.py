@@ -107,16 +107,54 @@ def test_the_command_writes_a_spec_that_can_be_trained(tmp_path, capsys):
     assert suggested.to_text()==S.suggest_spec(spec, scan).to_text()
 
 
-def test_the_command_lists_the_fields_that_it_does_not_take_over(tmp_path, capsys):
+def test_the_command_lists_what_it_changes_and_leaves_out_and_a_second_time_nothing(tmp_path, capsys):
     spec = small_spec(write_records(tmp_path))
     (tmp_path/'spec.txt').write_text(spec.replace(training_config=dict(amp=True, num_epochs=7)).to_text())
-    for given,suggested in (('spec.txt','first.txt'), ('first.txt','second.txt')):
+    for given,suggested in (('spec.txt','a b.txt'), ('a b.txt','second.txt'), ('spec.txt','a b.txt')):
         cli.effdet_check(experiment_spec_file=str(tmp_path/given), suggest=str(tmp_path/suggested))
-    first,second = capsys.readouterr().out.split('suggested settings: ')[1:]
-    line = next(line for line in first.splitlines() if line.startswith('not taken from the spec: '))
-    assert 'amp' in line and 'num_epochs' not in line
-    assert 'not taken' not in second
-    assert (tmp_path/'first.txt').read_text()==(tmp_path/'second.txt').read_text()
+    first,second,third = capsys.readouterr().out.split('suggested settings: ')[1:]
+    lines = first.splitlines()
+    left_out = next(line for line in lines if line.startswith('left out: '))
+    assert 'amp' in left_out and 'num_epochs' not in left_out and '  num_epochs: 7 -> 100' in lines
+    assert f"Next: effdet_train -e '{tmp_path}/a b.txt' -d FOLDER" in lines
+    assert 'left out' not in second and 'changed' not in second and third==first
+    assert (tmp_path/'a b.txt').read_text()==(tmp_path/'second.txt').read_text()
+
+
+def test_fields_that_are_set_with_the_command_are_kept(tmp_path, capsys):
+    (tmp_path/'spec.txt').write_text(small_spec(write_records(tmp_path)).to_text())
+    cli.effdet_check(experiment_spec_file=str(tmp_path/'spec.txt'), suggest=str(tmp_path/'suggested.txt'),
+                     set=['num_epochs=10', 'image_size=384,384'])
+    spec = Spec.load(tmp_path/'suggested.txt')
+    assert spec.training_config.num_epochs==10 and spec.dataset_config.image_hw==(384,384)
+    assert '10 epochs, about ' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name,message', [('labels.json', 'exists, was not written by --suggest'),
+                                          ('mine.txt', 'exists, was not written by --suggest'),
+                                          ('', 'the name of the file is missing'), ('folder', 'this is a folder')])
+def test_no_file_of_the_user_is_replaced(name, message, tmp_path, capsys):
+    (tmp_path/'spec.txt').write_text(small_spec(write_records(tmp_path)).to_text())
+    for name_of_user in ('labels.json', 'mine.txt'): (tmp_path/name_of_user).write_text('{}')
+    (tmp_path/'folder').mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.glob('*.*')}
+    with pytest.raises(SystemExit):
+        cli.effdet_check(experiment_spec_file=str(tmp_path/'spec.txt'), suggest=name and str(tmp_path/name))
+    assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.glob('*.*')}==before
+
+
+def test_a_missing_number_of_classes_is_filled_in(tmp_path):
+    text = small_spec(write_records(tmp_path)).to_text()
+    (tmp_path/'spec.txt').write_text('\n'.join(line for line in text.splitlines() if 'num_classes' not in line))
+    cli.effdet_check(experiment_spec_file=str(tmp_path/'spec.txt'), suggest=str(tmp_path/'suggested.txt'))
+    assert Spec.load(tmp_path/'suggested.txt').dataset_config.num_classes==4
+
+
+def test_a_class_of_small_objects_decides_about_the_input_size():
+    sides,labels = [.2]*190+[.05]*10, np.repeat([1,2], [190,10])
+    assert S.suggest_image_side(sides)==256 and S.suggest_image_side(sides, labels=labels)==320
+    assert S.suggest_image_side(sides[:-1], labels=labels[:-1])==256      # too few of them to decide
 
 
 def test_data_with_errors_get_no_suggestion(tmp_path, capsys):

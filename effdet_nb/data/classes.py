@@ -8,6 +8,7 @@ __all__ = ['ClassTable']
 # %% ../../nbs/data/01_classes.ipynb #3dfed7b1
 from dataclasses import dataclass
 from fastcore.basics import patch
+from ..core.console import counted, plural
 
 # %% ../../nbs/data/01_classes.ipynb #8fde052d
 @dataclass(frozen=True)
@@ -96,9 +97,11 @@ def _too_few_channels(ids, num_classes, boxes_by_category):
     "Returns the error message for ids without a channel."
     rest = ids[num_classes:]
     num_boxes = sum(boxes_by_category.get(k, 0) for k in rest)
-    boxes = f' with {num_boxes:,} boxes' if boxes_by_category else ''
-    return (f'num_classes {num_classes}: {len(ids)} categories do not fit, {len(rest)} ids '
-            f'({rest[0]} to {rest[-1]}){boxes} would have no channel. Set dataset_config.num_classes to {len(ids)+1}')
+    boxes = f' with {counted(num_boxes, "box", "boxes")}' if boxes_by_category else ''
+    have = f'{counted(len(ids), "category", "categories")} {plural(len(ids), "does", "do")} not fit'
+    without = f'{counted(len(rest), "id")} ({rest[0]} to {rest[-1]})' if len(rest)>1 else f'id {rest[0]}'
+    return (f'num_classes {num_classes}: {have}, {without}{boxes} would have no channel. Set '
+            f'dataset_config.num_classes to {len(ids)+1}')
 
 # %% ../../nbs/data/01_classes.ipynb #4b861ba3
 @patch

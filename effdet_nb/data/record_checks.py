@@ -111,9 +111,10 @@ def check_box_counts(
         yield data_error(split, f'none of the {num_empty:,} images has an object. '
                                 'Were the annotations of another set converted?')
     elif num_empty*2>num_images:
-        yield data_note(split,
-                        f'{num_empty:,} of {num_images:,} images ({num_empty/num_images:.0%}) have no object. They '
-                        'slow training down; keep at most as many as there are images with objects')
+        effect = ('They slow training down; keep at most as many as there are images with objects'
+                  if split=='training' else 'They show false detections only')
+        yield data_note(split, f'{num_empty:,} of {num_images:,} images ({num_empty/num_images:.0%}) have no object. '
+                               f'{effect}')
 
 # %% ../../nbs/data/20_record_checks.ipynb #c1990fe5
 def check_boxes(

@@ -21,10 +21,18 @@ def explain_no_match(
     pattern:str, # file name with * and ?, as in the spec
 )->str:          # the reason and what to do
     "Explains why a pattern matches no record file."
-    folder = Path(pattern).expanduser().parent
+    path = Path(pattern).expanduser()
+    if path.is_dir(): return f'"{pattern}" is a folder. {_pattern_advice(path)}'
+    folder = path.parent
     reason = f'there is no folder {folder}'
     if folder.is_dir(): reason = f'{folder} has {len([*folder.iterdir()])} entries, none of that name'
     return f'no file matches "{pattern}" ({reason}). Run dataset_convert first, or correct the pattern'
+
+def _pattern_advice(folder):
+    "Returns the pattern of the records in a folder."
+    tags = sorted({path.name.rsplit('-', 3)[0] for path in folder.glob('*-?????-of-*')})
+    if not tags: return 'It has no records. Run dataset_convert first, and write their names with *'
+    return 'Write the names of the records with *, such as ' + ' or '.join(f'"{folder/tag}-*"' for tag in tags[:2])
 
 # %% ../../nbs/data/16_record_index.ipynb #6c5502ee
 def require_record_files(

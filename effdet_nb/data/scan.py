@@ -152,7 +152,9 @@ def plot_class_counts(
     ax.bar_label(bars, [f'{count:,}' for _,count in rows], fontsize=7, padding=2)
     ax.margins(x=.15)
     ax.tick_params(labelsize=7)
-    ax.set_xlabel('boxes')
+    num_others = len(counts)-len(rows)
+    others = f' ({counted(num_others, "class", "classes")} with at most {rows[0][1]:,} not shown)' if num_others else ''
+    ax.set_xlabel(f'boxes{others}')
     return ax
 
 # %% ../../nbs/data/19_scan.ipynb #342b82fe

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from ..core.console import counted, progress_bar
-from ..core.files import read_file
+from ..core.files import read_file, write_json
+from .conversion import issue_to_dict
 from .convert import note_similar_names
-from .faults import ConversionReport, describe_issues, with_reasons
+from .faults import ConversionReport, describe_issues, list_issues, with_reasons
 from .image_files import UNREADABLE
 from .label_formats import SourceError
 from .label_set import LabelSet
@@ -175,6 +176,7 @@ class SplitResult:
     duplicates:list          # (name, name) of images that are nearly equal
     num_apart:int            # of these, pairs whose images are in different parts
     report:ConversionReport  # labels that were left out
+    report_file:Path=None    # all of them, with ids and fixes; None if there are none
 
     def _table(self):
         rows = [('images', list(self.num_images.values())), *self.boxes.items()]
@@ -186,7 +188,9 @@ class SplitResult:
         lines += [f'{part} has no {label}: only {counted(count, "group")} of images with it'
                   for label,part,count in self.absent]
         if self.duplicates: lines.append(self._duplicates_line())
-        return '\n'.join([*lines, *describe_issues(self.report), 'Next:', *self._next_commands()])
+        lines += describe_issues(self.report)
+        if self.report_file: lines.append(f'all ids and fixes: {self.report_file}')
+        return '\n'.join([*lines, 'Next:', *self._next_commands()])
 
     def _duplicates_line(self):
         a,b = self.duplicates[0]
@@ -274,7 +278,8 @@ def split_dataset(
     shares = part_shares(val, test)
     if seed<0: raise SourceError(f'--seed {seed}: must be 0 or more. Choose another number for another split')
     files = {name:Path(output_dir)/f'{name}.json' for name in shares}
-    for path in files.values(): _check_replaceable(path)
+    report_file = Path(output_dir)/'split_report.json'
+    for path in (*files.values(), report_file): _check_replaceable(path)
     labels = read_sources(paths, image_dirs, class_map)
     labels.leave_out_unreadable()
     _check_same_images(_earlier_parts(Path(output_dir), paths), labels)
@@ -286,14 +291,24 @@ def split_dataset(
     with output_lock(Path(output_dir), 'split'):
         for path in _earlier_parts(Path(output_dir), paths): path.unlink()
         _write_parts(labels, files, names, part_of_image, seed)
+        is_written = _write_report(report_file, report)
     counted_labels = replace(labels, annotations=usable, report=report)
-    return _split_result(counted_labels, files, names, part_of_image, groups, duplicates)
+    result = _split_result(counted_labels, files, names, part_of_image, groups, duplicates)
+    return replace(result, report_file=report_file if is_written else None)
 
 def _write_parts(labels, files, names, part_of_image, seed):
     "Writes the COCO file of each part."
     for number,path in enumerate(files.values()):
         ids = {image['id'] for image,part in zip(labels.images, part_of_image) if part==number}
         write_coco(path, _subset(labels, ids), names, description='written by effdet_split', seed=seed)
+
+def _write_report(path, report):
+    "Writes what was left out, in the form of a conversion's report; returns whether there is anything."
+    path.unlink(missing_ok=True)
+    issues = [issue_to_dict(issue) for issue in list_issues(report)]
+    contents = dict(description='written by effdet_split', format='effdet_nb report', version=1, reasons=issues)
+    if issues: write_json(path, contents, indent=1)
+    return bool(issues)
 
 def _usable_annotations(labels):
     "Returns the annotations that a conversion keeps, and a report that counts the others; raises if all are left out."

@@ -144,13 +144,13 @@ def _path_problem(field, path, task):
     if field.name != 'checkpoint': return _missing_file_problem(path)
     problem = None if _is_weights_name(path) else _missing_file_problem(path)
     if not problem: return None
-    return f'{problem}{_imagenet_advice(path)}. Or remove the line to start from random weights'
+    return f'{problem}{_imagenet_advice(path)} Or remove the line to start from random weights'
 
 def _imagenet_advice(path):
-    "Returns a sentence for a single word that may mean the weights of ImageNet; an empty text for a path."
-    if not re.fullmatch(r'[\w-]+', path): return ''
+    "Returns the end of a sentence, and another one for a single word that may mean the weights of ImageNet."
+    if not re.fullmatch(r'[\w-]+', path): return '.'
     if get_close_matches(path.lower(), ['imagenet'], 1, .6): return '. Did you mean "imagenet"?'
-    return '. Weights of ImageNet are named "imagenet"'
+    return '. Weights of ImageNet are named "imagenet".'
 
 # %% ../../nbs/train/03_spec.ipynb #4ee55ffa
 def _find_problems(spec, task):
