@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
+from ..core.console import counted
 from ..core.files import LFS_START, lfs_pointer_error
 from .tfrecord import check_complete, find_record_files, masked_crc
 
@@ -25,7 +26,8 @@ def explain_no_match(
     if path.is_dir(): return f'"{pattern}" is a folder. {_pattern_advice(path)}'
     folder = path.parent
     reason = f'there is no folder {folder}'
-    if folder.is_dir(): reason = f'{folder} has {len([*folder.iterdir()])} entries, none of that name'
+    if folder.is_dir():
+        reason = f'{folder} has {counted(len([*folder.iterdir()]), "entry", "entries")}, none of that name'
     return f'no file matches "{pattern}" ({reason}). Run dataset_convert first, or correct the pattern'
 
 def _pattern_advice(folder):
