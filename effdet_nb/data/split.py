@@ -286,15 +286,14 @@ def split_dataset(
     names = ordered_names(labels, label_map)
     groups,duplicates = _checked_groups(labels, pattern, near, len(shares))
     usable,report = _usable_annotations(labels)
-    counts,sizes = _group_counts(labels.images, usable, names, groups)
-    part_of_image = assign_groups(counts, sizes, list(shares.values()), seed)[groups].tolist()
+    counts = _group_counts(labels.images, usable, names, groups)
+    part_of_image = assign_groups(*counts, list(shares.values()), seed)[groups].tolist()
     with output_lock(Path(output_dir), 'split'):
         for path in _earlier_parts(Path(output_dir), paths): path.unlink()
         _write_parts(labels, files, names, part_of_image, seed)
-        is_written = _write_report(report_file, report)
+        report_file = _write_report(report_file, report)
     counted_labels = replace(labels, annotations=usable, report=report)
-    result = _split_result(counted_labels, files, names, part_of_image, groups, duplicates)
-    return replace(result, report_file=report_file if is_written else None)
+    return _split_result(counted_labels, files, names, part_of_image, groups, duplicates, report_file)
 
 def _write_parts(labels, files, names, part_of_image, seed):
     "Writes the COCO file of each part."
@@ -303,12 +302,13 @@ def _write_parts(labels, files, names, part_of_image, seed):
         write_coco(path, _subset(labels, ids), names, description='written by effdet_split', seed=seed)
 
 def _write_report(path, report):
-    "Writes what was left out, in the form of a conversion's report; returns whether there is anything."
+    "Writes what was left out, in the form of a conversion's report; returns the path, or None if there is nothing."
     path.unlink(missing_ok=True)
-    issues = [issue_to_dict(issue) for issue in list_issues(report)]
-    contents = dict(description='written by effdet_split', format='effdet_nb report', version=1, reasons=issues)
-    if issues: write_json(path, contents, indent=1)
-    return bool(issues)
+    reasons = [issue_to_dict(issue) for issue in list_issues(report)]
+    if not reasons: return None
+    write_json(path, dict(description='written by effdet_split', format='effdet_nb report', version=1, reasons=reasons),
+               indent=1)
+    return path
 
 def _usable_annotations(labels):
     "Returns the annotations that a conversion keeps, and a report that counts the others; raises if all are left out."
@@ -373,7 +373,7 @@ def _subset(labels, ids):
     others = {image['id'] for image in labels.images} - ids
     return LabelSet(annotations, labels.class_names, left_out=labels.left_out|others, by_path=labels.by_path)
 
-def _split_result(labels, files, names, part_of_image, groups, duplicates):
+def _split_result(labels, files, names, part_of_image, groups, duplicates, report_file):
     "Counts what is in each part."
     images = labels.images
     place_of_id = {image['id']:place for image,*place in zip(images, part_of_image, groups)}
@@ -387,7 +387,7 @@ def _split_result(labels, files, names, part_of_image, groups, duplicates):
     pairs = _names_of_pairs(images, duplicates, labels.image_dir())
     num_apart = sum(part_of_image[i]!=part_of_image[j] for i,j in duplicates)
     return SplitResult(files, labels.image_dir(), num_images, boxes, absent, max(groups)+1, pairs, num_apart,
-                       labels.report)
+                       labels.report, report_file)
 
 def _names_of_pairs(images, pairs, folder):
     "Returns the names of pairs of images, with their folders below a common one."

@@ -38,9 +38,8 @@ def suggest_image_side(
 
 def _smallest_object(object_sides, labels):
     "Returns the side of the object that decides: the smaller of the first tenth of all and the median of any class."
-    classes,counts = np.unique(np.zeros(len(object_sides)) if labels is None else labels, return_counts=True)
-    medians = [np.median(object_sides[labels==k]) for k,count in zip(classes, counts)
-               if labels is not None and count>=MIN_CLASS_BOXES]
+    classes = [object_sides[labels==k] for k in np.unique(labels)] if labels is not None else []
+    medians = [np.median(sides) for sides in classes if len(sides)>=MIN_CLASS_BOXES]
     return float(min([np.quantile(object_sides, .1), *medians]))
 
 # %% ../../nbs/train/14_suggest.ipynb #293f1c22
