@@ -22,6 +22,7 @@ from effdet_nb.data.coco_json import CocoError
 from effdet_nb.data.convert import choose_num_shards, dataset_convert
 from effdet_nb.data.faults import ConversionReport, Fault, worst_image_id
 from effdet_nb.data.masks import mask_png
+from effdet_nb.data.sources import convert_sources
 from effdet_nb.data.image_files import image_fault, probe_image, without_wrong_sizes
 from effdet_nb.data.validate import validate_box
 from effdet_nb.detector.images import EXIF_ORIENTATION
@@ -794,6 +795,29 @@ def test_reports_of_earlier_versions_are_read():
     assert Fault('JSON and file disagree about the size') is Fault.SIZE_DIFFERS
     assert Fault('sides exchanged in the JSON') is Fault.SIDES_SWAPPED
     with pytest.raises(ValueError): Fault('no such fault')
+
+
+
+@pytest.mark.parametrize('options', [{}, {'class_map': {'cat': 'dog'}}])
+def test_images_that_lose_all_their_boxes_are_reported(tmp_path, options):
+    (tmp_path/'images').mkdir()
+    for i in range(1, 7): Image.new('RGB', (40, 40), (i*20, 90, 90)).save(tmp_path/'images'/f'{i}.png')
+    boxes = [(1, 1, [5, 5, 0, 9]), (2, 2, [50, 5, 9, 9]), (3, 3, [5, 5, 'x', 9]),                  # all lost
+             (4, 4, [5, 5, 0, 9]), (4, 5, [5, 5, 9, 9]), (5, 6, [5, 5, 9, 9]), (5, 6, [5, 5, 9, 9])] # some; a copy
+    content = dict(images=[dict(id=i, file_name=f'{i}.png', height=40, width=40) for i in range(1, 7)],
+                   categories=[dict(id=1, name='cat')],
+                   annotations=[dict(id=k, image_id=i, category_id=1, bbox=bbox, iscrowd=0) for i, k, bbox in boxes])
+    (tmp_path/'labels.json').write_text(json.dumps(content))
+    result = convert_sources(tmp_path/'labels.json', tmp_path/'images', tmp_path/'records', num_shards=2, **options)
+    notes = {reason.fault: items for reason, items in result.report.notes.items()}
+    assert sorted(notes[Fault.ALL_LEFT_OUT]) == ['1.png', '2.png', '3.png']
+    assert result.num_empty_images == 4
+
+
+def test_images_without_a_class_that_the_user_leaves_out_are_not_reported(tmp_path):
+    make_toy_dataset(tmp_path, num_train=6, num_val=1, image_hw=(64, 64), seed=0)
+    result = convert_sources(tmp_path/'train.json', tmp_path/'train', tmp_path/'records', class_map={'circle': ''})
+    assert result.num_empty_images and Fault.ALL_LEFT_OUT not in {reason.fault for reason in result.report.notes}
 
 
 # --- real pictures ---

@@ -337,3 +337,12 @@ def test_a_rare_class_with_nearly_the_name_of_another_is_reported(tmp_path):
     for category,name in zip(content['categories'], ('raccoon', 'racoon', 'cat', 'car')): category['name'] = name
     labels.write_text(json.dumps(content))
     assert 'such as --map_classes racoon=raccoon. If they are one class' in repr(split(tmp_path, near='skip'))
+
+
+def test_images_that_lose_all_their_boxes_are_reported(tmp_path):
+    labels = make_dataset(tmp_path, 'abcdef', lambda i: [1, 1] if i<5 else [])
+    content = json.loads(labels.read_text())
+    for annotation in content['annotations'][:3]: annotation['bbox'][2] = 0     # both boxes of one, one of another
+    labels.write_text(json.dumps(content))
+    text = repr(split(tmp_path, near='skip'))
+    assert 'image whose boxes were all left out: 1, such as a.jpg. Training takes it as an image without' in text

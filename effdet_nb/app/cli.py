@@ -91,8 +91,9 @@ def effdet_check(
     from effdet_nb.train.set_fields import load_spec
     spec = load_spec(experiment_spec_file, None if overfit is None else 'train', set)
     spec.check()                                             # before TensorFlow is loaded
-    from effdet_nb.app.dataset_page import check_dataset
-    suggestion = _write_suggestion(spec, suggest, set) if suggest is not None else None
+    from effdet_nb.app.dataset_page import check_dataset, write_suggestion
+    suggestion = write_suggestion(spec, suggest, set or ()) if suggest is not None else None
+    if suggestion: print('\nThe data with these settings:', flush=True)
     spec = suggestion or spec
     check = check_dataset(spec, output_path, pictures, sums)
     if output_path: log_message(f'page: {output_path}')
@@ -104,28 +105,6 @@ def effdet_check(
     not_written = f'. {suggest} was not written' if suggest is not None and not suggestion else ''
     raise ValueError(f'{num_errors} serious {problems} with the data, listed above. Correct the data or the spec'
                      f'{not_written}')
-
-def _write_suggestion(spec, path, assignments):
-    "Writes a spec with settings for the training records and returns it; writes none if the data has errors."
-    from effdet_nb.app.dataset_page import check_dataset
-    from effdet_nb.core.files import atomic_write
-    from effdet_nb.train.set_fields import set_fields
-    from effdet_nb.train.suggest import (
-        check_suggestion_path, describe_changes, describe_suggestion, fill_num_classes, suggest_spec, suggestion_text)
-    check_suggestion_path(path)
-    spec = fill_num_classes(spec)
-    check = check_dataset(spec)
-    if check.errors: return None
-    if 'training' not in check.scans:
-        raise ValueError('--suggest: the spec names no training records. Set dataset_config.training_file_pattern')
-    scan = check.scans['training']
-    suggestion = set_fields(suggest_spec(spec, scan), assignments or ())
-    with atomic_write(path) as f: f.write(suggestion_text(suggestion).encode())
-    lines = [f'suggested settings: {path}', describe_suggestion(suggestion, scan.num_records),
-             *describe_changes(spec, suggestion), f'Next: effdet_train -e {shlex.quote(path)} -d FOLDER', '',
-             'The data with these settings:']
-    print('\n'.join(lines), flush=True)
-    return suggestion
 
 def _overfit(spec, num_images, minutes, key):
     "Trains on a few images; returns the result, or raises with its advice if the images were not learned."

@@ -4,19 +4,25 @@
 
 # %% auto #0
 __all__ = ['MANY_IMAGES', 'split_charts', 'sample_figures', 'split_section', 'write_dataset_page', 'initial_weights_note',
-           'check_dataset']
+           'check_dataset', 'write_suggestion']
 
 # %% ../../nbs/app/08_dataset_page.ipynb #4cbe87a1
+import shlex
 from collections import Counter
 from pathlib import Path
 import numpy as np
 from ..core.console import counted
+from ..core.files import atomic_write
 from ..detector.efficientdet import arch_anchors, get_variant
 from ..data.check import DataCheck, check_records
 from ..data.record_checks import DataProblem
 from ..data.anchor_fit import plot_sizes
 from ..data.scan import plot_aspect_ratios, plot_class_counts, sample_images
 from ..train.experiment import arch_from_spec, data_config_from_spec
+from ..train.set_fields import set_fields
+from ..train.spec import Spec
+from ..train.suggest import (
+    check_suggestion_path, describe_changes, describe_suggestion, fill_num_classes, suggest_spec, suggestion_text)
 from ..weights.read_weights import has_imagenet_weights
 from .html import (
     boxes_figure, chart_figure, check_page_path, figure_row, html_table, metric_cards, thumbnail, write_html_page)
@@ -102,7 +108,7 @@ def _subtitle(check):
 MANY_IMAGES = 2000 # training images from which random weights are no surprise
 
 def initial_weights_note(
-    spec,             # the experiment, a `Spec`
+    spec:Spec,        # the experiment
     check:DataCheck,  # of its records
 )->DataProblem:       # None if there is nothing to note
     "Returns a note if a network starts from random weights with few images."
@@ -118,7 +124,7 @@ def initial_weights_note(
 
 # %% ../../nbs/app/08_dataset_page.ipynb #11d259c2
 def check_dataset(
-    spec,                        # the experiment, a `Spec`
+    spec:Spec,                   # the experiment
     page_path=None,              # HTML file to write; none if absent
     decode_images:bool=False,    # decode every image as well
     verify_checksums:bool=False, # compute the checksum of every shard
@@ -133,3 +139,24 @@ def check_dataset(
     if note := initial_weights_note(spec, check): check.problems.append(note)
     if page_path is not None: write_dataset_page(page_path, check)
     return check
+
+# %% ../../nbs/app/08_dataset_page.ipynb #7d20c1e5
+def write_suggestion(
+    spec:Spec,           # the experiment
+    path,                # spec file to write; only one that this function wrote may exist
+    assignments:list=(), # values of the user, such as 'num_epochs=5', which are kept
+)->Spec:                 # with the suggested settings; None, and no file, if the data has errors
+    "Writes a spec with settings for the training records, and prints what they are."
+    check_suggestion_path(path)
+    spec = fill_num_classes(spec)
+    check = check_dataset(spec)
+    if check.errors: return None
+    if 'training' not in check.scans:
+        raise ValueError('--suggest: the spec names no training records. Set dataset_config.training_file_pattern')
+    scan = check.scans['training']
+    suggestion = set_fields(suggest_spec(spec, scan), assignments)
+    with atomic_write(path) as f: f.write(suggestion_text(suggestion).encode())
+    lines = [f'suggested settings: {path}', describe_suggestion(suggestion, scan.num_records),
+             *describe_changes(spec, suggestion), f'Next: effdet_train -e {shlex.quote(str(path))} -d FOLDER']
+    print('\n'.join(lines), flush=True)
+    return suggestion

@@ -20,7 +20,7 @@ from .coco_json import drop_masks, pack_polygons
 from effdet_nb.data.conversion import (
     Conversion, ConversionResult, draw_worst_image, issue_lines, report_contents, sidecar_contents, tao_warnings,
     unique_names)
-from .faults import ConversionReport, Fault, list_issues
+from .faults import ConversionReport, Fault, list_issues, note_emptied_images
 from .image_files import find_image_files, image_path, without_wrong_sizes
 from .record import RecordEncoder
 from .shards import flush_shards, output_lock, sha256_of, stat_image, work_folder
@@ -200,7 +200,7 @@ def run_conversion(
     labels_name:str=None, # what the user calls the labels, for messages
 )->ConversionResult:
     "Writes all shards to a work folder and, when they are complete, moves them to the target."
-    report,shards = report_annotation_issues(issues, conversion.coco),[]
+    report,encoded,shards = report_annotation_issues(issues, conversion.coco),ConversionReport(),[]
     if earlier: report.merge(earlier)
     for name,path in conversion.renamed: report.add_note(Fault.NAME_DIFFERS, f'{path} ({name} in the JSON)')
     with ExitStack() as stack:
@@ -211,13 +211,20 @@ def run_conversion(
         results = progress_bar(run_jobs(conversion.jobs(folder)), total=conversion.num_shards, desc=f'{tag} shards')
         for shard,shard_report in flush_shards(results, folder):
             shards.append(shard)
-            report.merge(shard_report)
+            encoded.merge(shard_report)
+        report.merge(encoded)
+        note_emptied_images(_images_with_boxes(conversion.coco, encoded), report)
         note_similar_names(_boxes_by_name(conversion.encoder.names, report), report)
         try: check_result(conversion.coco, report, strict, labels_name)
         except ValueError:
             shutil.rmtree(folder)
             raise
         return publish(conversion, folder, shards, report, replaced)
+
+def _images_with_boxes(coco, encoded):
+    "Returns the ids of images with a box that was not left out when they were encoded."
+    num_lost = Counter(image_id for items in encoded.dropped_boxes.values() for image_id,_ in items)
+    return {image_id for image_id,annotations in coco.annotations.items() if len(annotations)>num_lost[image_id]}
 
 def _boxes_by_name(names, report):
     "Returns class name -> boxes; categories of the same name are added up."

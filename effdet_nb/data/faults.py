@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALMOST_ALL', 'MANY', 'MIN_BOXES', 'Fault', 'Reason', 'ConversionReport', 'Outcome', 'Issue', 'list_issues',
-           'describe_issues', 'with_reasons', 'worst_image_id', 'coordinate_mistake']
+           'describe_issues', 'with_reasons', 'worst_image_id', 'note_emptied_images', 'coordinate_mistake']
 
 # %% ../../nbs/data/02_faults.ipynb #c9c58462
 from collections import Counter, defaultdict
@@ -35,6 +35,8 @@ class Fault(StrEnum):
     NO_SIZE = 'no size', 'Their width or height is 0 or less. Redraw or remove them'
     NOT_FINITE = 'not finite', 'A coordinate is NaN or infinite. Fix the program that wrote it'
     BOX_CUT = 'boxes cut at the edge', 'Redraw them inside their image', False
+    ALL_LEFT_OUT = ('image whose boxes were all left out', 'Training takes it as an image without objects. Correct its '
+                    'boxes, or remove the image from the labels', False)
     IN_NO_TILE = ('in no tile', 'Choose larger tiles, a smaller min_visible, or write the whole images too')
     # entries of the annotation file
     NOT_FOUR_NUMBERS = 'not four numbers', 'bbox must be x, y, width, height in pixels'
@@ -338,6 +340,20 @@ def worst_image_id(
     for fault in _BOX_FAULTS: items += report.dropped_boxes.get(fault, [])
     counts = Counter(image_id for image_id,_ in items)
     return min(counts, key=lambda image_id: (-counts[image_id], str(image_id)), default=None)
+
+# %% ../../nbs/data/02_faults.ipynb #5a1c7e03
+def note_emptied_images(
+    with_boxes:set,          # ids of images that keep at least one box
+    report:ConversionReport, # what was left out and the names of all images; receives the notes
+):
+    "Reports images whose boxes were all left out because of faults."
+    known = with_boxes | {image_id for items in report.dropped_images.values() for image_id,_ in items}
+    lost = {}                                                             # image ids in the order of the report
+    for fault,items in report.dropped_boxes.items():
+        if fault.is_serious: lost.update((image_id, None) for image_id,_ in items if isinstance(image_id, (int,str)))
+    for image_id in lost:
+        if image_id in report.file_names and image_id not in known:
+            report.add_note(Fault.ALL_LEFT_OUT, report.file_names[image_id])
 
 # %% ../../nbs/data/02_faults.ipynb #88ca7255
 ALMOST_ALL, MANY = .95, .4 # shares of the boxes

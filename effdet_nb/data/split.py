@@ -18,7 +18,8 @@ from ..core.console import counted, progress_bar
 from ..core.files import read_file, write_json
 from .conversion import issue_to_dict
 from .convert import note_similar_names
-from .faults import ConversionReport, describe_issues, list_issues, with_reasons
+from .faults import (
+    ConversionReport, describe_issues, list_issues, note_emptied_images, with_reasons)
 from .image_files import UNREADABLE
 from .label_formats import SourceError
 from .label_set import LabelSet
@@ -285,15 +286,14 @@ def split_dataset(
     _check_same_images(_earlier_parts(Path(output_dir), paths), labels)
     names = ordered_names(labels, label_map)
     groups,duplicates = _checked_groups(labels, pattern, near, len(shares))
-    usable,report = _usable_annotations(labels)
-    counts = _group_counts(labels.images, usable, names, groups)
+    usable = _with_usable_boxes(labels)
+    counts = _group_counts(usable, names, groups)
     part_of_image = assign_groups(*counts, list(shares.values()), seed)[groups].tolist()
     with output_lock(Path(output_dir), 'split'):
         for path in _earlier_parts(Path(output_dir), paths): path.unlink()
         _write_parts(labels, files, names, part_of_image, seed)
-        report_file = _write_report(report_file, report)
-    counted_labels = replace(labels, annotations=usable, report=report)
-    return _split_result(counted_labels, files, names, part_of_image, groups, duplicates, report_file)
+        report_file = _write_report(report_file, usable.report)
+    return _split_result(usable, files, names, part_of_image, groups, duplicates, report_file)
 
 def _write_parts(labels, files, names, part_of_image, seed):
     "Writes the COCO file of each part."
@@ -310,8 +310,8 @@ def _write_report(path, report):
                indent=1)
     return path
 
-def _usable_annotations(labels):
-    "Returns the annotations that a conversion keeps, and a report that counts the others; raises if all are left out."
+def _with_usable_boxes(labels):
+    "Returns the labels with the boxes that a conversion keeps, the others in the report; raises if there are none."
     sizes = {image['id']:(image['height'],image['width']) for image in labels.images}
     usable,report = [],ConversionReport().merge(labels.report)
     for annotation in labels.annotations:
@@ -321,7 +321,8 @@ def _usable_annotations(labels):
     if not usable and report.dropped_boxes:
         raise SourceError(with_reasons('no box can be used. There is nothing to split', report))
     note_similar_names(Counter(annotation['class_name'] for annotation in usable), report)
-    return usable, report
+    note_emptied_images({annotation['image_id'] for annotation in usable}, report)
+    return replace(labels, annotations=usable, report=report)
 
 def _check_replaceable(path):
     if path.is_dir() or path.is_file() and not is_output_of(path, 'effdet_split'):
@@ -357,12 +358,12 @@ def _checked_groups(labels, pattern, near, num_parts):
     raise SourceError(f'{counted(len(groups), "image")} in {counted(max(groups)+1, "group")} kept together cannot be '
                       f'divided into {num_parts} parts. Label more images, or change --group or --near_duplicates')
 
-def _group_counts(images, annotations, names, groups):
+def _group_counts(labels, names, groups):
     "Returns boxes by group and class, [G, C], and images by group, [G]."
-    group_of = {image['id']:group for image,group in zip(images, groups)}
+    group_of = {image['id']:group for image,group in zip(labels.images, groups)}
     column = {name:i for i,name in enumerate(names)}
     counts = np.zeros((max(groups)+1, len(names)), int)
-    for annotation in annotations:
+    for annotation in labels.annotations:
         counts[group_of[annotation['image_id']], column[annotation['class_name']]] += 1
     return counts, np.bincount(groups)
 
