@@ -347,13 +347,15 @@ def note_emptied_images(
     report:ConversionReport, # what was left out and the names of all images; receives the notes
 ):
     "Reports images whose boxes were all left out because of faults."
-    known = with_boxes | {image_id for items in report.dropped_images.values() for image_id,_ in items}
-    lost = {}                                                             # image ids in the order of the report
-    for fault,items in report.dropped_boxes.items():
-        if fault.is_serious: lost.update((image_id, None) for image_id,_ in items if isinstance(image_id, (int,str)))
-    for image_id in lost:
-        if image_id in report.file_names and image_id not in known:
+    with_faults = _image_ids(items for fault,items in report.dropped_boxes.items() if fault.is_serious)
+    excepted = with_boxes.union(_image_ids(report.dropped_images.values()))
+    for image_id in with_faults:
+        if image_id in report.file_names and image_id not in excepted:
             report.add_note(Fault.ALL_LEFT_OUT, report.file_names[image_id])
+
+def _image_ids(groups):
+    "Lists the image ids of groups of (image id, ...), each once; an id of a damaged file may be of any type."
+    return dict.fromkeys(image_id for items in groups for image_id,_ in items if isinstance(image_id, (int,str)))
 
 # %% ../../nbs/data/02_faults.ipynb #88ca7255
 ALMOST_ALL, MANY = .95, .4 # shares of the boxes
