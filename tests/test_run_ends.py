@@ -6,6 +6,7 @@ import shlex
 import shutil
 import signal
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -357,29 +358,31 @@ def test_another_spelling_of_a_value_is_no_change(section, field, old, new):
 
 # --- disks that are full or read-only
 
-@pytest.fixture
+@contextmanager
 def full_disk():
-    "No file may become larger than 2 kB."
+    "Within this context, no file may become larger than 2 kB. (As a fixture it would also limit the output of pytest.)"
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try: yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize('write', [
     lambda path: write_json(path, ['text']*1000), lambda path: save_model_file(path, {'w': np.ones(9999)}, {}),
     lambda path: save_model_file(path, {'w': np.ones(9999)}, {}, 'Geheim')], ids=['JSON', 'model', 'encrypted'])
-def test_a_full_disk_is_named_with_the_file(write, tmp_path, full_disk):
-    with pytest.raises(OSError, match=rf'^{tmp_path}/out: cannot be written \(File too large\)\. Free some space'):
-        write(tmp_path/'out')
+def test_a_full_disk_is_named_with_the_file(write, tmp_path):
+    message = rf'^{tmp_path}/out: cannot be written \(File too large\)\. Free some space'
+    with full_disk(), pytest.raises(OSError, match=message): write(tmp_path/'out')
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize('file_format', ['JPEG', 'PNG', 'BMP', 'WEBP', 'figure'])
-def test_an_image_that_a_full_disk_cuts_off_is_an_error(file_format, tmp_path, full_disk):
+def test_an_image_that_a_full_disk_cuts_off_is_an_error(file_format, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (99, 99, 3), np.uint8)
-    with pytest.raises(OSError, match=rf'^{tmp_path}/out: cannot be written'), atomic_write(tmp_path/'out') as f:
+    is_named = pytest.raises(OSError, match=rf'^{tmp_path}/out: cannot be written')
+    with full_disk(), is_named, atomic_write(tmp_path/'out') as f:
         if file_format == 'figure': plot_noise(pixels).savefig(f, format='png')
         else: Image.fromarray(pixels).save(f, file_format)
     assert os.listdir(tmp_path) == []
@@ -392,8 +395,9 @@ def plot_noise(pixels):
 
 
 @pytest.mark.parametrize('sizes', [[3000], [500]*10, [10]*1000])
-def test_a_shard_that_a_full_disk_cuts_off_is_named(sizes, tmp_path, full_disk):
-    with pytest.raises(OSError, match=rf'^{tmp_path}/t-00000-of-00001: cannot be written'):
+def test_a_shard_that_a_full_disk_cuts_off_is_named(sizes, tmp_path):
+    is_named = pytest.raises(OSError, match=rf'^{tmp_path}/t-00000-of-00001: cannot be written')
+    with full_disk(), is_named:
         write_records(tmp_path/'t-00000-of-00001', [bytes(size) for size in sizes], is_atomic=False)
 
 
@@ -405,9 +409,11 @@ def small_network():
 
 
 @pytest.mark.parametrize('folder', ['model', 'new/model'])
-def test_a_saved_model_that_a_full_disk_cuts_off_is_named_in_one_sentence(folder, tmp_path, full_disk):
+def test_a_saved_model_that_a_full_disk_cuts_off_is_named_in_one_sentence(folder, tmp_path):
     path = tmp_path/folder/'saved_model.pb'
-    with pytest.raises(OSError) as e, readable_disk_errors(path): write_saved_model(small_network(), tmp_path/folder)
+    network = small_network()
+    with full_disk(), pytest.raises(OSError) as e, readable_disk_errors(path):
+        write_saved_model(network, tmp_path/folder)
     assert str(e.value).startswith(f'{path}: cannot be written (') and '__' not in str(e.value)
 
 
@@ -439,8 +445,8 @@ def test_a_full_disk_under_the_event_files_is_not_a_full_memory(error, tmp_path,
         with pytest.raises(OSError, match='TensorBoard cannot be written'): write()
 
 
-def test_a_full_disk_ends_the_log_and_not_the_command(tmp_path, capsys, full_disk):
-    with tee_output(tmp_path/'log.txt'):
+def test_a_full_disk_ends_the_log_and_not_the_command(tmp_path, capsys):
+    with full_disk(), tee_output(tmp_path/'log.txt'):
         for n in range(300): print(f'a line of the command, number {n}')
     out, err = capsys.readouterr()
     assert out.count('\n') == 300 and err.count('no more lines are written (File too large)') == 1
@@ -465,12 +471,12 @@ def test_a_page_that_cannot_be_written_is_named_before_the_check(path, tmp_path,
 
 @pytest.mark.parametrize('name', ['out.mp4', 'out.avi', 'new/out.mkv'])
 @pytest.mark.parametrize('num_frames', [1, 30])
-def test_a_video_that_a_full_disk_cuts_off_is_named_and_leaves_nothing(name, num_frames, tmp_path, full_disk):
+def test_a_video_that_a_full_disk_cuts_off_is_named_and_leaves_nothing(name, num_frames, tmp_path):
     pytest.importorskip('av')
     frames = np.random.default_rng(0).integers(0, 256, (num_frames, 240, 320, 3), np.uint8)
-    with pytest.raises(OSError, match=rf'^{tmp_path}/{name}: cannot be written \(File too large\)\. Free some space'):
-        with VideoWriter(tmp_path/name) as video:
-            for frame in frames: video.write(frame)
+    message = rf'^{tmp_path}/{name}: cannot be written \(File too large\)\. Free some space'
+    with full_disk(), pytest.raises(OSError, match=message), VideoWriter(tmp_path/name) as video:
+        for frame in frames: video.write(frame)
     assert os.listdir(tmp_path) == []
 
 
