@@ -18,8 +18,7 @@ from ..core.console import counted, progress_bar
 from ..core.files import read_file, write_json
 from .conversion import issue_to_dict
 from .convert import note_similar_names
-from .faults import (
-    ConversionReport, describe_issues, list_issues, note_emptied_images, with_reasons)
+from .faults import ConversionReport, describe_issues, list_issues, note_emptied_images, with_reasons
 from .image_files import UNREADABLE
 from .label_formats import SourceError
 from .label_set import LabelSet
@@ -287,8 +286,7 @@ def split_dataset(
     names = ordered_names(labels, label_map)
     groups,duplicates = _checked_groups(labels, pattern, near, len(shares))
     usable = _with_usable_boxes(labels)
-    counts = _group_counts(usable, names, groups)
-    part_of_image = assign_groups(*counts, list(shares.values()), seed)[groups].tolist()
+    part_of_image = _part_of_each_image(usable, names, groups, list(shares.values()), seed)
     with output_lock(Path(output_dir), 'split'):
         for path in _earlier_parts(Path(output_dir), paths): path.unlink()
         _write_parts(labels, files, names, part_of_image, seed)
@@ -357,6 +355,10 @@ def _checked_groups(labels, pattern, near, num_parts):
     if max(groups)+1>=num_parts: return groups, duplicates
     raise SourceError(f'{counted(len(groups), "image")} in {counted(max(groups)+1, "group")} kept together cannot be '
                       f'divided into {num_parts} parts. Label more images, or change --group or --near_duplicates')
+
+def _part_of_each_image(labels, names, groups, shares, seed):
+    "Returns the number of the part of each image."
+    return assign_groups(*_group_counts(labels, names, groups), shares, seed)[groups].tolist()
 
 def _group_counts(labels, names, groups):
     "Returns boxes by group and class, [G, C], and images by group, [G]."
