@@ -486,6 +486,37 @@ def test_a_saved_model_cannot_replace_a_mounted_folder(tmp_path, monkeypatch):
     check_saved_model_path(tmp_path/'model'/'saved_model.pb')
 
 
+@pytest.mark.parametrize('path, reason', [
+    ('assets/saved_model.pb', 'such as assets'),                # a folder of this name, but no SavedModel
+    ('mixed/saved_model.pb', 'such as thesis.txt'),
+    ('link/saved_model.pb', 'link is a link'),
+    ('here/saved_model.pb', 'here is the current folder or contains it'),
+])
+def test_an_export_of_a_saved_model_deletes_no_other_files(path, reason, tmp_path, monkeypatch):
+    (tmp_path/'assets'/'assets').mkdir(parents=True)
+    for name in ('mixed', 'model', 'here'):
+        (tmp_path/name).mkdir()
+        (tmp_path/name/'saved_model.pb').write_text('')
+    (tmp_path/'mixed'/'thesis.txt').write_text('')
+    (tmp_path/'link').symlink_to('model')
+    monkeypatch.chdir(tmp_path/'here')
+    with pytest.raises(ValueError, match=reason): check_saved_model_path(tmp_path/path)
+    with pytest.raises(ValueError, match='[.] is the current folder'): check_saved_model_path('saved_model.pb')
+    check_saved_model_path(tmp_path/'model'/'saved_model.pb')
+
+
+def test_a_saved_model_replaces_an_earlier_one(tmp_path):
+    old,new = tmp_path/'model', tmp_path/'temporary'/'model'
+    for path,text in ((old, 'old'), (new, 'new')):
+        (path/'variables').mkdir(parents=True)
+        (path/'saved_model.pb').write_text(text)
+    (old/'variables'/'old').write_text('')
+    check_saved_model_path(old/'saved_model.pb')
+    chapter._publish([new], old)
+    assert (old/'saved_model.pb').read_text()=='new' and not (old/'variables'/'old').exists()
+    assert not new.exists()
+
+
 SPEC = """model_config {{ model_name: "efficientdet-d0" }}
 dataset_config {{
   training_file_pattern: "{0}/val-*" validation_file_pattern: "{0}/val-*" validation_json_file: "{1}/val.json"

@@ -186,6 +186,17 @@ def test_grey_and_16_bit_images_decode_like_evaluation():
         assert np.array_equal(D.decode_image(out.getvalue()), read_image(out.getvalue()))
 
 
+def test_a_file_that_is_smaller_than_its_labels_is_not_reduced_further(tmp_path):
+    checks = np.indices((480, 640)).sum(0)//2%2*255                           # 2 pixels wide: gone after a reduction
+    out = io.BytesIO()
+    Image.fromarray(np.uint8(checks)).convert('RGB').save(out, 'jpeg', quality=95)
+    record = api_record('a', [(.25, .5, .5, .75)], hw=(1920, 2560), encoded=out.getvalue())
+    config = make_config(write_shards(tmp_path, [record], 1), image_hw=(512, 512))
+    image, boxes, _ = D.make_sample_loader(config).read(0, 1.)
+    assert image.shape==(480, 640, 3) and np.std(image)>100
+    np.testing.assert_allclose(boxes, [[120, 320, 240, 480]])
+
+
 def five(n): return [(.1*i,.1,.1*i+.1,.5) for i in range(n)]
 
 

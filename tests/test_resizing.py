@@ -23,7 +23,7 @@ from effdet_nb.detector.images import (RESIZE_MODES, boxes_to_original, letterbo
                                        resize_options, resize_scale, resize_to_input)
 from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_dataset
 from effdet_nb.evaluate.evaluate import evaluate
-from effdet_nb.evaluate.ground_truth import open_eval_dataset
+from effdet_nb.evaluate.ground_truth import GroundTruth, images_by_id, open_eval_dataset, samples_from_coco
 from effdet_nb.evaluate.predict import predict_samples
 from effdet_nb.export.deepstream import nvinfer_config, readme_text
 from effdet_nb.export.export import export
@@ -201,11 +201,43 @@ class Recorder:
 
 
 def test_evaluation_stretches_and_maps_back():
-    truth = type('Truth', (), dict(image_id=1))
     detector, image = Recorder(), drawn((50, 200), (10, 20, 40, 180))
-    (_, found_boxes), = predict_samples(detector, [(image, truth)])
+    (_, found_boxes), = predict_samples(detector, [(image, GroundTruth(1, [], []))])
     np.testing.assert_array_equal(detector.images[0], resize_to_input(image, INPUT_HW, resize='stretch').image)
     np.testing.assert_allclose(found_boxes.boxes, [[0, 0, 50, 200]])
+
+
+class RectangleFinder:
+    "A detector that finds the white rectangle of a black image exactly."
+    image_hw, classes = (120, 160), ClassTable((1,), ('thing',), 2)
+
+    def forward(self, images): return images
+
+    def decode(self, images):
+        edges = [np.nonzero(image[...,0]>200) for image in images]
+        return [Detections([[y.min(), x.min(), y.max()+1, x.max()+1]], [.9], [0]) for y,x in edges]
+
+
+@pytest.mark.parametrize('labelled_hw', [(120, 160), (480, 640), (60, 80), (240, 160)])
+def test_images_that_were_scaled_after_labelling_are_evaluated_in_the_size_of_their_labels(tmp_path, labelled_hw):
+    file_boxes = np.array([[20, 30, 60, 90], [8, 8, 100, 40]])                # y1 x1 y2 x2
+    ratio = np.divide(labelled_hw, (120, 160))
+    coco = dict(categories=[dict(id=1, name='thing')], images=[], annotations=[])
+    for i,box in enumerate(file_boxes, 1):
+        Image.fromarray(drawn((120, 160), box)).save(tmp_path/f'{i}.png')
+        y1,x1,y2,x2 = (box*np.tile(ratio, 2)).tolist()
+        coco['images'].append(dict(id=i, file_name=f'{i}.png', height=labelled_hw[0], width=labelled_hw[1]))
+        coco['annotations'].append(dict(id=i, image_id=i, category_id=1, bbox=[x1, y1, x2-x1, y2-y1]))
+    labels = tmp_path/'labels.json'
+    labels.write_text(json.dumps(coco))
+    dataset_convert(tmp_path, labels, tmp_path/'records', 'val', num_shards=1, workers=1)
+    records = f'{tmp_path}/records/val-*'
+    for samples in (open_eval_dataset(records), open_eval_dataset(records, labels),
+                    [*samples_from_coco(labels, tmp_path)]):
+        metrics = evaluate(RectangleFinder(), samples)
+        assert metrics['AP']==1
+        np.testing.assert_allclose(metrics.results[0][1].boxes, file_boxes[:1]*np.tile(ratio, 2))
+        assert images_by_id(samples, [1])[1].shape[:2]==labelled_hw           # so that boxes are drawn in their place
 
 
 def test_a_spec_that_stretches_trains_on_what_evaluation_sees(folder):

@@ -154,14 +154,19 @@ def read(
     example = self.read_example(i)
     original_hw = example['height'],example['width']
     scales,_ = resize_scale(np.maximum(original_hw, 1), self.config.image_hw, self.config.resize)
-    ratio = downscale_ratio(original_hw, np.ceil(np.multiply(original_hw, scales)*scale))
-    try: image = decode_image(example['image'], ratio)
+    target_hw = np.ceil(np.multiply(original_hw, scales)*scale)
+    try: image = _decode_reduced(example['image'], downscale_ratio(original_hw, target_hw), target_hw)
     except Exception:
         raise CorruptRecord(f"{self.records.record_name(i)}, image {example['source_id']}: not readable as an image "
                             f"({_why_undecodable(example['image'])}). JPEG, PNG, BMP, GIF and WebP are allowed. "
                             'Replace the file and convert again') from None
     per_pixel = np.float32(image.shape[:2])/np.float32(original_hw)
     return image, np.float32(example['boxes'])*np.tile(per_pixel, 2), example['channels']
+
+def _decode_reduced(encoded, ratio, min_hw):
+    "Decodes an image at a fraction of its size, or in full if that is too small: a file may be smaller than labelled."
+    image = decode_image(encoded, ratio)
+    return image if ratio==1 or np.all(image.shape[:2]>=min_hw) else decode_image(encoded)
 
 def _why_undecodable(encoded):
     "Describes with Pillow an image that TensorFlow cannot decode."

@@ -11,12 +11,14 @@ import numpy as np, warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from PIL import Image
 from ..core.console import log_message
 from ..core.fragments import html_facts
 from ..detector.boxes import area, xywh_to_yxyx
 from ..detector.images import read_image
 from ..data.coco import CocoDataset, images_by_source_id
 from ..data.faults import ConversionReport
+from ..data.record import annotated_hw
 from ..data.tfrecord import decode_example
 from ..data.image_files import find_image_files
 from ..data.validate import load_ground_truth
@@ -35,12 +37,13 @@ def yxyx_to_xywh64(
 class GroundTruth:
     "The ground truth of one image."
     image_id:object          # number or text, as in the file
-    boxes:np.ndarray         # [M, 4] float32, y1 x1 y2 x2, pixels of the original image
+    boxes:np.ndarray         # [M, 4] float32, y1 x1 y2 x2, pixels of the image with the size `hw`
     category_ids:np.ndarray  # [M] int64
     is_crowd:np.ndarray=None # [M] bool; None: no crowds
     area:np.ndarray=None     # [M] area of the outlines, square pixels; None: area of the boxes
     bbox:np.ndarray=None     # [M, 4] float64, x y width height, as in the file; None: computed from `boxes`
     file_name:str=field(default='', repr=False) # name of the image file; empty if unknown
+    hw:tuple=field(default=None, repr=False)    # (height, width) to which the boxes refer; None: that of the image file
 
     @property
     def title(self)->str:
@@ -71,6 +74,7 @@ def ground_truth_from_coco(
     coco:CocoDataset, # as returned by `load_ground_truth`
     image_id,         # id of one of its images
     file_name:str='', # name of its file
+    hw:tuple=None,    # (height, width) to which the boxes refer; None: that of the image file
 )->GroundTruth:
     "Returns the ground truth of one image of a COCO file."
     annotations = coco.annotations[image_id]
@@ -78,7 +82,7 @@ def ground_truth_from_coco(
     category_ids = [a['category_id'] for a in annotations]
     is_crowd = [a.get('iscrowd') or 0 for a in annotations]
     return GroundTruth(image_id, xywh_to_yxyx(bbox), category_ids, is_crowd, [_area(a) for a in annotations], bbox,
-                       file_name)
+                       file_name, hw)
 
 def _area(annotation):
     "Returns the area of an annotation, or the area of its box if the annotation has none."
@@ -86,6 +90,10 @@ def _area(annotation):
     return width*height if annotation.get('area') is None else annotation['area']
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #36bd8231
+def _size(info):
+    "Returns (height, width) of a record or an image entry of a COCO file; None if they are missing or impossible."
+    return annotated_hw(info, None) if info.get('height') and info.get('width') else None
+
 def samples_from_coco(
     coco,       # path of a COCO file, or a `CocoDataset`
     image_dir,  # folder of the images; file names are relative to it
@@ -94,13 +102,10 @@ def samples_from_coco(
     if not isinstance(coco, CocoDataset): coco,_ = load_ground_truth(coco)
     coco,_ = find_image_files(coco, image_dir)
     for image in coco.images:
-        yield Path(image_dir)/image['file_name'], ground_truth_from_coco(coco, image['id'], image['file_name'])
+        truth = ground_truth_from_coco(coco, image['id'], image['file_name'], _size(image))
+        yield Path(image_dir)/image['file_name'], truth
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #65a4cfe8
-def _size(info):
-    "Returns (height, width) of a record or an image entry of a COCO file, or None if they are missing."
-    return (info['height'], info['width']) if info.get('height') and info.get('width') else None
-
 class _CocoMatcher:
     "Finds the images of records in a COCO file."
     def __init__(self, coco):
@@ -117,7 +122,7 @@ class _CocoMatcher:
 
     def ground_truth(self, example):
         image = self.images[str(example['source_id'])]
-        return ground_truth_from_coco(self.coco, image['id'], image.get('file_name', ''))
+        return ground_truth_from_coco(self.coco, image['id'], image.get('file_name', ''), _size(example))
 
 # %% ../../nbs/evaluate/03_ground_truth.ipynb #b0b8deeb
 def _mismatch_error(matcher, first, others, num_before):
@@ -154,7 +159,7 @@ def samples_from_records(
 def _sample_of_example(example):
     image_id = _number_if_numeric(str(example['source_id']))
     truth = GroundTruth(image_id, example['boxes'], example['labels'], example.get('is_crowd'), example.get('area'),
-                        file_name=example.get('filename', ''))
+                        file_name=example.get('filename', ''), hw=_size(example))
     return example['image'], truth
 
 def _without_image(example): return {key: value for key,value in example.items() if key!='image'}
@@ -234,13 +239,19 @@ def images_by_id(
     samples,   # iterable of (image, GroundTruth)
     image_ids, # ids of the images to read
 )->dict:       # image id -> [H, W, 3] uint8
-    "Reads the images with the given ids."
+    "Reads the images with the given ids, in the size to which their boxes refer."
     image_ids, images = set(image_ids), {}
     for source,truth in samples if image_ids else ():
         if truth.image_id not in image_ids: continue
-        images[truth.image_id] = source if isinstance(source, np.ndarray) else read_image(source)
+        image = source if isinstance(source, np.ndarray) else read_image(source)
+        images[truth.image_id] = _in_size(image, truth.hw)
         if len(images) == len(image_ids): break
     if len(images) < len(image_ids):
         raise ValueError(f'{len(image_ids)-len(images)} of {len(image_ids)} images are not among the samples; pass the '
                          'samples that were evaluated (a generator can be used only once: make a new one)')
     return images
+
+def _in_size(image, hw):
+    "Scales an image to the size to which its boxes refer, which differs if the file was scaled after labelling."
+    if hw is None or tuple(hw)==image.shape[:2]: return image
+    return np.asarray(Image.fromarray(image).resize(hw[::-1], Image.Resampling.BILINEAR))

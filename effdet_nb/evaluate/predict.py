@@ -56,7 +56,7 @@ def predict_samples(
     samples,          # iterable of (image, GroundTruth); an image is a path, bytes, or an array [H, W, 3] uint8
     batch_size:int=8, # images per batch, at least 1
     workers:int=2,    # number of threads that read and resize images
-)->Iterator:          # of (GroundTruth, Detections in pixels of the original image)
+)->Iterator:          # of (GroundTruth, Detections in the same pixels as its boxes)
     "Runs a detector on samples."
     if batch_size < 1: raise ValueError(f'batch_size {batch_size}: at least 1 is needed')
     read = partial(resize_sample, image_hw=tuple(detector.image_hw), **resize_options(detector))
@@ -65,10 +65,13 @@ def predict_samples(
         if len(detections) != len(batch):
             raise ValueError(f'detector: {len(detections)} results for {len(batch)} images; '
                              'it must return one Detections each')
-        for (image,truth),d in zip(batch, detections): yield truth, _to_original(d, image)
+        for (image,truth),d in zip(batch, detections): yield truth, _to_original(d, image, truth.hw)
 
-def _to_original(detections, resized):
+def _to_original(detections, resized, annotated_hw):
+    "Maps detections to the image that was annotated: the file, unless it was scaled since then."
     boxes = boxes_to_original(detections.boxes, resized.scale, resized.original_hw)
+    if annotated_hw not in (None, tuple(resized.original_hw)):
+        boxes = boxes*np.tile(np.divide(annotated_hw, resized.original_hw), 2).astype(np.float32)
     return Detections(boxes, detections.scores, detections.classes)
 
 # %% ../../nbs/evaluate/04_predict.ipynb #a584e829

@@ -7,7 +7,7 @@ __all__ = ['EXPORT_SUFFIXES', 'ExportResult', 'write_export', 'check_export_opti
            'export_mobile', 'default_nms', 'check_export', 'export']
 
 # %% ../../nbs/export/07_export.ipynb #f3f849d0
-import json, shutil, tempfile, warnings
+import json, tempfile, warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,8 @@ def export_tensorflow(
 
 def _publish(sources, destination):
     "Moves finished files, or a finished folder, to their place beside `destination`, which they may replace."
-    if destination.is_dir(): shutil.rmtree(destination)
+    if destination.is_dir():             # an earlier SavedModel; removed with the temporary folder of the new one
+        destination.replace(sources[0].with_name(f'{destination.name}.replaced'))
     for source in sources: source.replace(destination.with_name(source.name))
 
 def _write_and_run(model, pixels, path, batch_size, is_saved_model):
