@@ -171,7 +171,8 @@ def test_only_paths_are_expanded():
 @pytest.mark.parametrize('options', [
     dict(experiment_spec_file='a', suggest='a'), dict(experiment_spec_file='a', log_file='./a'),
     dict(model_path=['b', 'a'], output_path='../{}/a'), dict(output_path='a', log_file='link'),
-    dict(annotations_file='a', log_file='a')])
+    dict(annotations_file='a', log_file='a'), dict(only='a', out_label_path='a'),
+    dict(in_image_path=['b', 'a'], out_image_path='a')])
 def test_a_command_does_not_write_to_a_file_that_it_reads(options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in 'ab': (tmp_path/name).write_text('kept')

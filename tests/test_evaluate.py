@@ -233,6 +233,16 @@ def test_too_few_detections_and_no_images_are_refused(image_folder):
         evaluate(FullImageDetector(), [(image_folder / 'none.png', GroundTruth(1, [], []))])
 
 
+def test_an_unknown_category_is_reported_before_the_network_runs():
+    class Unused(FullImageDetector):
+        def forward(self, images): raise AssertionError('the network ran')
+
+    image, classes = np.zeros((64, 64, 3), np.uint8), ClassTable((1,), ('a',), 2)
+    samples = [(image, GroundTruth(1, [[0, 0, 9, 9]], [1])), (image, GroundTruth(2, [[0, 0, 9, 9]], [7]))]
+    with pytest.raises(ValueError, match='category id that is not one of the model .such as 7.'):
+        evaluate(Unused(), samples, classes)
+
+
 def test_worst_images_come_first(image_folder):
     class Half(FullImageDetector):
         def decode(self, images):

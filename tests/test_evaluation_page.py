@@ -102,12 +102,33 @@ def test_all_files_are_written_and_status_holds_fractions(work, spec):
     assert (work/'one'/'report.html').stat().st_size>20_000
 
 
+def test_models_with_similar_names_keep_their_detections_even_in_their_own_folder(work, spec, tmp_path):
+    paths = [tmp_path/name for name in ('m a.json', 'm-a.json', 'bad.json')]
+    for path,source in zip(paths, ('good.json', 'bad.json', 'bad.json')): path.write_bytes((work/source).read_bytes())
+    results = evaluate_files(spec, paths, results_dir=tmp_path)
+    files = [tmp_path/'detections'/name for name in ('m-a.json-1.json', 'm-a.json-2.json', 'bad.json.json')]
+    again = evaluate_files(spec, files)
+    assert [dict(e.metrics) for e in again]==[dict(e.metrics) for e in results]
+    assert results[0].metrics['AP']>results[1].metrics['AP']
+    assert paths[0].read_bytes()==(work/'good.json').read_bytes()
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(iou_threshold=50), '--iou_threshold 50: must be above 0 and at most 1'),
+    (dict(iou_threshold=0), '--iou_threshold 0: must be above 0'),
+    (dict(score_threshold=40), '--score_threshold 40: must be from 0 to 1'),
+])
+def test_wrong_thresholds_are_reported_before_the_work(work, spec, monkeypatch, options, message):
+    monkeypatch.setattr('effdet_nb.app.evaluation_page.evaluate_model_file', None)     # is never called
+    with pytest.raises(ValueError, match=message): evaluate_files(spec, work/'good.json', **options)
+
+
 def test_two_models_are_compared(work, spec):
     names = ['good.json', 'bad.json']
     results = evaluate_files(spec, [work/name for name in names], results_dir=work/'two')
     assert [e.name for e in results]==names and results[0].metrics['AP']>results[1].metrics['AP']
     assert [row['model'] for row in read_json(work/'two'/'metrics.json')]==names
-    assert all((work/'two'/name/'detections.json').is_file() for name in names)
+    assert all((work/'two'/'detections'/f'{name}.json').is_file() for name in names)
     kpi_names = {f'{name} {stat}' for name in names for stat in results[0].metrics}
     assert set(read_status(work/'two')[-1]['kpi'])==kpi_names
     text = str(results)

@@ -119,6 +119,23 @@ def test_what_could_be_read_of_a_truncated_video_is_kept(tmp_path, share, capsys
     assert capsys.readouterr().err.count('frames could be read')==1
 
 
+@pytest.mark.parametrize('name', ['cut.mp4', 'cut.mov'])
+def test_a_video_that_was_cut_without_encoding_is_complete(tmp_path, av, name):
+    write_clip(tmp_path/'whole.mp4', 20)
+    with av.open(str(tmp_path/'whole.mp4')) as source, av.open(str(tmp_path/name), 'w', options=dict(
+            avoid_negative_ts='disabled', use_editlist='1')) as target:
+        video = source.streams.video[0]
+        stream = target.add_stream_from_template(video)
+        for packet in source.demux(video):
+            if packet.dts is None: continue
+            shift = int(.8/packet.time_base)                         # an edit list hides the first eight frames
+            packet.pts, packet.dts, packet.stream = packet.pts-shift, packet.dts-shift, stream
+            target.mux(packet)
+    reader = V.VideoReader(tmp_path/name)
+    assert len([*reader])==12 and reader.error is None
+    assert reader.num_frames==20 and reader.num_hidden==8
+
+
 def test_videos_that_cannot_be_opened_do_not_stop_the_others(tmp_path, av):
     (tmp_path/'in').mkdir()
     write_clip(tmp_path/'in'/'good.mp4', 3)

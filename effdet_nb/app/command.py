@@ -202,7 +202,8 @@ def _log_warning(message, *args, **kwargs):
     log_message(f'warning: {message}')
 
 # %% ../../nbs/app/15_command.ipynb #3ce89cb1
-OUTPUT_OPTIONS = 'output_path', 'suggest', 'log_file', 'engine_file', 'plot'      # each names a file to write
+OUTPUT_OPTIONS = ('output_path', 'suggest', 'log_file', 'engine_file', 'plot', 'out_image_path',
+                  'out_label_path')                            # each names a file to write
 
 def check_outputs(
     options:dict, # option -> value

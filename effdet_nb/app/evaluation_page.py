@@ -277,13 +277,18 @@ def write_evaluation_report(
     metrics = [e.to_dict() for e in evaluations]
     paths = {'metrics': folder/'metrics.json'}
     write_json(paths['metrics'], metrics if is_comparison else metrics[0])
-    for e in evaluations:
-        what = f'detections of {e.name}' if is_comparison else 'detections'
-        own_folder = folder/re.sub(r'[^\w.-]', '-', e.name) if is_comparison else folder
-        paths[what] = own_folder/'detections.json'
-        write_json(paths[what], coco_results(e.metrics.results, e.metrics.classes))
+    files = _detection_files(folder, [e.name for e in evaluations]) if is_comparison else [folder/'detections.json']
+    for e,path in zip(evaluations, files):
+        paths[f'detections of {e.name}' if is_comparison else 'detections'] = path
+        write_json(path, coco_results(e.metrics.results, e.metrics.classes))
     paths['report'] = _write_report_page(folder/'report.html', evaluations, samples, title)
     return paths
+
+def _detection_files(folder, names):
+    "Chooses a file for the detections of each model, with its number if two names become the same."
+    stems = [re.sub(r'[^\w.-]', '-', name) for name in names]
+    return [folder/'detections'/(f'{stem}-{i}.json' if stems.count(stem)>1 else f'{stem}.json')
+            for i,stem in enumerate(stems, 1)]
 
 def _write_report_page(path, evaluations, samples, title):
     "Writes the page about one model or several."
@@ -308,6 +313,7 @@ def evaluate_files(
     model_paths = [model_paths] if isinstance(model_paths, (str,Path)) else list(model_paths)
     with results_status(results_dir, 'evaluate', key) as status:
         _check_files_exist(model_paths)
+        _check_thresholds(iou_threshold, score_threshold)
         if spec.dataset_config.testdev_dir and len(model_paths)>1:
             raise ValueError('dataset_config.testdev_dir: is set, so detections are written for one model, and '
                              f'{len(model_paths)} are given. Give one, or leave testdev_dir out to compare them')
@@ -329,6 +335,13 @@ def _check_files_exist(paths):
     missing = [str(path) for path in paths if not Path(path).exists()]
     if missing: raise FileNotFoundError(f'{", ".join(missing)}: no such file. Check the path; relative paths start in '
                                         'the current folder')
+
+def _check_thresholds(iou_threshold, score_threshold):
+    "Raises an error before the first image is evaluated."
+    if not 0<iou_threshold<=1:
+        raise ValueError(f'--iou_threshold {iou_threshold:g}: must be above 0 and at most 1, such as 0.5')
+    if score_threshold is not None and not 0<=score_threshold<=1:
+        raise ValueError(f'--score_threshold {score_threshold:g}: must be from 0 to 1, such as 0.4')
 
 def _open_samples(spec):
     "Opens the validation images of a spec without TensorFlow."

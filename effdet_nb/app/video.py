@@ -90,6 +90,7 @@ class VideoReader:
         self.stream.thread_type = 'AUTO'
         self.rate = self.stream.average_rate or Fraction(25)
         self.num_frames = self.stream.frames       # as announced; 0 if unknown
+        self.num_hidden = 0                        # of these, read but not shown, as in a trimmed video
         self.error = None                          # why not all frames could be read
 
     @property
@@ -105,15 +106,21 @@ class VideoReader:
     def __iter__(self):
         index = -1
         try:
-            for index,frame in enumerate(self.container.decode(self.stream)):
+            for index,frame in enumerate(self._shown_frames()):
                 if index%self.every: continue
                 seconds = float(index/self.rate if frame.time is None else frame.time)
                 yield Frame(index, seconds, _upright(frame))
         except import_av().error.FFmpegError as e: self._report(index+1, _reason(e))
         else:
-            if index+1<self.num_frames: self._report(index+1, 'the file ends early')
+            if index+1+self.num_hidden<self.num_frames: self._report(index+1, 'the file ends early')
             if index<0: self._report(0, 'it has none')
         finally: self.container.close()
+
+    def _shown_frames(self):
+        "Yields the decoded frames that players show, and counts the others."
+        for packet in self.container.demux(self.stream):
+            self.num_hidden += packet.is_discard
+            yield from packet.decode()
 
     def _report(self, count, reason):
         "Records that not all frames could be read."

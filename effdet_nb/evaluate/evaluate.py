@@ -10,6 +10,7 @@ __all__ = ['PER_CLASS_COLUMNS', 'TEXT_COLUMNS', 'FOOTNOTE', 'Metrics', 'format_m
 # %% ../../nbs/evaluate/05_evaluate.ipynb #93c26a44
 import numpy as np
 from collections import Counter
+from functools import partial
 from itertools import chain, islice
 from fastcore.basics import patch
 from ..core.console import counted, progress_bar
@@ -242,11 +243,18 @@ def evaluate(
     if eval_samples is not None and eval_samples < 1:
         raise ValueError(f'eval_samples {eval_samples}: at least 1 image is needed; leave it out for all')
     num_available = len(samples) if hasattr(samples, '__len__') else None
-    results = predict_samples(detector, islice(samples, eval_samples), batch_size, workers)
+    classes = classes or detector.classes
+    known = map(partial(_check_sample, classes=classes), islice(samples, eval_samples))
+    results = predict_samples(detector, known, batch_size, workers)
     if show_progress:
         num_images = _smallest(num_available, eval_samples)
         results = progress_bar(results, num_images, 'evaluate', skip_first=True)     # the first batch compiles
-    return coco_metrics(results, classes or detector.classes, pycocotools, eval_samples, num_available)
+    return coco_metrics(results, classes, pycocotools, eval_samples, num_available)
+
+def _check_sample(sample, classes):
+    "Returns a sample; raises an error, before its image is processed, if the model does not know a category of it."
+    _check_category_ids([(sample[1], None)], classes)
+    return sample
 
 def _smallest(*counts): return min((n for n in counts if n), default=None)
 
