@@ -156,3 +156,17 @@ def test_an_engine_that_cannot_be_built_is_reported_before_the_export(options, m
     monkeypatch.setattr('effdet_nb.export.export.export', lambda *args, **kwargs: pytest.fail('was exported'))
     with pytest.raises(SystemExit) as error: effdet_export(model_path='m.tlt', output_path='m.onnx', **options)
     assert error.value.code == 1 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(deepstream='m.tlt/ds'), 'm.tlt is a file, so it cannot contain another'),
+    (dict(data_type='int8', cal_image_dir='folder', cal_cache_file='m.tlt/cache.json'), 'm.tlt is a file'),
+    (dict(data_type='int8', cal_image_dir='folder', cal_cache_file='folder'), 'folder: this is a folder')])
+def test_a_second_output_that_cannot_be_written_is_reported_before_the_export(options, message, tmp_path, monkeypatch,
+                                                                              capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'folder').mkdir()
+    (tmp_path/'m.tlt').write_bytes(b'model')
+    monkeypatch.setattr('effdet_nb.weights.model_file.read_meta', lambda *args: pytest.fail('was opened'))
+    with pytest.raises(SystemExit) as error: effdet_export(model_path='m.tlt', output_path='m.onnx', **options)
+    assert error.value.code == 1 and message in capsys.readouterr().err

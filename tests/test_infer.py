@@ -90,6 +90,19 @@ def test_labels_of_images_that_differ_only_in_the_ending_do_not_collide(tmp_path
     for name in ('a.jpg', 'a.png', 'b.jpg'): Image.new('RGB', (9,9)).save(tmp_path/'in'/name)
     infer(FullImageDetector(), tmp_path/'in', out_label_path=tmp_path/'labels')
     assert sorted(p.name for p in (tmp_path/'labels').iterdir())==['a.jpg.txt', 'a.png.txt', 'b.txt']
+    Image.new('RGB', (9,9)).save(tmp_path/'in'/'a.jpg.jpg')
+    infer(FullImageDetector(), tmp_path/'in', out_label_path=tmp_path/'four')
+    assert sorted(p.name for p in (tmp_path/'four').iterdir())==['a.jpg.jpg.txt', 'a.jpg.txt', 'a.png.txt', 'b.txt']
+
+
+def test_a_recursive_run_leaves_out_hidden_folders_and_the_copies_of_earlier_runs(image_folder):
+    (image_folder/'.ipynb_checkpoints').mkdir()
+    Image.new('RGB', (9,9)).save(image_folder/'.ipynb_checkpoints'/'a.png')
+    for name, passed_over in (('res', 0), ('res', 11), ('res2', 11)):
+        summary = infer(FullImageDetector(), image_folder, results_dir=image_folder/name, recursive=True)
+        assert summary.num_images==11 and summary.passed_over['annotated copy']==passed_over
+    assert len(find_images(image_folder/'res'/'images_annotated'))==10     # if you name the folder itself
+    assert not (image_folder/'res2'/'images_annotated'/'res').exists()
 
 
 def test_originals_are_never_replaced(image_folder, tmp_path):
@@ -541,6 +554,14 @@ def test_channels_of_classes_do_not_depend_on_the_ids(ids, name):
         table = ClassTable(ids, names, num_classes)
         assert choose_channels(table, [name])==choose_channels(table, [ids[names.index(name)]])==(
             table.channel(ids[names.index(name)]),)
+
+
+@pytest.mark.parametrize('names,chosen,channels', [
+    (['animal', 'animal', 'car'], ['animal'], (0,1)), (['animal', 'Animal', 'car'], ['animal'], (0,)),
+    (['Animal', 'ANIMAL', 'car'], ['animal', 'car'], (0,1,2)), (['animal', 'animal', 'car'], ['2'], (1,))])
+def test_a_name_stands_for_all_categories_of_this_name(names, chosen, channels):
+    categories = [dict(id=k, name=name) for k,name in enumerate(names, 1)]
+    assert choose_channels(ClassTable.from_categories(categories), chosen)==channels
 
 
 def test_an_unknown_class_is_one_sentence_with_a_suggestion(tmp_path):

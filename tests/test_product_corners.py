@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from onnx_toy import toy_onnx_model
 from PIL import Image
 from test_pipeline import damaged_set, make_config
 
@@ -23,7 +24,7 @@ from effdet_nb.data.tile_dataset import tile_dataset
 from effdet_nb.detector.efficientdet import Arch, arch_to_dict
 from effdet_nb.detector.tiles import Tiling
 from effdet_nb.export.onnx_graph import build_metadata
-from effdet_nb.export.quantize import _batches_for, calibration_batches
+from effdet_nb.export.quantize import _batches_for, calibration_batches, collect_activation_ranges
 from effdet_nb.train import diagnostics
 from effdet_nb.train.distributed import DistributedPredictor
 from effdet_nb.train.fit import TrainingLoop
@@ -209,6 +210,15 @@ def test_an_unreadable_calibration_image_is_left_out(bad, tmp_path, capsys):
     (tmp_path/'1b.jpg').write_bytes(bad)
     assert sum(len(b) for b in calibration_batches(tmp_path, (128, 128), 2))==3
     assert '1b.jpg' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('images, where', [(None, 'broken'), ([b'no image', b''], 'training records')])
+def test_a_calibration_without_readable_images_is_one_sentence(images, where, tmp_path):
+    (tmp_path/'broken').mkdir()
+    for name in ('a.jpg', 'b.png'): (tmp_path/'broken'/name).write_bytes(b'no image')
+    batches = calibration_batches(images or tmp_path/'broken', (64, 64))
+    with pytest.raises(ValueError, match=f'{where}: none of 2 images could be read'):
+        collect_activation_ranges(toy_onnx_model(), batches, tmp_path)
 
 
 @pytest.mark.parametrize('resize, is_said', [('letterbox', True), ('stretch', False), (None, True)])

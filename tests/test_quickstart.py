@@ -30,7 +30,9 @@ def test_any_settings_make_a_spec_that_trains(changed, tmp_path):
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (dict(size=100), '128'), (dict(num_train=0), 'num_train 0'), (dict(retrain_epochs=0), 'retrain_epochs 0')])
+    (dict(size=100), '128'), (dict(num_train=0), 'num_train 0'), (dict(retrain_epochs=0), 'retrain_epochs 0'),
+    (dict(learning_rate=float('nan')), 'learning_rate nan'), (dict(seed=-1), 'tf_random_seed'),
+    (dict(retrain_rate=-1.), 'retrain_rate -1'), (dict(pruning_threshold=5.), 'pruning_threshold 5')])
 def test_wrong_settings_are_refused_before_anything_is_written(wrong, message, tmp_path):
     with pytest.raises(ValueError, match=message): quickstart(tmp_path/'run', **wrong)
     assert not (tmp_path/'run').exists()
@@ -41,6 +43,35 @@ def test_a_folder_with_other_files_is_not_touched(tmp_path):
     with pytest.raises(ValueError, match='other files'): quickstart(tmp_path)
     with pytest.raises(ValueError, match='is a file'): quickstart(tmp_path/'photo.jpg')
     assert [p.name for p in tmp_path.iterdir()]==['photo.jpg']
+
+
+@pytest.mark.parametrize('content', ['', '[]', '{"size": 128', b'\xff'])
+def test_damaged_settings_in_the_folder_are_one_sentence(content, tmp_path):
+    path = tmp_path/'quickstart.json'
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match='quickstart.json: damaged, .*Give a new name'): quickstart(tmp_path)
+
+
+def words_of_shell(command):
+    "The words of a command as the shell passes them on."
+    line = f'set -- {command}\nfor word; do printf "%s\\0" "$word"; done'
+    return subprocess.run(['sh', '-c', line], capture_output=True, text=True, check=True).stdout.split('\0')[:-1]
+
+
+@pytest.mark.parametrize('folder', ['my runs/a', 'a"b', r'back\slash', "it's", '$HOME/x', 'line\nbreak', 'ü'])
+def test_a_folder_of_any_name_gives_a_spec_and_commands_with_this_name(folder):
+    settings, paths = QuickstartSettings(), [f'{folder}/{name}' for name in ('a.tlt', 'b.tlt', 'c.onnx')]
+    for spec in (settings.spec(folder), settings.retrain_spec(folder, paths[0])):
+        assert spec.dataset_config.training_file_pattern==f'{folder}/records/train-*'
+    (_, draw), (_, convert), (_, train), (_, evaluate), *_ = shell_commands(folder, settings, *paths)
+    arguments = []
+    code = words_of_shell(draw)[2].split('; ')[1]
+    eval(code, dict(make_toy_dataset=lambda *args: arguments.extend(args)))
+    assert arguments==[f'{folder}/shapes', 400, 40, (128, 128), 0]
+    assert words_of_shell(convert.split(' -o ')[0])==['effdet_dataset_convert', '-i', f'{folder}/shapes/train', '-a',
+                                                        f'{folder}/shapes/train.json']
+    assert words_of_shell(train)==['effdet_train', '-e', f'{folder}/spec.txt', '-d', f'{folder}/trained']
+    assert words_of_shell(evaluate)[-1]==paths[0]
 
 
 def test_the_shell_commands_exist_with_these_options(tmp_path):

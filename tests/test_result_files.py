@@ -136,10 +136,24 @@ def test_an_image_of_the_same_name_in_another_folder_does_not_pass_silently(tmp_
 @pytest.mark.parametrize('path,found', [
     ('day1/a.jpg', 100), ('/data/x/day2/a.jpg', 101), ('./day2/../day2/a.jpg', 101), ('elsewhere/a.jpg', None),
     ('day2\\a.jpg', 101), ('c.jpg', 102), ('./c.jpg', 102), ('/data/day3/c.jpg', 102), ('a.jpg', None),
-    ('other/c.jpg', None), ('/c.jpg', 102), ('day1/c.jpg', None), ('3/c.jpg', None), ('C.jpg', None)])
+    ('other/c.jpg', None), ('/c.jpg', 102), ('day1/c.jpg', None), ('3/c.jpg', None), ('C.jpg', 102)])
 def test_images_are_found_by_the_end_of_their_path(tmp_path, path, found):
     ids = AnnotationIds(annotation_file(tmp_path/'t.json', ['x'], ['day1/a.jpg', 'day2/a.jpg', 'day3/c.jpg']))
     assert ids.image_id(path)==found
+
+
+@pytest.mark.parametrize('listed,path,found', [
+    (['A.JPG'], 'in/a.jpg', 100), (['\u00e9.jpg'], 'in/e\u0301.jpg', 100),
+    (['my%20photo.jpg'], 'in/my photo.jpg', 100),
+    (['1a2b3c4d-a.jpg'], 'in/a.jpg', 100), (['day1/1a2b3c4d-a.jpg'], 'in/day2/a.jpg', None),
+    (['/home/x/train/a.jpg'], 'in/a.jpg', 100), ([r'C:\x\a.jpg'], 'in/a.jpg', 100),
+    (['../x/a.jpg'], 'in/a.jpg', 100),
+    (['https://x/a.jpg?token=1'], 'in/a.jpg', 100), (['train/a.jpg'], 'in/a.jpg', None),
+    (['/x/1/a.jpg', '/x/2/a.jpg'], 'in/a.jpg', None), (['/x/1/a.jpg', '/x/2/a.jpg'], '/x/2/a.jpg', 101),
+    (['a.jpg', 'A.jpg'], 'in/A.jpg', 101), (['1a2b3c4d-a.jpg', 'a.jpg'], 'in/a.jpg', 101),
+    (['1a2b3c4d-a.jpg', 'a.jpg'], 'in/1a2b3c4d-a.jpg', 100)])
+def test_names_that_conversion_finds_have_their_ids(tmp_path, listed, path, found):
+    assert AnnotationIds(annotation_file(tmp_path/'t.json', ['x'], listed)).image_id(path)==found
 
 
 @pytest.mark.parametrize('arguments,message', [

@@ -20,6 +20,7 @@ from PIL import Image
 from effdet_nb.app import video as V, video_inference as I
 from effdet_nb.app.cli import effdet_inference
 from effdet_nb.app.command import _run_command
+from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.detector.detections import Detections
 from effdet_nb.detector.nms import NmsOptions
@@ -358,12 +359,15 @@ def test_images_and_videos_of_a_folder(tmp_path):
     (folder/'deep').mkdir(parents=True)
     Image.fromarray(image_at(0)).save(folder/'a.png')
     (folder/'notes.txt').write_text('x')
-    for name in ('a.mp4', 'deep/a.avi', '.hidden.mp4'): write_clip(folder/name, 2)
+    (folder/'.old').mkdir()
+    for name in ('a.mp4', 'deep/a.avi', '.hidden.mp4', '.old/b.mp4'): write_clip(folder/name, 2)
     summary = I.infer_files(RedDetector(), folder, tmp_path/'out', tmp_path/'labels', recursive=True)
     outputs = sorted(p.relative_to(tmp_path).as_posix() for d in ('out', 'labels') for p in (tmp_path/d).rglob('*.*'))
     assert outputs==['labels/a.mp4.csv', 'labels/a.txt', 'labels/deep/a.avi.csv', 'out/a.mp4', 'out/a.png',
                      'out/deep/a.avi']
     assert summary.images.passed_over=={'.txt extension': 1} and summary.num_files==3
+    for _ in range(2): again = I.infer_files(RedDetector(), folder, results_dir=folder/'results', recursive=True)
+    assert again.num_files==3
 
 
 def test_without_pyav_the_videos_of_a_folder_are_passed_over(tmp_path, monkeypatch, capsys):
@@ -411,6 +415,31 @@ def test_the_command_writes_a_video(tmp_path, capsys):
     assert '2 frames' in capsys.readouterr().out
     assert sorted(p.relative_to(tmp_path/'r').as_posix() for p in (tmp_path/'r').rglob('*.*'))==[
         'labels/a.mp4.csv', 'status.json', 'videos_annotated/a.mp4']
+
+
+@pytest.mark.parametrize('names,message,counts', [
+    (['0.png', '1.jpg'], '1 of 2 images could not', dict(images=1, unreadable=1)),
+    (['1.jpg', '2.jpg'], '2 of 2 images could not', dict(images=0, unreadable=2)),
+    (['x.mp4'], '1 of 1 files could not', dict(videos=0, frames=0, incomplete_videos=1)),
+    (['0.png', 'a.mp4', 'x.mp4'], '1 of 3 files could not',
+     dict(images=1, unreadable=0, videos=1, frames=2, incomplete_videos=1))])
+def test_the_command_and_its_status_file_end_alike(tmp_path, capsys, names, message, counts):
+    from onnx_toy import toy_onnx_model
+    (tmp_path/'m.onnx').write_bytes(toy_onnx_model().SerializeToString())
+    (tmp_path/'in').mkdir()
+    for name in names:
+        if name=='a.mp4': write_clip(tmp_path/'in'/name, 2)
+        elif name=='0.png': Image.fromarray(image_at(0)).save(tmp_path/'in'/name)
+        else: (tmp_path/'in'/name).write_bytes(b'broken')
+    with pytest.raises(SystemExit):
+        effdet_inference(model_path=str(tmp_path/'m.onnx'), in_image_path=str(tmp_path/'in'),
+                         results_dir=str(tmp_path/'r'), threshold=.3)
+    assert message in capsys.readouterr().err
+    events = read_status(tmp_path/'r')
+    states = [event['status'] for event in events]
+    assert states[0]=='STARTED' and states[-1]=='FAILURE' and set(states[1:-1])=={'RUNNING'}
+    assert message in events[-1]['message'] and counts.items()<=events[-1]['kpi'].items()
+    if 'videos' in counts: assert f'Processed {counts["videos"]} of' in events[-2]['message']
 
 
 def test_names_of_outputs():

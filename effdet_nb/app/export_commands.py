@@ -7,6 +7,7 @@ __all__ = ['effdet_export', 'effdet_gen_trt_engine']
 
 # %% ../../nbs/app/21_export_commands.ipynb #3d1e1004
 import os, shlex
+from ..core.files import check_output_path
 from .command import command, fix_hash_seed
 from .inference_command import SIZE_HINTS
 from .options import (
@@ -109,6 +110,7 @@ def _check_tensorrt(path, data_type, nms, engine_file, deepstream):
     option = '--engine_file' if engine_file else '--deepstream'
     if os.path.splitext(path)[1].lower() not in ('.onnx','.etlt'):
         raise ValueError(f'{option}: TensorRT reads .onnx and .etlt, and --output_path is {path}. Write one of the two')
+    if deepstream: check_output_path(os.path.join(deepstream, 'README.md'))
     if deepstream and nms=='none':
         raise ValueError('--deepstream: needs a file that contains suppression, and --nms none leaves it out. '
                          'Leave --nms out')
@@ -119,7 +121,6 @@ def _check_engine(path, data_type, nms):
     if data_type=='int8' and nms=='onnx':
         raise ValueError('--engine_file: TensorRT does not support the zero points of an int8 file with --nms onnx. '
                          'Add --nms efficient_nms_trt')
-    from effdet_nb.core.files import check_output_path
     from effdet_nb.export.runtimes import import_tensorrt
     check_output_path(path)
     import_tensorrt()

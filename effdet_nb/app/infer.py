@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['MAX_CANDIDATES', 'LOWEST_CANDIDATE', 'predict_files', 'predict_tiled_files', 'load_for_inference', 'batch_sizes',
            'warm_up', 'warn_of_orientation', 'detection_limit', 'with_all_candidates', 'warn_of_fixed_limit', 'infer',
-           'check_score_threshold', 'make_output_writer']
+           'inference_status', 'check_score_threshold', 'make_output_writer']
 
 # %% ../../nbs/app/03_infer.ipynb #27a0e39c
 import copy, time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
-from ..core.console import log_message, progress_bar, results_status
+from ..core.console import Status, log_message, progress_bar, results_status
 from ..core.files import write_json
 from ..detector.images import (
     ResizedImage, read_image, read_orientation, read_resized, read_resized_batches, resize_options, threaded_map)
@@ -244,12 +245,13 @@ def infer(
     upright:bool=False,       # turn images as their EXIF orientation says; boxes are in pixels of the upright image
     classes:list=None,        # names or category ids of the classes to keep; None: all
     only=None,                # COCO file; only the images in it are processed. None: all images of the folder
+    status:Status=None,       # the open `Status` of results_dir; None: it is opened here
 )->InferenceSummary:
     "Detects objects in images and writes annotated images and labels."
     image_output,label_output = outputs = _output_folders(out_image_path, out_label_path, results_dir)
     check_score_threshold(score_threshold)
     result_file = choose_result_file(label_output, label_format, annotations_file)
-    with results_status(results_dir, 'inference', key) as status:
+    with inference_status(results_dir, key, status) as status:
         paths = chosen_images(in_image_path, recursive, only)
         if result_file: result_file.check_images(paths)
         writer = make_output_writer(paths, in_image_path, image_output, None if result_file else label_output, upright)
@@ -261,12 +263,12 @@ def infer(
         choice = dict(score_threshold=score_threshold, class_table=class_table, upright=upright,
                       channels=choose_channels(class_table, classes))
         summary = _new_summary(detector, score_threshold, tiling, outputs)
+        if not only: summary.passed_over = count_passed_over(in_image_path, recursive)      # before files are written
         predictions = _predict(detector, paths, tiling, max_detections, is_new, batch_size=batch_size, workers=workers,
                                on_error=summary.skip, **choice)
         _write_all(predictions, writer, summary, len(paths), min(workers or 2, 2) if tiling else workers)
         if not upright: warn_of_orientation(summary.predictions)
         if result_file: result_file.write(summary.predictions, class_table)
-        if not only: summary.passed_over = count_passed_over(in_image_path, recursive)
         if status: _report(summary, class_table, Path(results_dir), status)
         return summary
 
@@ -294,6 +296,14 @@ def _output_folders(image_path, label_path, results_dir):
     if image_path is not None or label_path is not None: return image_path, label_path
     raise ValueError('inference: no output path. Set out_image_path for images, out_label_path for labels, '
                      'or results_dir for both')
+
+def inference_status(
+    results_dir,        # results folder; None: nothing is written
+    key:str='',         # key of the model file, which must not be written
+    status:Status=None, # the `Status` of a run that this one is a part of; its caller closes it
+):                      # a context of a `Status`, or of None without a folder
+    "Returns the `Status` that is open, or opens that of a results folder."
+    return results_status(results_dir, 'inference', key) if status is None else nullcontext(status)
 
 def check_score_threshold(
     score_threshold:float, # lowest score to keep

@@ -7,6 +7,7 @@ __all__ = ['SIZE_HINTS', 'effdet_inference']
 
 # %% ../../nbs/app/20_inference_command.ipynb #3d1e0004
 import os
+from ..core.console import results_status
 from .command import command
 from .options import (
     Option, gpu_option, key_option, log_option, results_option, set_option, spec_option, verbose_option)
@@ -71,8 +72,7 @@ def effdet_inference(
     if not (out_image_path or out_label_path or results_dir):
         raise ValueError('no output path. Give -o FOLDER for annotated images, -l FOLDER for KITTI labels, -l FILE.csv '
                          'for a table, or -r FOLDER for images, labels and detections.json')
-    from effdet_nb.app.video import is_live
-    from effdet_nb.app.video_inference import FilesSummary, infer_files
+    from effdet_nb.app.video_inference import infer_files
     spec = _inference_spec(experiment_spec_file, set)
     config = spec.eval_config
     if threshold is None: threshold = config.min_score_thresh
@@ -83,20 +83,25 @@ def effdet_inference(
                    max_detections=max_detections, recursive=recursive, key=key, classes=classes)
     selection = dict(upright=upright, only=only)
     if runner:
-        _check_beam_options(in_image_path, tiling, label_format, annotations_file, out_label_path)
-        if out_image_path or out_label_path:
-            raise ValueError('--runner: images and labels are written to the folder of --results_dir. '
-                             'Leave -o and -l out')
-        summary = FilesSummary(_infer_with_beam(model_path, in_image_path, results_dir, runner=runner, **selection,
-                                                **options))
-    else:
-        image_options = dict(label_format=label_format, annotations_file=annotations_file, **selection,
-                             batch_size=config.eval_batch_size if batch_size is None else batch_size)
-        summary = infer_files(model_path, in_image_path, out_image_path, out_label_path, results_dir, image_options,
-                              every, tiling=tiling, **options)
-    if summary.num_failed==0: return summary
+        _check_beam_options(in_image_path, tiling, label_format, annotations_file, out_image_path, out_label_path)
+    with results_status(results_dir, 'inference', key) as status:
+        if runner:
+            summary = _infer_with_beam(model_path, in_image_path, results_dir, runner=runner, status=status,
+                                       **selection, **options)
+        else:
+            image_options = dict(label_format=label_format, annotations_file=annotations_file, **selection,
+                                 batch_size=config.eval_batch_size if batch_size is None else batch_size)
+            summary = infer_files(model_path, in_image_path, out_image_path, out_label_path, results_dir,
+                                  image_options, every, tiling=tiling, status=status, **options)
+        _check_complete(summary, in_image_path)
+    return summary
+
+def _check_complete(summary, source):
+    "Prints the summary and raises if a file could not be read completely."
+    if summary.num_failed==0: return
     print(summary, flush=True)
-    if is_live(in_image_path):
+    from effdet_nb.app.video import is_live
+    if is_live(source):
         raise ValueError('the camera or stream could not be read to its end. The reason is listed above; all frames '
                          'before it were processed')
     kinds = 'files could not be read completely' if summary.videos else 'images could not be read'
@@ -110,15 +115,18 @@ def _tiling(tile, overlap, tile_only):
     if not tile_only and overlap==.2: return None
     raise ValueError('--tile_overlap, --tile_only: no effect without --tile. Add --tile 640')
 
-def _check_beam_options(source, tiling, label_format, annotations_file, out_label_path):
+def _check_beam_options(source, tiling, label_format, annotations_file, out_image_path, out_label_path):
     "Raises if an option is not possible with Apache Beam."
     is_one_file = str(out_label_path).lower().endswith(('.csv','.json'))
     from effdet_nb.app.video import is_video
     is_special = label_format not in (None,'kitti') or is_one_file or is_video(source)
-    if not (tiling or annotations_file or is_special): return
-    raise ValueError('--runner: videos, tiles and files of detections are not possible with Apache Beam, which writes '
-                     'KITTI labels of images. Leave --runner out, or leave out --tile, --format, --annotations_file '
-                     'and -l FILE')
+    if tiling or annotations_file or is_special:
+        raise ValueError('--runner: videos, tiles and files of detections are not possible with Apache Beam, which '
+                         'writes KITTI labels of images. Leave --runner out, or leave out --tile, --format, '
+                         '--annotations_file and -l FILE')
+    if out_image_path or out_label_path:
+        raise ValueError('--runner: images and labels are written to the folder of --results_dir. '
+                         'Leave -o and -l out')
 
 def _inference_spec(spec_file, assignments):
     "The spec in a file, or one with the defaults of inference, with the fields of --set."
@@ -131,4 +139,5 @@ def _infer_with_beam(model_path, in_image_path, results_dir, key, runner, **opti
     if not results_dir: raise ValueError('--runner: a Beam pipeline needs a folder for its results. Add --results_dir')
     if key: os.environ['EFFDET_KEY'] = key
     from effdet_nb.app.bulk import infer_bulk
-    return infer_bulk(model_path, in_image_path, results_dir, options=[f'--runner={runner}'], **options)
+    from effdet_nb.app.video_inference import FilesSummary
+    return FilesSummary(infer_bulk(model_path, in_image_path, results_dir, options=[f'--runner={runner}'], **options))

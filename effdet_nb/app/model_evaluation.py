@@ -197,7 +197,7 @@ class EvaluationResults(list):
             scores = [_format_score(e.metrics[name]) for name in ('AP','AP50','AP75','ARmax100')]
             speed = f'{e.images_per_second:.3g}' if e.images_per_second else '–'
             size = format_file_size(e.num_bytes or 0)
-            rows.append([str(number), e.name[-40:], *scores, e.nms.split(',')[0], speed, size])
+            rows.append([str(number), e.name, *scores, e.nms.split(',')[0], speed, size])
         return rows
 
     def per_class_table(self):
@@ -207,7 +207,7 @@ class EvaluationResults(list):
         for category_id in sorted(set().union(*models)):
             row = next(own[category_id] for own in models if category_id in own)
             cells = [_format_score(own[category_id]['AP'] if category_id in own else -1) for own in models]
-            rows.append([str(category_id), row['name'][:28], f'{row["num_boxes"]:,}', *cells])
+            rows.append([str(category_id), row['name'], f'{row["num_boxes"]:,}', *cells])
         return rows
 
     def difference_lines(self):

@@ -6,8 +6,9 @@
 __all__ = ['SPEC_TEMPLATE', 'QuickstartSettings', 'warmup_epochs', 'prepare_folder', 'shell_commands']
 
 # %% ../../nbs/app/11_quickstart_settings.ipynb #4ee29de2
-import json
+import json, re, shlex
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from string import Template
 from fastcore.basics import patch
@@ -72,6 +73,11 @@ class QuickstartSettings:
         for name in ('num_train', 'num_val', 'num_epochs', 'retrain_epochs', 'batch_size'):
             value = getattr(self, name)
             if value<1: raise ValueError(f'{name} {value}: at least 1 is needed')
+        for name in ('learning_rate', 'retrain_rate'):
+            value = getattr(self, name)
+            if not 0<value<inf: raise ValueError(f'{name} {value}: must be a number above 0')
+        if not 0<=self.pruning_threshold<1:
+            raise ValueError(f'pruning_threshold {self.pruning_threshold}: must be a number from 0 to below 1')
 
 # %% ../../nbs/app/11_quickstart_settings.ipynb #b250865e
 def warmup_epochs(
@@ -88,8 +94,13 @@ def spec_text(
 )->str:     # a spec file with comments
     "Returns the text of the spec file."
     return SPEC_TEMPLATE.substitute(
-        vars(self), folder=Path(folder).as_posix(), eval_every=max(1, self.num_epochs//4),
+        vars(self), folder=_escaped(Path(folder).as_posix()), eval_every=max(1, self.num_epochs//4),
         warmup=warmup_epochs(self.num_epochs))
+
+def _escaped(text):
+    "Escapes a text for a string in double quotes of a spec file."
+    text = text.replace('\\', r'\\').replace('"', r'\"')
+    return re.sub(r'[\x00-\x1f]', lambda m: f'\\{ord(m[0]):03o}', text)
 
 # %% ../../nbs/app/11_quickstart_settings.ipynb #65b680a5
 @patch
@@ -120,18 +131,27 @@ def prepare_folder(
     folder,                      # for everything the run makes; made if absent
     settings:QuickstartSettings, # of the run
 )->Path:                         # the folder
-    "Creates the folder of a run; raises an error if it contains other files or another run."
+    "Creates the folder of a run; raises an error if it contains other files or another run, or for wrong settings."
     folder = Path(folder)
+    settings.retrain_spec(folder, folder/'pruned.tlt').check()      # a replacement of the fields of the first spec
     settings_path,own = folder/'quickstart.json', dict(vars(settings), effdet_nb=__version__)
     if not settings_path.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f'{folder}: this folder contains other files. A quickstart needs a folder of its own. '
                              'Give a new name')
         write_json(settings_path, own, indent=1)
-    stored = json.loads(settings_path.read_text(encoding='utf-8'))
+    stored = _stored_settings(settings_path)
     different = [f'{name} {stored.get(name)}' for name,value in own.items() if stored.get(name)!=value]
     if not different: return folder
     raise ValueError(f'{folder}: holds a quickstart with other settings ({", ".join(different)}). '
+                     'Give a new name, or delete the folder')
+
+def _stored_settings(path):
+    "Returns the settings of an earlier run in a folder."
+    try: stored = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError: stored = None
+    if isinstance(stored, dict): return stored
+    raise ValueError(f'{path}: damaged, so the quickstart in this folder cannot be continued. '
                      'Give a new name, or delete the folder')
 
 # %% ../../nbs/app/11_quickstart_settings.ipynb #7b5e0bc7
@@ -143,9 +163,11 @@ def shell_commands(
     has_key:bool=False,           # whether the models are encrypted
 )->list:                          # (what it does, command) pairs
     "Returns the shell commands for the steps of a run."
-    f, key = Path(folder).as_posix(), ' -k KEY' if has_key else ''
+    f, key = shlex.quote(Path(folder).as_posix()), ' -k KEY' if has_key else ''
+    trained_path,retrained_path,exported_path = (
+        shlex.quote(str(path)) for path in (trained_path, retrained_path, exported_path))
     return [
-        ('Draw the images and their COCO files', _draw_command(f, settings)),
+        ('Draw the images and their COCO files', _draw_command(folder, settings)),
         ('Convert them to records', '\n'.join(_convert_command(f, split) for split in ('train', 'val'))),
         ('Train', f'effdet_train -e {f}/spec.txt -d {f}/trained{key}'),
         ('Evaluate', f'effdet_evaluate -e {f}/spec.txt -m {trained_path}{key}'),
@@ -160,10 +182,12 @@ def shell_commands(
 
 def _draw_command(folder, settings):
     "Returns a line of Python that draws the images."
-    arguments = f"'{folder}/shapes', {settings.num_train}, {settings.num_val}, "
+    image_folder = f'{Path(folder).as_posix()}/shapes'
+    arguments = f'{image_folder!r}, {settings.num_train}, {settings.num_val}, '
     arguments += f'({settings.size},{settings.size}), {settings.seed}'
     code = f'from effdet_nb.detector.toy_data import make_toy_dataset; make_toy_dataset({arguments})'
-    return f'python -c "{code}"'
+    escaped = re.sub(r'(["$`\\])', r'\\\1', code)      # for double quotes of a shell
+    return f'python -c "{escaped}"'
 
 def _convert_command(folder, split):
     "Returns the command that converts one split."

@@ -12,16 +12,17 @@ from collections import Counter
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core.console import format_duration, install_command, log_message, progress_bar, results_status
+from ..core.console import Status, format_duration, install_command, log_message, progress_bar
 from ..core.files import atomic_write, check_output_path
 from ..data.classes import ClassTable
 from ..detector.tiles import Tiling, detect_image, detect_tiled, warn_of_small_tiles
 from ..evaluate.result_files import CSV_COLUMNS, detection_rows
 from .inference_files import (
-    FILE_ENDINGS, VIDEO_EXTENSIONS, choose_channels, count_passed_over, find_images, read_label_map, rename_classes)
+    FILE_ENDINGS, VIDEO_EXTENSIONS, choose_channels, count_passed_over, find_images, is_annotated_copy,
+    read_label_map, rename_classes, visible_files)
 from .inference_results import InferenceSummary
 from .infer import (
-    check_score_threshold, detection_limit, infer, load_for_inference, warm_up, warn_of_fixed_limit,
+    check_score_threshold, detection_limit, infer, inference_status, load_for_inference, warm_up, warn_of_fixed_limit,
     with_all_candidates)
 from effdet_nb.app.video import (
     CONTAINERS, VideoReader, VideoWriter, check_video_path, import_av, in_background, is_live,
@@ -158,8 +159,8 @@ def list_videos(
         raise ValueError(f'{source}: patterns are for images only. Give one video, or the folder that contains the '
                          'videos')
     if path.is_dir():
-        found = path.glob('**/*' if recursive else '*')
-        return sorted(p for p in found if p.suffix.lower() in VIDEO_EXTENSIONS and p.name[0]!='.' and p.is_file())
+        videos = [p for p in visible_files(path, recursive) if p.suffix.lower() in VIDEO_EXTENSIONS and p.is_file()]
+        return sorted(p for p in videos if not is_annotated_copy(p, path))
     return [path] if is_video(path) else []
 
 def output_of_video(
@@ -262,6 +263,7 @@ def infer_files(
     image_options:dict=None,  # arguments of `infer` that concern only images
     every:int=1,              # process each n-th frame of a video
     recursive:bool=False,     # also search subfolders
+    status:Status=None,       # the open `Status` of results_dir; None: it is opened here
     **options,                # arguments of both, such as score_threshold, label_map, key, tiling
 )->FilesSummary:
     "Detects objects in images and videos."
@@ -272,26 +274,27 @@ def infer_files(
     if videos and not has_images: _check_label_format(label_format)
     if videos and has_images and not _has_av(len(videos)): videos = []
     if videos and Path(source).is_dir(): _check_outputs_of_folder(videos, source, out_image_path, out_label_path)
-    summary = FilesSummary()
-    if has_images or not videos:
-        summary.images = infer(detector, source, out_image_path, out_label_path, results_dir=results_dir,
-                               recursive=recursive, **image_options, **options)
-        if videos: summary.images.passed_over = count_passed_over(source, recursive, VIDEO_EXTENSIONS)
-    if videos:
-        summary.videos = _infer_all_videos(detector, source, out_image_path, out_label_path, results_dir,
-                                           every=every, recursive=recursive, **options)
+    outputs,summary = (detector, source, out_image_path, out_label_path), FilesSummary()
+    options = options | dict(recursive=recursive)
+    with inference_status(results_dir, options.get('key', ''), status) as status:
+        if has_images or not videos:
+            passed_over = count_passed_over(source, recursive, VIDEO_EXTENSIONS) if videos else None
+            summary.images = infer(*outputs, results_dir=results_dir, status=status, **image_options, **options)
+            if videos: summary.images.passed_over = passed_over
+        if videos: summary.videos = _infer_all_videos(*outputs, results_dir, status, every=every, **options)
     return summary
 
-def _infer_all_videos(detector, source, out_video, out_labels, results_dir, **options):
-    "Runs `infer_videos`, with a status file if there is a results folder."
-    if results_dir is None: return infer_videos(detector, source, out_video, out_labels, **options)
+def _infer_all_videos(detector, source, out_video, out_labels, results_dir, status, **options):
+    "Runs `infer_videos`, and reports to the status file if there is a results folder."
+    if status is None: return infer_videos(detector, source, out_video, out_labels, **options)
     folder = Path(results_dir)
-    with results_status(folder, 'inference', options.get('key', '')) as status:
-        summaries = infer_videos(detector, source, out_video or folder/'videos_annotated',
-                                 out_labels or folder/'labels', **options)
-        num_frames = sum(summary.num_frames for summary in summaries)
-        status.log_progress(f'Processed {len(summaries)} videos.', kpi=dict(frames=num_frames))
-        return summaries
+    summaries = infer_videos(detector, source, out_video or folder/'videos_annotated', out_labels or folder/'labels',
+                             **options)
+    counts = dict(videos=sum(summary.num_frames>0 for summary in summaries),
+                  frames=sum(summary.num_frames for summary in summaries),
+                  incomplete_videos=sum(summary.error is not None for summary in summaries))
+    status.log_progress(f'Processed {counts["videos"]} of {len(summaries)} videos.', kpi=counts)
+    return summaries
 
 def _check_outputs_of_folder(videos, source, *outputs):
     "Raises if an output is a file, and the folder contains videos."

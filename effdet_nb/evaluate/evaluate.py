@@ -71,14 +71,21 @@ TEXT_COLUMNS = ('class', 'model', 'kind', 'what is wrong', 'run', 'state', 'fiel
 def text_table(
     rows:list, # lists of texts, the header first
 )->str:        # table for a terminal; columns of words are aligned left, others right
-    "Formats rows as a text table with aligned columns."
-    widths = [min(max(map(len, column)), 40) for column in zip(*rows)]
+    "Formats rows as a text table with aligned columns; long names of classes are shortened in the middle."
+    is_class = [name=='class' for name in rows[0]]
+    rows = [[_shorten(cell) if cut else cell for cell,cut in zip(row, is_class)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     alignments = ['<' if name in TEXT_COLUMNS else '>' for name in rows[0]]
     lines = []
     for row in rows:
-        cells = [f'{cell[:width]:{align}{width}}' for cell,width,align in zip(row, widths, alignments)]
+        cells = [f'{cell:{align}{width}}' for cell,width,align in zip(row, widths, alignments)]
         lines.append('  '.join(cells).rstrip())
     return '\n'.join(lines)
+
+def _shorten(text, length=40):
+    "Returns a text with its middle replaced by … if it is longer than a number of characters."
+    half = length//2
+    return text if len(text)<=length else f'{text[:half]}…{text[1-half:]}'
 
 # %% ../../nbs/evaluate/05_evaluate.ipynb #821f8acd
 def markdown_table(

@@ -7,15 +7,16 @@ __all__ = ['CSV_COLUMNS', 'RESULT_FORMATS', 'detection_rows', 'write_csv', 'writ
            'AnnotationIds', 'coco_result_list', 'ResultFile', 'choose_result_file']
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #96e325f1
-import csv, os
-from collections import Counter
+import csv, re
+from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from ..core.console import log_message
 from ..core.files import atomic_write, check_output_path, write_json
 from ..data.classes import ClassTable
 from ..data.coco import load_coco_lenient
 from ..data.coco_json import drop_masks
+from ..data.image_files import comparable_parts, without_upload_prefix
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #44d994d1
 CSV_COLUMNS = ('image', 'category_id', 'class', 'score', 'x1', 'y1', 'x2', 'y2') # boxes in pixels of the image
@@ -73,19 +74,24 @@ class AnnotationIds:
     ):
         self.path = Path(annotations_file)
         coco,_ = load_coco_lenient(annotations_file, drop_masks)
-        self.by_path = {_parts(image['file_name']): image['id'] for image in coco.images}
-        count = Counter(parts[-1:] for parts in self.by_path)
-        self.by_name = {parts[-1:]: k for parts,k in self.by_path.items() if count[parts[-1:]]==1}
+        self.by_path,self.by_name = defaultdict(dict), defaultdict(dict)     # parts of a path -> {name in the file: id}
+        for image in coco.images:
+            for parts in _possible_parts(image['file_name']):
+                self.by_path[parts][image['file_name']] = image['id']
+                self.by_name[parts[-1:]][image['file_name']] = image['id']
         self.categories = {category['id']: str(category['name']) for category in coco.categories}
 
     def image_id(self,
         path, # of an image
     ):        # its id; None if the file does not list it
         "Finds the id of an image."
-        parts = _parts(path)
-        for start in range(len(parts)):
-            if parts[start:] in self.by_path: return self.by_path[parts[start:]]
-        return self.by_name.get(parts)                              # of a path without folders
+        path = str(path)
+        parts = comparable_parts(path)
+        ends = (parts[start:] for start in range(len(parts)))
+        found = next((self.by_path[end] for end in ends if end in self.by_path), None)
+        if found is None: found = self.by_name.get(parts, {})       # of a path without folders
+        if len(found)>1: found = {name: k for name,k in found.items() if path.endswith(name)}
+        return found[max(found, key=len)] if found else None
 
     def category_ids(self,
         class_table:ClassTable, # of the model
@@ -106,10 +112,12 @@ class AnnotationIds:
                     f'{name} becomes {self.categories[k]} (id {k}). Check that these are the same classes')
         return {k: k for k,_ in pairs}
 
-def _parts(path):
-    "The folders and the name of a path, without . and .."
-    parts = PurePosixPath(str(path).replace(os.sep, '/').replace('\\', '/')).parts
-    return tuple(part for part in parts if part not in ('.', '..', '/'))
+def _possible_parts(name):
+    "The folders and names that the file of an image in an annotation file can have."
+    parts = comparable_parts(name)
+    possible = {parts, (*parts[:-1], *map(without_upload_prefix, parts[-1:]))}
+    is_of_another_computer = re.match(r'\.{0,2}[/\\]|[a-zA-Z]:[/\\]|\w+://', name)
+    return possible | {parts[-1:] for parts in possible} if is_of_another_computer else possible
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #7418c710
 def coco_result_list(

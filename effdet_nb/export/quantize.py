@@ -12,7 +12,7 @@ import hashlib, json, tempfile
 from pathlib import Path
 import numpy as np
 from ..core.console import log_message, progress_bar
-from ..core.files import atomic_write
+from ..core.files import atomic_write, check_output_path
 from ..detector.images import read_resized_batches, to_channels
 from ..data.label_set import IMAGE_ENDINGS
 from ..data.record_index import Records, require_record_files
@@ -151,7 +151,8 @@ def calibration_batches(
     sources = images if isinstance(images, list) else calibration_files(images)
     sources = sources[:batch_size*num_batches]
     batches = read_resized_batches(sources, tuple(image_hw), batch_size, on_error=_leave_out, **options)
-    stacked = (_stack(batch, channels) for batch in batches)
+    folder = 'training records' if isinstance(images, list) else f'--cal_image_dir {images}'
+    stacked = _stack_batches(batches, channels, f'{folder}: none of {len(sources):,} images could be read')
     return progress_bar(stacked, -(-len(sources)//batch_size), 'calibrating')
 
 def _leave_out(source, error):
@@ -171,9 +172,14 @@ def calibration_files(
                                 'subfolders. Give a folder of images similar to those that the detector will process')
     return files
 
-def _stack(batch, channels):
-    "Stacks a batch of resized images into one array."
-    return to_channels(np.stack([resized.image for _,resized in batch]), channels)
+def _stack_batches(batches, channels, problem):
+    "Stacks each batch of resized images into one array; raises an error if there is no batch."
+    is_empty = True
+    for batch in batches:
+        is_empty = False
+        yield to_channels(np.stack([resized.image for _,resized in batch]), channels)
+    if is_empty: raise ValueError(f'{problem}, for the reasons above. Give a folder of images similar to those that '
+                                  'the detector will process')
 
 # %% ../../nbs/export/04_quantize.ipynb #c8a96ded
 def record_images(
@@ -196,9 +202,10 @@ def check_precision(
     cal_image_dir=None,  # int8: folder of calibration images
     cal_cache_file=None, # int8: calibration cache
 ):
-    "Raises an error for an unknown precision, and for int8 without images and without a calibration cache."
+    "Raises an error for an unknown precision, or for int8 without images and without a possible calibration cache."
     if data_type not in PRECISIONS: raise ValueError(f'--data_type {data_type}: not one of {", ".join(PRECISIONS)}')
     has_cache = cal_cache_file and Path(cal_cache_file).is_file()
+    if data_type=='int8' and cal_cache_file and not has_cache: check_output_path(cal_cache_file)
     if data_type=='int8' and not (cal_image_dir or has_cache):
         raise ValueError('--data_type int8: requires calibration images, or the ranges of an earlier calibration. '
                          'Give --cal_image_dir, a spec with training records, or a --cal_cache_file that exists')
