@@ -249,6 +249,17 @@ def test_the_page_begins_with_the_score_of_the_slider(threshold, text):
     assert f'<output id="score">{text}</output>' in viewer_html('m', [], threshold, .05)
 
 
+def test_models_of_the_same_name_are_told_apart_by_their_folders(monkeypatch, tmp_path):
+    meta = dict(arch=dict(image_hw=[64, 64]), classes=dict(ids=[1], names=['a'], num_classes=2), nms={})
+    monkeypatch.setattr('effdet_nb.export.browser.browser_graph', lambda path, key: (b'x', meta))
+    monkeypatch.setattr('effdet_nb.export.browser.read_ort_web', lambda path: dict.fromkeys(ORT_WEB_FILES, b''))
+    write_browser_page(['runs/first/model.onnx', 'runs/second/model.onnx'], tmp_path/'page', runtime='x')
+    models = json.loads((tmp_path/'page'/'model.js').read_text().removeprefix('const MODELS = '))
+    names = ['first/model.onnx', 'second/model.onnx']
+    assert [model['settings']['name'] for model in models]==names
+    assert f'<title>{", ".join(names)}</title>' in (tmp_path/'page'/'index.html').read_text()
+
+
 def test_missing_npm_is_one_sentence_with_the_cure(monkeypatch):
     monkeypatch.setattr('shutil.which', lambda *args, **kwargs: None)
     with pytest.raises(FileNotFoundError, match='npm pack onnxruntime-web@.* --runtime'): fetch_ort_web()

@@ -517,7 +517,7 @@ def test_evaluate_prints_the_table_and_writes_numbers(trained):
     assert read_status(work/'ev')[-1]['kpi'].keys()==numbers['metrics'].keys()
     assert KEY not in (work/'ev'/'status.json').read_text()
     threshold = numbers['thresholds'][-1]['threshold'] or .3
-    command = f'effdet_inference -m {MODEL} -i IMAGES -r detections -t {threshold:.2f} -k KEY'
+    command = f'effdet_inference -m {MODEL} -i IMAGES -r detections -t {threshold:.2g} -k KEY'
     assert out.stdout.splitlines()[-1]==f'Next, with the best score threshold: {command}'
 
 

@@ -11,7 +11,8 @@ import pytest
 
 import effdet_nb.app.cli as cli
 from effdet_nb.app.compare import (
-    class_score_rows, compare_runs, different_settings, effdet_compare, read_class_scores, read_run, summary_row)
+    class_score_rows, compare_runs, different_settings, effdet_compare, plot_runs, read_class_scores, read_run,
+    summary_row)
 from effdet_nb.app.options import command_parser, parse_options
 
 HEAD = 'epoch,step,loss,seconds,images_per_second,AP,AP50'
@@ -129,6 +130,20 @@ def test_the_command_prints_tables_and_writes_a_page(runs, tmp_path, capsys):
     text, page = capsys.readouterr().out, (tmp_path/'new'/'page.html').read_text()
     for word in ('0.200', 'unfinished, 2 of 3 epochs', '5e-05'): assert word in text and word in page
     assert 'rec&lt;b&gt;/*' in page and page.count('<svg')==2 and 'effdet_evaluate' in page
+
+
+@pytest.mark.parametrize('names', [['_old', 'new'], ['_old']])
+def test_every_run_is_in_the_legend(tmp_path, names):
+    from matplotlib.figure import Figure
+    figure = Figure()
+    plot_runs(figure, compare_runs([write_run(tmp_path/name, ROWS) for name in names]).runs, 'loss')
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()]==names
+
+
+def test_the_page_sorts_times_and_sizes_by_their_numbers(runs, tmp_path):
+    effdet_compare(runs=[str(run) for run in runs], output_path=str(tmp_path/'x.html'))
+    assert re.findall('<td><data value="(.*?)">(.*?)</data></td>', (tmp_path/'x.html').read_text())==[
+        ('181.0', '3 min 01 s'), ('2000', '2 kB'), ('120.0', '2 min 00 s')]
 
 
 def test_json_is_one_document_without_nan(runs, capsys):

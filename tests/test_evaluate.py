@@ -16,8 +16,8 @@ from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.coco import load_coco
 from effdet_nb.evaluate.ground_truth import GroundTruth, samples_from_coco, samples_from_records
 from effdet_nb.train.experiment import eval_dataset_from_spec
-from effdet_nb.evaluate.evaluate import Metrics, coco_metrics, coco_results, evaluate
-from effdet_nb.evaluate.inspect_results import image_ap, ap_per_image, worst_images
+from effdet_nb.evaluate.evaluate import Metrics, coco_metrics, coco_results, evaluate, text_table
+from effdet_nb.evaluate.inspect_results import image_ap, ap_per_image, plot_precision_recall, worst_images
 from effdet_nb.evaluate.coco_metric import COCO_STAT_NAMES
 from effdet_nb.evaluate.predict import bbox_and_scores64, load_coco_results
 from effdet_nb.detector.detections import Detections
@@ -264,6 +264,29 @@ def test_tables_fit_a_terminal_and_survive_odd_names():
         and 'a\\|b' in metrics._repr_markdown_()
     )
     assert json.loads(json.dumps(metrics.to_dict()))['metrics']['AP'] == -1
+
+
+@pytest.mark.parametrize('column', ['run', 'model', 'field', 'a'*50])
+def test_texts_that_differ_in_any_letter_differ_in_a_table(column):
+    texts = ['efficientdet-lite0_lr0.08_bs16_warmup2_seed1', 'efficientdet-lite0_lr0.08_bs16_warmup2_seed2',
+             'b/efficientdet-lite0_lr0.08_bs16_warmup2_seed1']
+    lines = text_table([[column, 'AP'], *([text, '0.5'] for text in texts)]).splitlines()
+    assert [line.split()[0] for line in lines]==[column, *texts]
+
+
+def test_a_long_name_of_a_class_keeps_both_ends():
+    rows = [['id', 'class'], ['1', 'a'*50+'1'], ['2', 'b'*40]]
+    assert [line.split()[1] for line in text_table(rows).splitlines()]==['class', 'a'*20+'…'+'a'*18+'1', 'b'*40]
+
+
+def test_a_class_whose_name_begins_with_an_underscore_is_in_the_legend():
+    from matplotlib.figure import Figure
+    rows = [dict(id=k, name=name, num_boxes=1, num_detections=1) for k, name in enumerate(('_a', 'b'), 1)]
+    metrics = Metrics([-1]*12, rows, np.ones((10, 101, 2)), [], ClassTable((1, 2), ('_a', 'b'), 3))
+    ax = Figure().subplots()
+    ax.plot([0, 1], [0, 1])
+    plot_precision_recall(metrics, ax=ax)
+    assert [text.get_text() for text in ax.get_legend().get_texts()]==['_a 1.000', 'b 1.000']
 
 
 def test_nothing_is_printed_by_default(image_folder, capfd):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effdet_nb.app.evaluation_page import confusion_matrix_table, evaluate_files
-from effdet_nb.app.html import TABLE_SORT_JS, html_page, html_table
+from effdet_nb.app.cli import _next_inference
+from effdet_nb.app.evaluation_page import confusion_matrix_table, detections_figure, evaluate_files
+from effdet_nb.app.html import TABLE_SORT_JS, html_page, html_table, sortable_cell
 from effdet_nb.app.model_evaluation import ModelEvaluation, most_different_images, suggest_improvements
 from effdet_nb.core.console import read_status
 from effdet_nb.data.classes import ClassTable
@@ -312,6 +313,32 @@ def test_a_click_sorts_numbers_by_value_and_dashes_last(browser, tmp_path):
     dom, errors = open_page(browser, tmp_path/'page.html')
     assert not errors
     assert re.search('<title>(.*?)</title>', dom)[1].split()==['badce', 'aebcd', 'cbead', 'edcba', 'abcde']
+
+
+@pytest.mark.parametrize('cells', [
+    [sortable_cell('950 kB', 950_000), sortable_cell('15.3 MB', 15_300_000), sortable_cell('1.2 GB', 1_200_000_000)],
+    [sortable_cell('45 s', 45.), sortable_cell('8 min 05 s', 485.), sortable_cell('26 h 00 min', 93_600.)],
+    [7, '10 m', '3 wheels', 'car 2']])
+def test_a_click_sorts_texts_by_their_numbers_only_if_they_have_one(cells, browser, tmp_path):
+    mixed = [cells[i] for i in (2, 0, 1)]
+    table = html_table([dict(name=str(cells.index(cell)), value=cell) for cell in [*mixed, *cells[3:]]], sortable=True)
+    (tmp_path/'page.html').write_text(html_page('x', {'t': [table]}, script=TABLE_SORT_JS+SORT_AND_REPORT))
+    dom, errors = open_page(browser, tmp_path/'page.html')
+    up = ''.join(map(str, range(len(cells))))
+    assert not errors and re.search('<title>(.*?)</title>', dom)[1].split()[1:3]==[up[::-1], up]
+
+
+def test_detections_without_a_category_are_not_drawn():
+    classes = ClassTable((1,), ('cat',), 2)
+    found = Detections([[0, 0, 30, 30], [10, 10, 60, 60]], [.9, .8], [0, 1])
+    figure = detections_figure(np.zeros((90, 90, 3), np.uint8), found, classes)
+    assert re.findall('<text[^>]*>(.*?)</text>', figure)==['cat 0.90'] and figure.count('<rect')==1
+
+
+@pytest.mark.parametrize('threshold, text', [(.0042, '0.0042'), (.45, '0.45'), (.3, '0.3'), (1., '1')])
+def test_a_low_threshold_is_not_rounded_to_zero(threshold, text):
+    results = [ModelEvaluation('x', None, dict(thresholds=[dict(threshold=threshold)]))]
+    assert _next_inference(['m.tlt'], results, '').endswith(f' -t {text}')
 
 
 def test_the_content_security_policy_stops_other_scripts(browser, tmp_path):

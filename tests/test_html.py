@@ -82,6 +82,13 @@ def test_text_in_a_chart_stays_text(words):
     assert bad.split() in [text.split() for text in drawn]
 
 
+@pytest.mark.parametrize('name', ['a\x01b', 'a\x1b[31mb', 'a\ufffeb'])
+def test_a_chart_is_valid_xml_whatever_its_names_contain(name):
+    svg = svg_of(chart_figure(lambda figure: figure.subplots().set_title(name), 'x'))
+    shown = re.sub('[^\\w\\[]', '\ufffd', name)
+    assert shown in [''.join(element.itertext()).strip() for element in svg.iter()]
+
+
 def test_the_page_loads_nothing_and_supports_dark_mode_and_phones():
     image = np.random.default_rng(0).integers(0, 255, (40,30,3), np.uint8)
     figure = boxes_figure(image, [[1,2,30,20], [0,0,5,5]], [0,1], title='two')

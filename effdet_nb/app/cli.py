@@ -203,7 +203,7 @@ def _next_inference(model_paths, results, key):
     if len(results)>1 or model_paths[0].endswith('.json'): return ''
     from effdet_nb.app.evaluation_page import display_score_threshold
     words = ['effdet_inference', '-m', model_paths[0], '-i', 'IMAGES', '-r', 'detections',
-             '-t', f'{display_score_threshold(results[0]):.2f}', *(['-k', 'KEY'] if key else [])]
+             '-t', f'{display_score_threshold(results[0]):.2g}', *(['-k', 'KEY'] if key else [])]
     return f'\nNext, with the best score threshold: {shlex.join(words)}'
 
 # %% ../../nbs/app/22_cli.ipynb #fdc22d1a

@@ -79,6 +79,10 @@ class RunRecord:
         last = min(self.settings.get('training_config.stop_at_epoch') or total, total)
         return 'finished' if done>=last else f'unfinished, {done} of {last} epochs'
 
+    def seconds(self)->float:
+        "Returns the time of all finished epochs."
+        return sum(row.get('seconds', 0) for row in self.history)
+
 def read_run(
     model_dir, # folder of a run, the --model_dir of effdet_train
     name:str,  # short name
@@ -111,8 +115,7 @@ def summary_row(
 )->dict: # column -> value; None if unknown
     "Returns the row of a run in the table of runs."
     from effdet_nb.app.html import format_file_size
-    last = run.history[-1] if run.history else {}
-    seconds = sum(row.get('seconds', 0) for row in run.history)
+    last,seconds = run.history[-1] if run.history else {}, run.seconds()
     size = None if run.model_bytes is None else format_file_size(run.model_bytes)
     return {'run': run.name, 'state': run.state()} | _best_scores(run.history) | {
         'last loss': last.get('loss'), 'time': format_duration(seconds) if seconds else None,
@@ -173,7 +176,7 @@ def plot_runs(
         if points: ax.plot(*zip(*points), marker='.', label=run.name)
     ax.set(xlabel='epoch', ylabel=metric)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    if ax.lines: ax.legend()
+    if ax.lines: ax.legend(handles=list(ax.lines))      # or those that begin with _ would be missing
 
 # %% ../../nbs/app/16_compare.ipynb #457e90a8
 @dataclass
@@ -218,6 +221,13 @@ def _run_names(folders):
 CLASS_ADVICE = ('No run was evaluated. effdet_evaluate -e RUN/spec.txt -m RUN/model.best.tlt -r RUN/evaluation adds '
                 'the AP of each class to this page.')
 
+def _page_row(run):
+    "Returns the row of a run in the table of runs, with the numbers that its time and size are sorted by."
+    from effdet_nb.app.html import sortable_cell
+    row, numbers = summary_row(run), dict(time=run.seconds(), model=run.model_bytes)
+    cells = {name: sortable_cell(row[name], number) for name,number in numbers.items() if row[name] is not None}
+    return row | cells
+
 def _run_chart(runs, metric):
     "The curves of one metric, as a figure of the page."
     from effdet_nb.app.html import chart_figure
@@ -232,7 +242,7 @@ def write_comparison_page(
     runs = comparison.runs
     settings, classes = setting_rows(runs), class_score_rows(runs)
     sections = {
-        'Runs': [html_table(list(map(summary_row, runs)), sortable=True), *comparison.notes()],
+        'Runs': [html_table(list(map(_page_row, runs)), sortable=True), *comparison.notes()],
         'Curves': [figure_row(_run_chart(runs, 'loss'), _run_chart(runs, 'AP'))],
         'Settings that differ': [html_table(settings) if settings else 'All known settings are the same.'],
         'AP of each class': [html_table(classes, sortable=True) if classes else CLASS_ADVICE]}

@@ -220,7 +220,7 @@ def effdet_demo(
 ):
     "Show a local web page where you drop images on a model, or compare several models."
     from effdet_nb.app.infer import check_score_threshold, load_for_inference, warm_up
-    from effdet_nb.app.model_evaluation import short_names
+    from effdet_nb.export.runtimes import short_names
     check_score_threshold(threshold)
     detectors = [load_for_inference(path, key, LOWEST_SCORE) for path in model_path]
     for detector in detectors: warm_up(detector, [1])           # else the first image takes seconds

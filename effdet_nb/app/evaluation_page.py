@@ -27,7 +27,7 @@ from ..evaluate.coco_metric import COCO_STAT_NAMES
 from ..train.spec import Spec
 from .html import (
     TABLE_SORT_JS, boxes_figure, chart_figure, figure_pairs, figure_row, format_file_size, heatmap_table,
-    html_table, html_tag, metric_cards, thumbnail, write_html_page)
+    html_table, html_tag, metric_cards, sortable_cell, thumbnail, write_html_page)
 from effdet_nb.app.model_evaluation import (
     EvaluationResults, ModelEvaluation, evaluate_model_file, evaluation_summary, model_display_names,
     most_different_images, none_if_undefined, open_detector, set_resize, suggest_improvements,
@@ -53,7 +53,8 @@ def detections_figure(
     title:str='',             # a line below the image
 ):                            # an HTML figure
     "Draws an image with the detections above a score threshold."
-    kept = detections[detections.scores>=score_threshold]
+    is_idle = channels_to_category_ids(detections.classes, classes)<0      # a channel without a category
+    kept = detections[(detections.scores>=score_threshold) & ~is_idle]
     category_ids = channels_to_category_ids(kept.classes, classes)
     names = dict(zip(classes.ids, classes.names))
     return boxes_figure(*thumbnail(image, kept.boxes), category_ids, kept.scores, names, title)
@@ -216,7 +217,7 @@ def single_model_sections(
             'up, because correcting one kind of error reveals another.'],
         'Worst images': [
             'The images with the lowest average precision (AP). Boxes with a score of '
-            f'{threshold:.2f} or more are drawn.', worst],
+            f'{threshold:.2g} or more are drawn.', worst],
         'Classes': [
             'Click a heading to sort. The threshold is the score with the highest F1, the harmonic mean of precision '
             'and recall.', html_table(evaluation.per_class_rows(), sortable=True)],
@@ -248,7 +249,8 @@ def _comparison_rows(evaluations):
     "A dict for each model: the main metrics, NMS, speed and size."
     rows = []
     for e in evaluations:
-        facts = {'NMS': e.nms, 'images per second': e.images_per_second, 'size': format_file_size(e.num_bytes or 0)}
+        size = sortable_cell(format_file_size(e.num_bytes or 0), e.num_bytes or 0)
+        facts = {'NMS': e.nms, 'images per second': e.images_per_second, 'size': size}
         if e.resize: facts['resizing'] = e.resize
         rows.append({'model': e.name, **e.known_metrics(HEADLINE_METRICS), **facts})
     return rows

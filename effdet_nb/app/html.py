@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CHART_STYLE', 'HEATMAP_COLOR', 'PAGE_CSS', 'TABLE_SORT_JS', 'CONTENT_SECURITY_POLICY', 'format_file_size',
            'metric_cards', 'chart_figure', 'heatmap_table', 'thumbnail', 'boxes_figure', 'figure_pairs', 'figure_row',
-           'file_table', 'command_list', 'html_page', 'check_page_path', 'write_html_page']
+           'file_table', 'command_list', 'sortable_cell', 'html_page', 'check_page_path', 'write_html_page']
 
 # %% ../../nbs/app/07_html.ipynb #991cf864
-import base64, hashlib, io, warnings
+import base64, hashlib, io, re, warnings
 from pathlib import Path
 import numpy as np
 from PIL import Image
@@ -67,7 +67,9 @@ def _render_chart(draw, figsize, file_format, math_text):
         figure = Figure(figsize=figsize, dpi=110, layout='constrained')
         draw(figure)
         figure.savefig(out, format=file_format, metadata=metadata)
-    return out.getvalue()
+    return _NOT_IN_XML.sub('\ufffd', out.getvalue().decode()).encode() if file_format=='svg' else out.getvalue()
+
+_NOT_IN_XML = re.compile('[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]') # characters, such as of a class name
 
 # %% ../../nbs/app/07_html.ipynb #c436e679
 HEATMAP_COLOR = '#2f7fd0' # legible on a light and on a dark page
@@ -235,7 +237,8 @@ td code { overflow-wrap: anywhere }
 # %% ../../nbs/app/07_html.ipynb #eac3b33e
 TABLE_SORT_JS = """
 function value(row, i) {
-  const text = row.cells[i].textContent.trim(), number = parseFloat(text.replace(/,/g, ''))
+  const data = row.cells[i].querySelector('data'), text = data ? data.value : row.cells[i].textContent.trim()
+  const number = text ? Number(text.replace(/,/g, '')) : NaN
   return text === '–' ? null : isNaN(number) ? text.toLowerCase() : number
 }
 function compare(a, b) {
@@ -260,6 +263,14 @@ for (const th of document.querySelectorAll('.sortable th')) {
   th.onkeydown = event => { if (event.key === 'Enter') sort(th) }
 }
 """
+
+# %% ../../nbs/app/07_html.ipynb #eac3b340
+def sortable_cell(
+    text:str, # to show, such as `15.3 MB`
+    number,   # to sort by
+)->Html:
+    "Returns the content of a table cell that is sorted by a number that it does not show."
+    return html_tag('data', text, value=number)
 
 # %% ../../nbs/app/07_html.ipynb #04cc7050
 CONTENT_SECURITY_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

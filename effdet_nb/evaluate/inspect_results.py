@@ -33,13 +33,14 @@ def plot_precision_recall(
     category_ids = _largest_classes(metrics) if category_ids is None else category_ids
     if unknown := [k for k in category_ids if k not in ids]:
         raise ValueError(f'category_ids: {unknown[0]} is none of the {len(ids)} categories ({ids[0]} to {ids[-1]})')
+    lines = []
     for category_id in category_ids:
         i = ids.index(category_id)
         label = f'{metrics.per_class[i]["name"]} {format_metric(float(curves[:,i].mean()))}'
-        ax.plot(np.linspace(0, 1, 101), curves[:,i], label=label)
+        lines += ax.plot(np.linspace(0, 1, 101), curves[:,i], label=label)
     ax.set(xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.03))
     ax.set_title(f'precision and recall at IoU {iou_threshold:g}, with AP', fontsize=9)
-    if category_ids: ax.legend(fontsize=8)
+    if lines: ax.legend(handles=lines, fontsize=8)      # or names that begin with _ would be missing
     return ax
 
 def _threshold_index(iou_threshold):

@@ -17,7 +17,7 @@ from ..data.classes import ClassTable
 from ..detector.boxes import label_color
 from .onnx_graph import get_metadata, resize_options_from_metadata
 from .onnx_nms import add_nms
-from .runtimes import OnnxDetector, load_onnx_bytes, model_file_type, strip_trt_plugin
+from .runtimes import OnnxDetector, load_onnx_bytes, model_file_type, short_names, strip_trt_plugin
 
 # %% ../../nbs/export/12_browser.ipynb #40adf934
 ORT_WEB_PACKAGE = 'onnxruntime-web@1.30.0'   # name and version of the npm package
@@ -421,10 +421,10 @@ def page_scripts(
         'page.js': DECODE_JS + RESIZE_JS + DETECTOR_JS + START_JS + VIEWER_JS + 'startPage(loadDetectors)\n'}
 
 # %% ../../nbs/export/12_browser.ipynb #c558c52a
-def _settings_and_graph(path, key):
+def _settings_and_graph(path, name, key):
     "Returns the settings and the ONNX model of a model file."
     graph,meta = browser_graph(path, key)
-    return browser_settings(Path(path).name, meta), graph
+    return browser_settings(name, meta), graph
 
 def write_browser_page(
     models:list,         # paths of .tlt, .onnx or .etlt files, which the page shows side by side
@@ -438,7 +438,7 @@ def write_browser_page(
     folder = Path(folder)
     check_output_path(folder/'index.html')
     if runtime: files = read_ort_web(runtime)
-    pairs = [_settings_and_graph(path, key) for path in models]
+    pairs = [_settings_and_graph(path, name, key) for path,name in zip(models, short_names(models))]
     if not runtime: files = fetch_ort_web()                          # takes longest
     scripts = page_scripts(pairs, files)
     lowest = max(.01, min(settings['lowest'] for settings,_ in pairs))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INSTALL_TRT', 'load_onnx_bytes', 'create_session', 'strip_trt_plugin', 'OnnxDetector', 'import_tensorrt',
            'CudaMemory', 'read_engine_metadata', 'TrtDetector', 'LiteRtDetector', 'model_file_type', 'load_detector',
-           'quantization_ap_drop']
+           'short_names', 'quantization_ap_drop']
 
 # %% ../../nbs/export/09_runtimes.ipynb #c45b7a5f
 import ctypes, glob, sys
@@ -257,6 +257,17 @@ def load_detector(
     from effdet_nb.export.export import saved_nms_settings
     model_file = load_model_file(path, resolve_key(key), ('weights','ema'))
     return model_file.build_detector(NmsOptions(**(saved_nms_settings(model_file, 'onnx') | nms_changes)))
+
+# %% ../../nbs/export/09_runtimes.ipynb #e07b34a6
+def short_names(
+    paths:list, # paths of files
+)->list:        # their names, with as many folders as are needed to tell them apart
+    "Shortens paths to names that differ."
+    parts = [Path(path).parts for path in paths]
+    for length in range(1, max(map(len, parts))+1):
+        names = ['/'.join(p[-length:]) for p in parts]
+        if len(set(names))==len(set(paths)): break
+    return names
 
 # %% ../../nbs/export/09_runtimes.ipynb #cfe85b9d
 def quantization_ap_drop(
