@@ -47,7 +47,7 @@ def visible_files(
 )->list:            # paths of files and folders
     "Lists the contents of a folder, without hidden files and folders."
     paths = folder.glob('**/*' if recursive else '*')
-    return [p for p in paths if not any(part[0]=='.' for part in p.relative_to(folder).parts)]
+    return [p for p in paths if '/.' not in f'/{p.relative_to(folder).as_posix()}']
 
 def is_annotated_copy(
     path:Path,   # of an image or video

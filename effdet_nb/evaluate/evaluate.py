@@ -72,12 +72,11 @@ def text_table(
     rows:list, # lists of texts, the header first
 )->str:        # table for a terminal; columns of words are aligned left, others right
     "Formats rows as a text table with aligned columns; long names of classes are shortened in the middle."
-    is_class = [name=='class' for name in rows[0]]
-    rows = [[_shorten(cell) if cut else cell for cell,cut in zip(row, is_class)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    columns = [[*map(_shorten, column)] if column[0]=='class' else column for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in columns]
     alignments = ['<' if name in TEXT_COLUMNS else '>' for name in rows[0]]
     lines = []
-    for row in rows:
+    for row in zip(*columns):
         cells = [f'{cell:{align}{width}}' for cell,width,align in zip(row, widths, alignments)]
         lines.append('  '.join(cells).rstrip())
     return '\n'.join(lines)
