@@ -611,6 +611,32 @@ def test_shards_of_unknown_origin_are_not_replaced_by_shards_of_the_same_names(t
     assert {path.name: path.read_bytes() for path in out.glob('*.tfrecord')} == before
 
 
+@pytest.mark.parametrize('options', [{}, dict(class_map={'circle': 'ball'})], ids=['plain', 'with-a-map'])
+@pytest.mark.parametrize('name', ['train_records.json', 'train_warnings.json', 'train_report.json', 'train_report.png'])
+def test_files_beside_the_shards_replace_no_file_of_the_user(toy_dataset, name, options):
+    images, annotations, out = toy_dataset
+    out.mkdir()
+    source = shutil.copy(annotations, out/name) if name.endswith('.json') else annotations
+    shutil.copy(annotations, out/name)
+    with pytest.raises(ValueError, match=f'{name}: exists and was not written by dataset_convert'):
+        convert_sources(source, images, out, 'train', num_shards=2, **options)
+    assert (out/name).read_bytes()==annotations.read_bytes() and listing(out)==[name]
+
+
+def test_files_beside_the_shards_replace_those_of_earlier_conversions(toy_dataset):
+    images, annotations, out = toy_dataset
+    dataset_convert(images, annotations, out, num_shards=2)
+    before = listing(out)
+    assert {'train_warnings.json', 'train_report.png'} < {*before}
+    sidecar = out/'train_records.json'
+    contents = json.loads(sidecar.read_text())
+    del contents['annotations_path'], contents['annotations_sha256']                   # written by an earlier version
+    sidecar.write_text(json.dumps(contents))
+    assert dataset_convert(images, annotations, out, num_shards=2).num_images==14 and listing(out)==before
+    for path in (sidecar, *out.glob('*.tfrecord')): path.unlink()                       # as the messages advise
+    assert dataset_convert(images, annotations, out, num_shards=2).num_images==14 and listing(out)==before
+
+
 def test_boxes_of_categories_of_one_name_are_added_before_names_are_compared():
     report = ConversionReport(boxes_by_category=Counter({1:76, 2:1, 9:0}))
     counts = convert._boxes_by_name({1:'raccoon', 2:'racoon', 9:'raccoon'}, report)

@@ -17,7 +17,7 @@ from ..core.files import atomic_write, is_lfs_pointer, lfs_pointer_error
 from .coco import load_coco_lenient, report_annotation_issues
 from .coco_json import read_coco_json
 from .conversion import ConversionResult
-from .convert import check_target, dataset_convert
+from .convert import check_outputs, check_target, dataset_convert
 from .faults import Fault, Reason, with_reasons
 from .image_files import OutsideFolder, find_image_files, image_path, without_wrong_sizes
 from .label_files import read_kitti, read_label_lines, read_voc, read_yolo
@@ -368,6 +368,7 @@ def _convert_labels(paths, image_dirs, output_dir, tag, class_map, label_map, op
     "Writes labels as a COCO file and converts it."
     tag = _checked_tag(tag, paths)
     check_target(output_dir, tag, options.get('num_shards'))
+    check_outputs(output_dir, tag)
     labels = read_sources(paths, image_dirs, class_map)
     _check_not_empty(labels, paths)
     path,names = output_dir/f'{tag}_coco.json', ordered_names(labels, label_map)
