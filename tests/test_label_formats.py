@@ -279,6 +279,35 @@ def test_parts_of_a_yolo_dataset_are_not_mixed_by_accident(tmp_path):
         assert [image['path'].parts[-3] for image in labels.images]==['train'] and labels.class_names==['car']
 
 
+@pytest.mark.parametrize('text', [
+    'train: /content/ds/train/images\nval: /content/ds/valid/images', 'train: C:\\ds\\train\nval: C:\\ds\\valid',
+    'path: /content/ds\ntrain: train/images/\nval: ./valid/images', 'path: ../away\ntrain: images/t\nval: images/v'])
+def test_parts_are_not_mixed_if_their_paths_are_those_of_another_computer(text, tmp_path):
+    for part in ('train', 'valid'):
+        draw_images(tmp_path/part/'images', {f'{part}1.jpg': (60, 80)})
+        write(tmp_path/part/'labels'/f'{part}1.txt', '0 .5 .5 .1 .1')
+    path = write(tmp_path/'data.yaml', f'names: [car]\n{text}\n')
+    for place in (tmp_path, path):
+        with pytest.raises(SourceError, match='onvert each part on its own: give its folder'): find_source(place)
+    assert [image['path'].name for image in read_sources(tmp_path/'valid').images]==['valid1.jpg']
+
+
+@pytest.mark.parametrize('text', ['/content/ds/train/images', 'D:\\x\\train', '../../ds/train/images/'])
+def test_the_only_part_is_found_with_the_path_of_another_computer(text, tmp_path):
+    for part in ('train', 'other'):
+        draw_images(tmp_path/part/'images', {f'{part}1.jpg': (60, 80)})
+        write(tmp_path/part/'labels'/f'{part}1.txt', '0 .5 .5 .1 .1')
+    path = write(tmp_path/'data.yaml', f'names: [car]\ntrain: {text}\n')
+    assert [image['path'].name for image in read_sources(path).images]==['train1.jpg']
+
+
+def test_paths_of_parts_are_not_shortened_until_they_are_equal(tmp_path):
+    draw_images(tmp_path/'images')
+    for name in SIZES: write(tmp_path/'labels'/f'{Path(name).stem}.txt', '0 .5 .5 .1 .1')
+    write(tmp_path/'data.yaml', 'names: [car]\ntrain: ../train/images\nval: ../valid/images\n')
+    assert len(read_sources(tmp_path).images)==3                               # of one folder, so that none are mixed
+
+
 def test_folders_decide_between_images_of_the_same_name(tmp_path):
     for part in ('day', 'night'):
         draw_images(tmp_path/'images'/part, {'a.jpg': (60, 80)})

@@ -244,30 +244,48 @@ def _text_source(folder, files):
     paths = sorted([*files[name], *files.get('empty', ()), *files.get(None, ())])
     if name=='kitti': return Source(folder, name, tuple(paths), frozenset(files.get(None, ())))
     class_names,data = find_class_names(paths[0].parent)
-    parts = _yaml_parts(folder, read_yaml_of(folder))
-    if len(parts)>1: raise SourceError(_several_parts(folder, parts))
+    _check_one_part(folder, read_yaml_of(folder), [*files[name], *files.get('empty', ())])
     return Source(folder, name, tuple(paths), frozenset(files.get(None, ())), class_names, _has_keypoints(data))
 
 def _has_keypoints(data): return data.get('kpt_shape') is not None
+
+def _check_one_part(folder, data, files):
+    "Raises if a YAML file names several parts that exist, or none that exists and the labels are in several folders."
+    parts,named = _yaml_parts(folder, data),_named_parts(data)
+    if len(parts)>1: raise SourceError(_several_parts(folder, parts))
+    if parts or len(named)<2 or len({path.parent for path in files})<2: return
+    listed = ', '.join(f'{name} ({text})' for name,text in named)
+    raise SourceError(f'{folder}: the YAML file names the parts {listed}, but none of them exists. Correct its paths, '
+                      'or convert each part on its own: give its folder as annotations')
+
+def _named_parts(data):
+    "Lists the parts that the contents of a YAML file name, as (name, text)."
+    return [(name, text) for name in ('train','val','test') for text in _texts(data.get(name))]
 
 def _yaml_parts(folder, data):
     "Returns the parts of a YOLO dataset that exist, name -> folder or list of images."
     base = Path(folder)/str(data.get('path') or '.')
     base = base if os.path.isdir(base) else Path(folder)
-    parts = {}
-    for name in ('train','val','test'):
-        for text in _texts(data.get(name)):
-            existing = _existing_part(base, Path(folder), text)
-            if existing: parts[f'{name} {len(parts)+1}' if name in parts else name] = existing
+    parts,named = {},_named_parts(data)
+    for name,text in named:
+        existing = _existing_part(base, Path(folder), text, [other for _,other in named if other!=text])
+        if existing: parts[f'{name} {len(parts)+1}' if name in parts else name] = existing
     return parts
 
 def _texts(value):
     "Returns the texts of an entry, which is a text, a list of them, or something else."
     return [text for text in (value if isinstance(value, list) else [value]) if text and isinstance(text, str)]
 
-def _existing_part(base, folder, text):
-    candidates = base/text, folder/text, folder/re.sub(r'^(\.\./)+', '', text)
+def _existing_part(base, folder, text, others):
+    "Returns the path of a part, without ever more of its first folders until it exists; None if it could be another."
+    names,other_names = _last_names(text),[_last_names(other) for other in others]
+    own = [names[n:] for n in range(len(names)) if all(other[n-len(names):]!=names[n:] for other in other_names)]
+    candidates = base/text, folder/text, *(folder.joinpath(*shorter) for shorter in own)
     return next((path for path in candidates if os.path.exists(path)), None)
+
+def _last_names(text):
+    "Returns the last folders and the name in a path that is written on any computer."
+    return [name for name in re.split(r'[\\/]+', text) if name not in ('', '.', '..')][-10:]
 
 def _several_parts(path, parts):
     listed = ', '.join(f'{name} ({os.path.relpath(folder)})' for name,folder in parts.items())
