@@ -317,6 +317,48 @@ def test_folders_decide_between_images_of_the_same_name(tmp_path):
     assert len(read_sources(tmp_path).images)==2
 
 
+@pytest.mark.parametrize('kind', ['yolo', 'kitti', 'voc', 'labelme', 'label_studio'])
+def test_images_that_fit_a_label_equally_well_are_reported_and_not_used(kind, tmp_path):
+    draw_images(tmp_path, dict.fromkeys(('0.jpg', '1.jpg', '1.png'), (60, 80)))            # 1.png is the mask of 1.jpg
+    for i in '01':
+        if kind=='yolo': write(tmp_path/f'{i}.txt', '0 .5 .5 .25 .5')
+        if kind=='kitti': write(tmp_path/f'{i}.txt', kitti_line('car', 30, 15, 50, 45))
+        car = voc_object('car', 31, 16, 50, 45)
+        if kind=='voc': write(tmp_path/f'{i}.xml', VOC.format(name=f'{i}.tif', size='', objects=car))
+        if kind=='labelme': write_json(tmp_path/f'{i}.json', dict(imagePath=f'{i}.tif', shapes=[dict(
+            label='car', shape_type='rectangle', points=[[30, 15], [50, 45]])]))
+    if kind=='label_studio':
+        value = dict(x=37.5, y=25, width=25, height=50, rotation=0, rectanglelabels=['car'])
+        result = [dict(type='rectanglelabels', original_width=80, original_height=60, value=value)]
+        tasks = [dict(data=dict(image=f'{i}.tif'), annotations=[dict(result=result)]) for i in '01']
+        write_json(tmp_path/'t.json', tasks)
+    labels = read_sources(tmp_path)
+    assert [image['path'].name for image in labels.images]==['0.jpg'] and len(labels.annotations)==1
+    assert {**labels.report.dropped_images}=={Fault.SEVERAL_FILES: [(2, '1.jpg and 1.png')]}
+    assert [image_id for image_id,_ in labels.report.dropped_boxes[Fault.IMAGE_LEFT_OUT]]==[2]
+    assert not [reason for reason in labels.report.notes if reason.fault in (Fault.NO_LABEL_FILE, Fault.NO_XML_FILE)]
+    (tmp_path/'1.png').unlink()
+    assert len(read_sources(tmp_path).annotations)==2
+
+
+@pytest.mark.parametrize('kind', ['coco', 'yolo'])
+def test_blanks_around_a_class_name_do_not_make_another_class(kind, tmp_path):
+    draw_images(tmp_path, {'a.jpg': (60, 80)})
+    write(tmp_path/'data.yaml', "names: ['car ', dog]\n")
+    write(tmp_path/'a.txt', '0 .5 .5 .25 .5')
+    path = tmp_path
+    if kind=='coco':
+        path = write_json(tmp_path/'c.json', dict(
+            images=[dict(id=1, file_name='a.jpg', height=60, width=80)],
+            annotations=[dict(id=1, image_id=1, category_id=1, bbox=[30, 15, 20, 30], area=600, iscrowd=0)],
+            categories=[dict(id=1, name='car '), dict(id=2, name='dog')]))
+    labels = read_sources(path)
+    assert labels.all_names()==['car', 'dog'] and found_boxes(labels)=={('a.jpg', 'car', 30, 15, 20, 30)}
+    options = dict(num_shards=1, workers=1)
+    mapped = convert_sources(path, tmp_path, tmp_path/'out', 'a', class_map={'car': 'auto'}, **options)
+    assert mapped.boxes_by_name=={'auto': 1, 'dog': 0}
+
+
 def test_images_without_label_files_are_examples_of_background(tmp_path):
     draw_images(tmp_path/'images')
     draw_images(tmp_path/'unused', {'other.jpg': (60, 80)})

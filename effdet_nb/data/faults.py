@@ -74,6 +74,8 @@ class Fault(StrEnum):
     # image files
     FILE_MISSING = ('file missing', 'file_name is relative to the image folder. Copy the files there, '
                                     'or choose the right folder')
+    SEVERAL_FILES = ('several images fit the labels equally well',
+                     'Keep one of them, or move the others, such as masks, out of the folder of the images')
     NAME_DIFFERS = ('file found under another name', 'Write this name into the labels', False)
     OUTSIDE_FOLDER = ('outside the image folder',
                       'file_name must not lead out of the image folder. Choose a folder above all images, such as /')

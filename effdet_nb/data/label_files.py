@@ -232,9 +232,10 @@ def read_label_lines(
     return {i:line for i,line in enumerate(text.splitlines(), 1) if line.strip()}
 
 def _unlabelled(finder, used):
-    "Lists the images without a label file that are beside images with one."
+    "Lists the images without a label file that are beside images with one; those that one may mean are no such."
     folders = {path.parent for path in used if os.path.isfile(path)}
-    return [path for path in finder.paths if path not in used and path.parent in folders]
+    labelled = used.union(*finder.tied.values())
+    return [path for path in finder.paths if path not in labelled and path.parent in folders]
 
 # %% ../../nbs/data/23_label_files.ipynb #c08e39b4
 def read_kitti(

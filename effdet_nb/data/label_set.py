@@ -44,6 +44,7 @@ class ImageFinder:
     ):
         self.folder,self.paths = Path(folder), []
         self.by_stem = defaultdict(list) # stem -> (parts of the path, path)
+        self.tied = {}                   # absolute path at which an image is reported -> paths that may be meant
         for parent,_,names in walk_folders(folder):
             for name in sorted(names):
                 if name.lower().endswith(IMAGE_ENDINGS): self._add(Path(parent)/name)
@@ -58,13 +59,20 @@ class ImageFinder:
         label_file, # path of the label file
     )->Path:        # path of the image; None if there is none, or if several fit equally well
         "Returns the image that a name in a label file means."
+        found = self.matches(name, label_file)
+        return found[0] if len(found)==1 else None
+
+    def matches(self,
+        name:str,   # name of the image in the labels, with or without folders
+        label_file, # path of the label file
+    )->list:        # of paths; several if they fit equally well
+        "Lists the images that fit a name in a label file best."
         wanted,label_parts = comparable_parts(name),comparable_parts(str(label_file))
         stem = _stem(wanted[-1]) if wanted else ''
         candidates = self.by_stem.get(stem) or self.by_stem.get(without_upload_prefix(stem), ())
         scores = [(_common_end(parts, wanted), _common_end(_folder_names(parts), _folder_names(label_parts)))
                   for parts,_ in candidates]
-        if not scores or scores.count(max(scores))>1: return None
-        return candidates[scores.index(max(scores))][1]
+        return [path for (_,path),score in zip(candidates, scores) if score==max(scores)]
 
 # %% ../../nbs/data/22_label_set.ipynb #9f92d04a
 @dataclass
@@ -78,6 +86,7 @@ class LabelSet:
     named:set = field(default_factory=set)          # absolute paths of the images that the current source has
     with_boxes:set = field(default_factory=set)     # ids of images to which a box was added
     unlabelled:list = field(default_factory=list)   # (fault, path) of images without a label file
+    tied:dict = field(default_factory=dict)         # `ImageFinder.tied` of the current source
 
     @property
     def images(self)->list: return [image for image in self.by_path.values() if image['id'] not in self.left_out]
@@ -97,8 +106,9 @@ def add_class_names(
     self:LabelSet,
     names, # class names in the order of their numbers
 ):
-    "Adds the classes of a list, those that are new."
-    self.class_names += [name for name in dict.fromkeys(names) if name not in self.class_names]
+    "Adds the classes of a list, those that are new; blanks around a name do not belong to it."
+    stripped = dict.fromkeys(map(str.strip, names))
+    self.class_names += [name for name in stripped if name and name not in self.class_names]
 
 # %% ../../nbs/data/22_label_set.ipynb #46741939
 @patch
@@ -114,7 +124,8 @@ def add_image(
     if key in self.by_path: return self.by_path[key]
     image = dict(id=len(self.by_path)+1, path=path, height=None, width=None)
     self.by_path[key] = image
-    if hw is None: hw = self._readable_hw(image)
+    if key in self.tied: self._report_image(image, Fault.SEVERAL_FILES, self._tied_names(image))
+    elif hw is None: hw = self._readable_hw(image)
     image['height'],image['width'] = hw or (None, None)
     return image
 
@@ -124,6 +135,12 @@ def _readable_hw(self:LabelSet, image):
     try: return upright_size(image['path'])
     except UNREADABLE as e:
         self._report_image(image, image_fault(e) if os.path.exists(image['path']) else Fault.FILE_MISSING)
+
+@patch
+def _tied_names(self:LabelSet, image):
+    "Returns the names of the first images that may be meant."
+    first = self.tied[os.path.abspath(image['path'])][:2]
+    return ' and '.join(os.path.relpath(path, image['path'].parent) for path in first)
 
 @patch
 def leave_out_unreadable(self:LabelSet):
@@ -247,11 +264,14 @@ def expected_image(
     finder:ImageFinder,  # of the images
     name:str,            # name of the image in the labels
     label_file,          # path of the label file
-)->Path:                 # an existing file, or the path where one is missing
-    "Returns the image of a label file; if none is found, the path at which it is reported as missing."
-    found = finder.find(name, label_file)
+)->Path:                 # an existing file, or a path without one
+    "Returns the image of a label file; if none is found or several fit, the path at which this is reported."
+    found = finder.matches(name, label_file)
+    if len(found)==1: return found[0]
     last = name.replace('\\', '/').rpartition('/')[2].replace('\0', '')
-    return found or finder.folder/(last or 'image without a name')
+    path = finder.folder/(last or 'image without a name')
+    if found and not os.path.exists(path): finder.tied[os.path.abspath(path)] = found
+    return path
 
 # %% ../../nbs/data/22_label_set.ipynb #3def2f27
 def label_file_fault(

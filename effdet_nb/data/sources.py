@@ -39,6 +39,7 @@ def read_source(
         raise FileNotFoundError(f'{image_dir}: no such folder. Set image_dir to the folder with the images')
     if source.format=='coco': return _read_coco(labels, source.files[0], image_dir, prefix)
     finder = ImageFinder(image_dir)
+    labels.tied = finder.tied
     files = [path for path in source.files if not _is_ignored(labels, path, source, finder)]
     _read_labels(labels, source, files, finder)
 
@@ -56,7 +57,7 @@ def _read_yolo(labels, source, files, finder):
 
 def _is_ignored(labels, path, source, finder):
     "Tests whether a text file is no label file, and reports it."
-    if path not in source.doubtful or finder.find(path.stem, path): return False
+    if path not in source.doubtful or finder.matches(path.stem, path): return False
     labels.report.add_note(Fault.NOT_LABELS, path.name)
     return True
 
