@@ -24,8 +24,10 @@ from effdet_nb.data.faults import ConversionReport, Fault, worst_image_id
 from effdet_nb.data.masks import mask_png
 from effdet_nb.data.sources import convert_sources
 from effdet_nb.data.image_files import image_fault, probe_image, without_wrong_sizes
+from effdet_nb.data.tile_dataset import tile_dataset
 from effdet_nb.data.validate import validate_box
 from effdet_nb.detector.images import EXIF_ORIENTATION
+from effdet_nb.detector.tiles import Tiling
 from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.data.tfrecord import (FEATURE_TYPES, decode_example, find_record_files, load_sidecar, parse_example,
                                     read_records)
@@ -288,6 +290,31 @@ def test_an_image_annotated_upright_is_stored_upright(tmp_path, orientation, fil
     assert found[y1:y2, x1:x2].mean()>250 and found.sum()<found[y1:y2, x1:x2].sum()*1.1
     if file_format!='TIFF': assert 'turned upright by its EXIF flag' in summary.notes   # Pillow turns a TIFF itself
     assert 'turned by an EXIF flag, which is ignored' not in summary.notes
+
+
+@pytest.mark.parametrize('orientation, size', [
+    *((orientation, size) for orientation in (1, 3, 6) for size in ({}, dict(height=60, width=100))),
+    (6, dict(height=100, width=60))])
+def test_all_ways_to_the_records_turn_an_image_alike(tmp_path, orientation, size):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    Image.effect_noise((100, 60), 60).convert('RGB').save(tmp_path/'a.jpg', exif=exif)
+    annotation = dict(id=1, image_id=1, category_id=1, bbox=[8, 5, 20, 30], area=600, iscrowd=0)
+    path = tmp_path/'c.json'
+    path.write_text(json.dumps(dict(images=[dict(id=1, file_name='a.jpg', **size)], annotations=[annotation],
+                                    categories=[dict(id=1, name='car')])))
+    tiles = tile_dataset(tmp_path, path, tmp_path/'tiles', Tiling((640, 640)))
+    sources = [(path, tmp_path, {}), (path, tmp_path, {'car': 'van'}), (tiles.annotations_file, tiles.image_dir, {})]
+    results = [convert_sources(source, folder, tmp_path/'out', f't{i}', num_shards=1, workers=1, class_map=class_map)
+               for i,(source,folder,class_map) in enumerate(sources)]
+    [[one], [two], [three]] = [examples(result.files) for result in results]
+    is_upright = orientation==6 and size.get('height')!=60
+    assert (one['height'], one['width'])==((100, 60) if is_upright else (60, 100))
+    assert one['boxes'].round(3).tolist()==[[5, 8, 35, 28]]
+    for other in (two, three):
+        assert np.allclose(other['boxes'], one['boxes'], atol=1e-3)
+        assert (other['height'], other['width'])==(one['height'], one['width'])
+    assert two['image']==one['image'] and results[1].notes.keys()-results[0].notes.keys()==set()
 
 
 @pytest.mark.parametrize('orientation', [None, 1, 2, 3, 4])

@@ -1,5 +1,6 @@
 "Rare inputs of the data and evaluation modules: each is used, or named in an error that says what to do."
 import json
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,11 +50,15 @@ def test_a_picture_of_the_worst_image_that_cannot_be_drawn_does_not_end_the_conv
     assert result.num_images==4 and not (toys/'rec'/'train_report.png').exists()
 
 
+HALF = b'Exif\0\0II*\0' + struct.pack('<IHHHIIIII', 8, 1, 0x112, 5, 1, 26, 0, 5, 2)      # its orientation is 5/2
+
+
 @pytest.mark.parametrize('ending', ['png', 'webp', 'jpg'])
-def test_an_image_with_a_damaged_exif_block_is_used(ending, tmp_path):
+@pytest.mark.parametrize('exif', [b'Exif\0\0garbage!', HALF], ids=['garbage', 'fraction'])
+def test_an_image_with_a_damaged_exif_block_is_used(exif, ending, tmp_path):
     (tmp_path/'images').mkdir()
     path = tmp_path/'images'/f'a.{ending}'
-    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(path, exif=b'Exif\0\0garbage!')
+    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(path, exif=exif)
     assert upright_size(path)==(40, 60) and read_image(path, upright=True).shape==(40, 60, 3)
     (tmp_path/'images'/'a.txt').write_text('0 .5 .5 .2 .2\n')
     (tmp_path/'data.yaml').write_text('names: [cat]\n')

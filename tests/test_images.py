@@ -8,12 +8,13 @@ import time
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import Image, features
 
+from effdet_nb.data.image_groups import image_signature
 from effdet_nb.detector.efficientdet import VARIANTS, Arch, arch_from_dict, arch_to_dict
-from effdet_nb.detector.images import (IMAGENET_MEAN_RGB, PAD_RGB, boxes_to_original, letterbox, letterbox_scale,
-                                       read_image, read_resized, read_resized_batches, threaded_map,
-                                       to_channels)
+from effdet_nb.detector.images import (EXIF_ORIENTATION, IMAGENET_MEAN_RGB, PAD_RGB, boxes_to_original, letterbox,
+                                       letterbox_scale, read_image, read_orientation, read_resized,
+                                       read_resized_batches, stored_orientation, threaded_map, to_channels)
 from effdet_nb.weights.model_file import check_arch
 
 side = st.integers(1, 5000)
@@ -129,6 +130,30 @@ def test_a_truncated_file_is_refused(cut):
     data = encode(smooth_image(200, 300), 'jpeg')
     with pytest.raises(ValueError, match='truncated|not readable'):
         read_resized(data[:int(len(data)*cut)], (64,64), 'cut.jpg')
+
+
+@pytest.mark.skipif(not features.check('avif'), reason='Pillow without AVIF')
+@pytest.mark.parametrize('intact, damaged', [(b'pitm', b'pitn'), (b'mdat', b'mdat'+bytes(9))], ids=['head', 'pixels'])
+def test_a_damaged_avif_is_left_out_like_other_files(intact, damaged, tmp_path):
+    data = encode(smooth_image(50, 60), 'avif')
+    start = data.index(intact)
+    (tmp_path/'bad.avif').write_bytes(data[:start]+damaged+data[start+len(damaged):])
+    (tmp_path/'good.avif').write_bytes(data)
+    with pytest.raises(ValueError, match='bad.avif: not readable as an image: Failed to decode'):
+        read_image(tmp_path/'bad.avif')
+    paths,lost = sorted(tmp_path.iterdir()),[]
+    [batch] = read_resized_batches(paths, (64, 64), on_error=lambda source,error: lost.append(source))
+    assert lost==[paths[0]] and [source for source,_ in batch]==[paths[1]]
+    assert [read_orientation(path) for path in paths]==[1, 1]
+    assert image_signature(paths[0]) is None and image_signature(paths[1]) is not None
+
+
+@pytest.mark.parametrize('orientation, expected', [(6, 6), (6., 6), (2.5, 1), (9, 1), (b'6', 1)])
+def test_an_orientation_is_a_number_from_1_to_8(orientation, expected):
+    image = Image.new('RGB', (60, 40))
+    image.getexif()[EXIF_ORIENTATION] = orientation
+    found = stored_orientation(image)
+    assert found==expected and isinstance(found, int)
 
 
 def test_an_exif_rotation_is_not_applied():

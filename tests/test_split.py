@@ -131,6 +131,15 @@ def test_different_images_are_not_near(tmp_path):
     assert near_duplicates(signatures)==[]
 
 
+def test_images_of_16_bits_are_compared_by_their_upper_bits(tmp_path):
+    for i in range(4):                                                          # no pixel is below 1,000
+        pixels = 1000 + 240*np.asarray(photo(i).convert('L'), np.uint16)
+        Image.fromarray(pixels).save(tmp_path/f'{i}.png')
+    Image.fromarray(pixels+100).save(tmp_path/'4.png')                          # a copy of the last
+    signatures = [image_signature(path) for path in sorted(tmp_path.iterdir())]
+    assert near_duplicates(signatures)==[(3, 4)]
+
+
 def test_the_search_by_quarters_finds_what_comparing_all_pairs_finds():
     rng = random.Random(0)
     base = photo(0)

@@ -63,7 +63,7 @@ def jobs(
 @patch
 def fingerprint(self:Conversion)->dict:
     "Returns what must be equal for an interrupted conversion to be continued."
-    return dict(version=6, annotations=sha256_of(self.coco.path), shards=self.num_shards,
+    return dict(version=7, annotations=sha256_of(self.coco.path), shards=self.num_shards,
                 image_dir=str(Path(self.encoder.image_dir).resolve()),
                 include_masks=self.encoder.include_masks, clip=self.encoder.clip)
 

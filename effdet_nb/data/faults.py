@@ -100,7 +100,8 @@ class Fault(StrEnum):
     EXIF_ROTATED = ('turned by an EXIF flag, which is ignored',
                     'Save the image upright ("mogrify -auto-orient"), and check its boxes')
     TURNED_UPRIGHT = ('turned upright by its EXIF flag',
-                      'The size in the labels shows that it was annotated upright. Other programs may not turn it',
+                      'Its size in the labels is that of the upright image, or is missing. Other programs may not '
+                      'turn it',
                       False)
     SIDES_SWAPPED = ('sides exchanged in the labels',
                      'If the boxes belong to the image as it is stored, exchange height and width in the labels; '

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..core.files import LfsPointer, UnsuitableFile, is_lfs_pointer, lfs_pointer_error, read_file
 from .coco import CocoDataset
 from .faults import MANY, Fault, Reason
-from ..detector.images import EXIF_ORIENTATION, UnsupportedPixels, stored_orientation, to_rgb
+from ..detector.images import EXIF_ORIENTATION, PILLOW_ERRORS, UnsupportedPixels, stored_orientation, to_rgb
 
 # %% ../../nbs/data/06_image_files.ipynb #7bab2489
 class OutsideFolder(ValueError): "Raised for the name of an image that leads out of its folder."
@@ -90,7 +90,7 @@ def _check_decodes(image, data):
 def _to_png(image):
     "Converts an image to the bytes of an RGB PNG; an EXIF flag of its orientation is kept."
     out,exif = io.BytesIO(),Image.Exif()
-    exif[EXIF_ORIENTATION] = image.getexif().get(EXIF_ORIENTATION, 1)
+    exif[EXIF_ORIENTATION] = stored_orientation(image)
     options = dict(exif=exif) if exif[EXIF_ORIENTATION]!=1 else {}
     to_rgb(image).save(out, 'PNG', **options)
     return out.getvalue()
@@ -122,16 +122,23 @@ def probe_image(
 # %% ../../nbs/data/06_image_files.ipynb #a89a1a7f
 def match_orientation(
     image:EncodedImage, # as it is stored in the file
-    json_hw:tuple,      # (height, width) in the JSON, pixels; None if unknown
-)->EncodedImage:        # upright if the size in the JSON shows that the boxes belong to the upright image
+    json_hw:tuple,      # (height, width) in the JSON, pixels; None each if unknown
+)->EncodedImage:        # upright if the size in the JSON is that of the upright image, or unknown
     "Rotates an image to the orientation in which it was annotated; raises an error if that is unknown."
     height,width = image.original_hw
-    if height==width or tuple(json_hw)!=(width,height): return image
-    if Reason(Fault.EXIF_ROTATED) not in image.warnings: raise SidesSwapped(f'{width} x {height}')
-    with Image.open(io.BytesIO(image.data)) as stored: upright = ImageOps.exif_transpose(stored)
-    if upright.size!=(height,width): raise SidesSwapped(f'{width} x {height}')
+    is_known = all(json_hw)
+    if height==width or is_known and tuple(json_hw)!=(width,height): return image
+    upright = _upright(image)
+    if upright.size==(width,height):
+        if is_known: raise SidesSwapped(f'{width} x {height}')
+        return image
     others = tuple(warning for warning in image.warnings if warning.fault is not Fault.EXIF_ROTATED)
     return EncodedImage(_to_png(upright), 'png', (width,height), (*others, Reason(Fault.TURNED_UPRIGHT)))
+
+def _upright(image):
+    "Returns the Pillow image of an encoded image, turned if it has an EXIF flag."
+    with Image.open(io.BytesIO(image.data)) as stored:
+        return ImageOps.exif_transpose(stored) if Reason(Fault.EXIF_ROTATED) in image.warnings else stored
 
 class SidesSwapped(ValueError): "Raised for an image whose height and width are exchanged in the JSON."
 
@@ -232,7 +239,7 @@ def find_image_files(
     return replace(coco, images=images), [*found.items()]
 
 # %% ../../nbs/data/06_image_files.ipynb #5e1cf0a2
-UNREADABLE = (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) # of a file and of Pillow
+UNREADABLE = (*PILLOW_ERRORS, MemoryError) # of a file and of Pillow
 MAX_PROBED = 100     # files of which the size is read
 SLOPPY = 1.1         # boxes drawn by hand end within this multiple of the size of the image
 

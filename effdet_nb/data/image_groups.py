@@ -18,6 +18,7 @@ from ..core.files import read_file
 from .image_files import UNREADABLE
 from .label_formats import SourceError
 from .label_set import LabelSet
+from ..detector.images import to_rgb
 
 # %% ../../nbs/data/28_image_groups.ipynb #7fe83570
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ def image_signature(
     try:
         with Image.open(io.BytesIO(read_file(path))) as image:
             image.draft('L', (64,64))
-            grey = image.convert('L')
+            grey = to_rgb(image).convert('L')          # which keeps the upper 8 of 16 bits
             small = np.asarray(grey.resize((9,8), Image.Resampling.BOX), np.int16)
             thumbnail = np.asarray(grey.resize((16,16), Image.Resampling.BOX), np.int16)
     except UNREADABLE: return None
