@@ -1,6 +1,7 @@
 "The data check finds each mistake in records or a spec, with its number and what to do; good data passes."
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ from effdet_nb.data import check as C
 from effdet_nb.data.anchor_fit import best_size_iou
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.data.record_checks import check_classes
-from effdet_nb.data.record_index import Records
+from effdet_nb.data.pipeline import DataConfig
+from effdet_nb.data.record_index import Records, index_tfrecord
 from effdet_nb.data.scan import scan_records
 from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.detector.anchors import all_anchors
@@ -203,7 +205,6 @@ def test_images_are_decoded_on_request(tmp_path):
 
 
 def test_missing_and_changed_shards_are_found(toy_dataset, tmp_path):
-    import shutil
     rec = shutil.copytree(toy_dataset/'rec', tmp_path/'rec')
     shutil.copy(toy_dataset/'val.json', tmp_path/'val.json')
     (rec/'train-00000-of-00002.tfrecord').unlink()
@@ -216,6 +217,35 @@ def test_missing_and_changed_shards_are_found(toy_dataset, tmp_path):
     shard.write_bytes(data)
     text = problem_text(check_spec(make_spec(tmp_path), verify_checksums=True))
     assert 'train-00001-of-00002.tfrecord is not the file that was written' in text
+
+
+@pytest.mark.parametrize('damage, message', [
+    ('cut', r'val-00000-of-00002.tfrecord: [\d,]+ bytes, but [\d,]+ were written'),
+    ('sidecar', r'val_records.json: not written by dataset_convert'),
+    ('other classes', r'these 2 conversions have different categories')])
+@pytest.mark.parametrize('with_training', [True, False], ids=['both splits', 'validation'])
+def test_shards_without_a_usable_class_table_are_in_the_report(toy_dataset, tmp_path, damage, message, with_training):
+    rec = shutil.copytree(toy_dataset/'rec', tmp_path/'rec')
+    shard = rec/'val-00000-of-00002.tfrecord'
+    if damage=='cut': shard.write_bytes(shard.read_bytes()[:index_tfrecord(shard)[0].sum()+4])    # after a record
+    if damage=='sidecar': (rec/'val_records.json').write_text('{"shards": [{}]}')
+    if damage=='other classes':
+        labels = json.loads((toy_dataset/'val.json').read_text())
+        labels['categories'].append(dict(id=9, name='star'))
+        (tmp_path/'more.json').write_text(json.dumps(labels))
+        dataset_convert(toy_dataset/'val', tmp_path/'more.json', rec, 'val-more', num_shards=1)
+    training = f'{rec}/train-*' if with_training else ''
+    check = C.check_records(DataConfig(training, f'{rec}/val-*', num_classes=4))
+    assert [p.source for p in check.errors]==['dataset_config.validation_file_pattern']
+    assert re.search(message, check.errors[0].message)
+
+
+def test_an_image_is_no_copy_of_itself(tmp_path):
+    box = [[.1, .1, .1, .5]]                                                     # without a width, so without an area
+    records = [api_record('a', boxes=box), api_record('b'), api_record('b')]
+    check = check_spec(api_record_spec(tmp_path, records))
+    assert '1 of 3 images is an exact copy of another' in problem_text(check)
+    assert 'with other boxes' not in problem_text(check)
 
 
 def test_a_repeated_image_id_in_validation_is_found(tmp_path):

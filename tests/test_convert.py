@@ -867,6 +867,21 @@ def test_images_that_lose_all_their_boxes_are_reported(tmp_path, options):
     assert result.num_empty_images == 4
 
 
+@pytest.mark.parametrize('image_id', [1, 2, '2', None])
+def test_an_entry_that_is_left_out_hides_no_image_without_boxes(tmp_path, image_id):
+    for name in 'abc': Image.effect_noise((60, 50), 60).convert('RGB').save(tmp_path/f'{name}.jpg')
+    images = [dict(id=11+i, file_name=f'{name}.jpg', height=50, width=60) for i,name in enumerate('abc')]
+    annotations = [dict(id=i, image_id=11+i, category_id=1, bbox=[5, 5, 20*(i!=1), 9], area=1, iscrowd=0)
+                   for i in range(3)]
+    (tmp_path/'c.json').write_text(json.dumps(dict(
+        images=[*images, dict(id=image_id, file_name=None)], annotations=annotations,
+        categories=[dict(id=1, name='car')])))
+    for class_map in ({}, {'car': 'van'}):
+        result = convert_sources(tmp_path/'c.json', tmp_path, tmp_path/'out', f't{len(class_map)}', num_shards=1,
+                                 workers=1, class_map=class_map)
+        assert result.notes[str(Fault.ALL_LEFT_OUT)]==['b.jpg'] and result.counts['images_left_out']==1
+
+
 def test_images_without_a_class_that_the_user_leaves_out_are_not_reported(tmp_path):
     make_toy_dataset(tmp_path, num_train=6, num_val=1, image_hw=(64, 64), seed=0)
     result = convert_sources(tmp_path/'train.json', tmp_path/'train', tmp_path/'records', class_map={'circle': ''})

@@ -19,7 +19,7 @@ from effdet_nb.data.label_formats import SourceError
 from effdet_nb.data.record_index import Records
 from effdet_nb.data.sources import convert_sources
 from effdet_nb.data.split import split_dataset
-from effdet_nb.data.tfrecord import decode_example, make_example, parse_example, read_records
+from effdet_nb.data.tfrecord import decode_example, load_sidecar, make_example, parse_example, read_records
 from effdet_nb.detector.images import read_image
 from effdet_nb.detector.tiles import Tiling
 from effdet_nb.detector.toy_data import make_toy_dataset
@@ -114,6 +114,26 @@ def test_a_foreign_file_beside_records_is_named(contents, toys):
     files = sorted(map(str, (toys/'rec').glob('train-*')))
     with pytest.raises(ValueError, match='train_records.json: not written by dataset_convert'):
         Records.from_files(files)
+
+
+SHARD = 'train-00000-of-00001.tfrecord'
+DAMAGES = [
+    dict(shards=None), dict(shards='x'), dict(shards=[{}]), dict(shards=[dict(file=SHARD)]),
+    dict(shards=[dict(file=SHARD, records=4, size='9', sha256='')]), dict(classes=None), dict(classes={}),
+    dict(classes=dict(ids=[], names=[], num_classes=1)), dict(classes=dict(ids=[1, 2], names=['a'], num_classes=3)),
+    dict(classes=dict(ids=['1'], names=['a'], num_classes=2)), dict(boxes_by_category=None),
+    dict(boxes_by_category={'circle': 3}), dict(boxes_by_category={'1': None}), dict(most_boxes_in_an_image=None)]
+
+
+def test_a_sidecar_with_damaged_values_is_named(toys):
+    dataset_convert(toys/'train', toys/'train.json', toys/'rec', 'train', num_shards=1, workers=1)
+    path,pattern = toys/'rec'/'train_records.json', str(toys/'rec'/'train-*')
+    contents = json.loads(path.read_text())
+    assert load_sidecar(pattern).num_images==4
+    missing = [{k: v for k,v in contents.items() if k not in damage} for damage in DAMAGES]
+    for damaged in [*missing, *(contents | damage for damage in DAMAGES)]:
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match='train_records.json: not written by dataset'): load_sidecar(pattern)
 
 
 @pytest.mark.parametrize('module', [record, tiles])

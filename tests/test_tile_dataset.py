@@ -8,8 +8,10 @@ from PIL import Image
 
 from effdet_nb.app.tile_command import effdet_tile
 from effdet_nb.data.convert import dataset_convert
+from effdet_nb.data.faults import Fault
 from effdet_nb.data.shards import output_lock
 from effdet_nb.data.tile_dataset import ImageCutter, boxes_in_tile, choose_tiles, tile_dataset
+from effdet_nb.detector.images import EXIF_ORIENTATION
 from effdet_nb.detector.tiles import Tiling
 
 
@@ -152,6 +154,28 @@ def test_tiles_are_converted_without_a_remark(tmp_path):
     result = tile_dataset(*source, tmp_path/'out', Tiling((96, 96)))
     converted = dataset_convert(result.image_dir, result.annotations_file, tmp_path/'records', num_shards=1, workers=1)
     assert converted.num_boxes==result.num_boxes and not converted.dropped_boxes and not converted.notes
+
+
+def test_tiles_report_what_a_conversion_reports_about_the_images(tmp_path):
+    image_dir, truth = write_dataset(tmp_path, [(100, 120)]*6, [(i, 10, 10, 20, 30, 0) for i in range(6)], '.jpg')
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    Image.open(image_dir/'0.jpg').save(image_dir/'0.jpg', exif=exif)                # annotated as it is stored
+    Image.open(image_dir/'1.jpg').save(image_dir/'1.jpg', exif=exif)                # annotated upright
+    Image.fromarray(np.arange(12000, dtype=np.uint16).reshape(100, 120)//4).save(image_dir/'2.jpg', 'PNG')
+    Image.open(image_dir/'3.jpg').save(image_dir/'3.jpg', 'BMP')
+    contents = json.loads(truth.read_text())
+    contents['images'][1] |= dict(height=120, width=100)
+    contents['images'][4] |= dict(height=200, width=240)
+    contents['images'][5] |= dict(height=20_000, width=20_000)
+    truth.write_text(json.dumps(contents))
+    tiled = tile_dataset(image_dir, truth, tmp_path/'out', Tiling((64, 64)))
+    converted = dataset_convert(image_dir, truth, tmp_path/'records', num_shards=1, workers=1)
+    assert dict(tiled.report.notes)==dict(converted.report.notes)
+    assert {reason.fault for reason in tiled.report.notes}=={
+        Fault.EXIF_ROTATED, Fault.TURNED_UPRIGHT, Fault.NOT_RGB, Fault.DARK_16_BITS, Fault.CONVERTED_TO_PNG,
+        Fault.SIZE_DIFFERS, Fault.SIZE_IMPOSSIBLE}
+    assert 'turned by an EXIF flag, which is ignored: 1, such as 0.jpg' in repr(tiled)
 
 
 @pytest.mark.parametrize('options,message', [

@@ -133,7 +133,7 @@ def _check_copies(scan):
     box_lists = np.split(scan.boxes, np.cumsum(scan.boxes_per_image)[:-1])
     for i,checksum in enumerate(scan.checksums):
         original = original_of.setdefault(checksum, i)
-        if not _are_same_objects(box_lists[original], box_lists[i]): pairs.append((original, i))
+        if i!=original and not _are_same_objects(box_lists[original], box_lists[i]): pairs.append((original, i))
     if not pairs: return
     original,copy = map(scan.image_name, pairs[0])
     copies = plural(len(pairs), 'is a copy', 'are copies')
@@ -264,7 +264,9 @@ def _check_split(config, split, scan, verify_checksums):
     pattern = os.path.expanduser(getattr(config, field))
     yield from check_shards(scan.records, field, pattern, verify_checksums)
     yield from _check_damage(scan, split, config.skip_corrupt)
-    yield from check_classes(scan, pattern, config.num_classes)
+    try: load_sidecar(pattern)
+    except ValueError as e: yield data_error(f'dataset_config.{field}', str(e))
+    else: yield from check_classes(scan, pattern, config.num_classes)
     max_instances = config.max_instances if split=='training' else np.inf
     yield from check_box_counts(scan, split, max_instances, config.skip_crowd)
     yield from check_boxes(scan, split)
@@ -311,8 +313,9 @@ def check_records(
 def _check_class_tables(config):
     "Compares the class tables of both splits; other checks report a table that cannot be used."
     patterns = [os.path.expanduser(getattr(config, f'{split}_file_pattern')) for split in SPLITS]
-    if not all(map(load_sidecar, patterns)): return []
-    try: train,val = (load_class_table(pattern, config.num_classes) for pattern in patterns)
+    try:
+        if not all(map(load_sidecar, patterns)): return []
+        train,val = (load_class_table(pattern, config.num_classes) for pattern in patterns)
     except ValueError: return []
     return [*check_same_classes(train, val)]
 

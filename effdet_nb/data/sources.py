@@ -92,8 +92,8 @@ def _add_coco_entries(labels, coco, names, image_dir, prefix):
 
 def _with_own_ids(report, ids):
     "Replaces the image ids of a file by those of `ids`; an unknown id becomes text, so that it means no other image."
-    for items in report.dropped_boxes.values():
-        items[:] = [(ids.get(i, str(i)) if isinstance(i, (int,str)) else str(i), label) for i,label in items]
+    for items in [*report.dropped_boxes.values(), *report.dropped_images.values()]:
+        items[:] = [(ids.get(i, str(i)) if isinstance(i, (int,str)) else str(i), name) for i,name in items]
     return report
 
 def _add_coco_annotation(labels, image, annotation, class_name, prefix):

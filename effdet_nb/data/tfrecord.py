@@ -300,11 +300,23 @@ def _load_complete(path):
     "Loads a sidecar; raises an error if it is damaged, or if its shards are not all in place."
     try: contents = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f'{path}: damaged ({e}). Copy it again, or convert again') from None
-    if not isinstance(contents, dict) or 'shards' not in contents:
+    if not _is_sidecar(contents):
         raise ValueError(f'{path}: not written by dataset_convert. Rename it, or convert again')
     if contents.get('complete', True): return contents
     raise ValueError(f'{path}: this conversion was stopped while its shards were moved to their final names, or is '
                      'still running. Run the same dataset_convert command again; it continues')
+
+def _is_sidecar(contents):
+    "Tests whether a sidecar has all values that are read from it, of the right types."
+    try:
+        classes,counts = ClassTable.from_dict(contents['classes']),contents['boxes_by_category']
+        shards = contents['shards']
+        numbers = [*classes.ids, *map(int, counts), *counts.values(), contents['most_boxes_in_an_image']]
+        numbers += [shard[key] for shard in shards for key in ('records','size')]
+        texts = [*classes.names, *(shard[key] for shard in shards for key in ('file','sha256'))]
+    except (KeyError, TypeError, AttributeError, ValueError): return False
+    is_typed = all(isinstance(v, int) for v in numbers) and all(isinstance(v, str) for v in texts)
+    return is_typed and len(classes.ids)==len(classes.names)>0
 
 def _shards_of(sidecars):
     "Maps the path of each shard to its entry in the sidecar."

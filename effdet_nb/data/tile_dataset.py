@@ -25,7 +25,7 @@ from .convert import check_target
 from .faults import ConversionReport, Fault, describe_issues
 from .image_files import (
     find_image_files, image_fault, image_path, match_orientation, probe_image, without_wrong_sizes)
-from .record import annotated_hw, memory_error
+from .record import memory_error, noted_hw
 from .shards import output_lock
 from .validate import validate_box
 
@@ -69,7 +69,7 @@ class CutImage:
     "The tiles of one image."
     tiles:list=field(default_factory=list)       # (y1 x1 y2 x2 in pixels of the image, annotations) of each tile
     entries:list=field(default_factory=list)     # (file name, (height, width), annotations) of each tile written
-    report:ConversionReport=field(default_factory=ConversionReport) # boxes and images that were left out
+    report:ConversionReport=field(default_factory=ConversionReport) # what was left out or noticed
     num_objects:int=0                            # usable objects of the image
     num_empty:int=0                              # tiles without objects that were not written
 
@@ -87,14 +87,15 @@ class ImageCutter:
     )->CutImage:
         number,info,annotations,stem = job
         cut = CutImage()
-        try: image,boxes_hw,is_jpeg = _read_annotated(self.image_dir, info)
+        try: encoded,image = _read_annotated(self.image_dir, info)
         except MemoryError: raise memory_error(info['file_name']) from None
         except Exception as e:
             cut.report.add_dropped_image(info, annotations, image_fault(e))
             return cut
+        boxes_hw = noted_hw(info, encoded, cut.report)
         annotations,boxes = _usable_boxes(info, annotations, boxes_hw, image.shape[:2], cut.report)
         self._cut(cut, image, annotations, boxes, number)
-        self._write(cut, image, stem, '.jpg' if is_jpeg else '.png')
+        self._write(cut, image, stem, '.jpg' if encoded.file_format=='jpeg' else '.png')
         return cut
 
     def _cut(self, cut, image, annotations, boxes, number):
@@ -127,10 +128,9 @@ class ImageCutter:
 def _is_crowd(annotations): return np.array([bool(a.get('iscrowd')) for a in annotations], bool)
 
 def _read_annotated(image_dir, info):
-    "Returns the pixels of an image as annotated, the size that its boxes refer to, and whether it is a JPEG."
+    "Returns an image as annotated, encoded and as pixels."
     encoded = match_orientation(probe_image(image_path(image_dir, info['file_name'])), (info['height'],info['width']))
-    boxes_hw = annotated_hw(info, encoded.original_hw) or encoded.original_hw  # an impossible size: that of the file
-    return read_image(encoded.data), boxes_hw, encoded.file_format=='jpeg'
+    return encoded, read_image(encoded.data)
 
 def _report_unseen(report, annotations, kept):
     "Reports the annotations that no tile shows; `kept` has the indices of each tile."
@@ -183,7 +183,7 @@ class TiledDataset:
     num_empty_left_out:int   # tiles without objects that were not written
     num_objects:int          # usable objects of the original
     num_boxes:int            # boxes written; an object may be in several tiles
-    report:ConversionReport  # what was left out, by reason
+    report:ConversionReport  # what was left out or noticed, by reason
 
     def __repr__(self):
         rows = [('images', self.num_images), ('  objects', self.num_objects), ('tiles', self.num_tiles),
