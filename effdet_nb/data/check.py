@@ -253,7 +253,7 @@ def _scan_split(config, split, **scan_options):
     "Returns the scan of a split, or None if it cannot be read, and the problems of its files."
     field = f'{split}_file_pattern'
     pattern = getattr(config, field)
-    files = find_record_files(os.path.expanduser(pattern))
+    files = find_record_files(pattern)
     if not files: return None, [data_error(f'dataset_config.{field}', explain_no_match(pattern))]
     try: return scan_records(Records.from_files(files), desc=f'{split} records', **scan_options), []
     except (ValueError, OSError) as e: return None, [data_error(f'dataset_config.{field}', str(e))]
@@ -261,7 +261,7 @@ def _scan_split(config, split, **scan_options):
 def _check_split(config, split, scan, verify_checksums):
     "Yields the problems of one split."
     field = f'{split}_file_pattern'
-    pattern = os.path.expanduser(getattr(config, field))
+    pattern = getattr(config, field)
     yield from check_shards(scan.records, field, pattern, verify_checksums)
     yield from _check_damage(scan, split, config.skip_corrupt)
     try: load_sidecar(pattern)
@@ -312,7 +312,7 @@ def check_records(
 
 def _check_class_tables(config):
     "Compares the class tables of both splits; other checks report a table that cannot be used."
-    patterns = [os.path.expanduser(getattr(config, f'{split}_file_pattern')) for split in SPLITS]
+    patterns = [getattr(config, f'{split}_file_pattern') for split in SPLITS]
     try:
         if not all(map(load_sidecar, patterns)): return []
         train,val = (load_class_table(pattern, config.num_classes) for pattern in patterns)
@@ -332,7 +332,7 @@ def _without_repeats(found, problems):
 
 def _category_names(config):
     "Returns {category id: name}, empty if there is no valid class table."
-    pattern = os.path.expanduser(config.training_file_pattern or config.validation_file_pattern)
+    pattern = config.training_file_pattern or config.validation_file_pattern
     try: classes = load_class_table(pattern, config.num_classes)
     except ValueError: return {}
     return unique_names(dict(zip(classes.ids, classes.names)))

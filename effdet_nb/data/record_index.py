@@ -42,7 +42,7 @@ def require_record_files(
     field:str='training_file_pattern',    # field of dataset_config to name in an error
 )->list:                                  # paths, sorted
     "Lists the record files that a pattern of the spec matches, at least one."
-    files = find_record_files(Path(pattern).expanduser())
+    files = find_record_files(pattern)
     if not files: raise FileNotFoundError(f'dataset_config.{field}: {explain_no_match(pattern)}')
     return files
 
