@@ -60,6 +60,12 @@ def check_outputs(
 
 _BESIDE_SHARDS = 'records.json', 'warnings.json', 'report.json', 'report.png'
 
+def _sidecar(path):
+    "Returns the contents of a sidecar or a report, empty if it cannot be read."
+    try: contents = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError,ValueError): return {}
+    return contents if isinstance(contents, dict) else {}
+
 def _is_of_conversion(path):
     "Tests for a sidecar, a report or a log of warnings; a log has no mark, but its entries have two lists."
     contents = _sidecar(path)
@@ -118,12 +124,6 @@ def old_shards(
     raise ValueError(f'{conversion.output_dir}: {counted(len(unknown), "file")} such as {min(unknown)} {verb} of '
                      'another conversion and would be replaced by the new ones, or read together with them. '
                      'Remove them or choose another tag')
-
-def _sidecar(path):
-    "Returns the contents of a sidecar, empty if it cannot be read."
-    try: contents = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError,ValueError): return {}
-    return contents if isinstance(contents, dict) else {}
 
 def _listed_shards(contents):
     "Returns the names of all shards that a sidecar lists: those written, and those that they were about to replace."

@@ -9,7 +9,7 @@ __all__ = ['FORMATS', 'OWN_MARK', 'MAX_YAML_SIZE', 'json_format', 'is_own_file',
 
 # %% ../../nbs/data/25_label_formats.ipynb #107d45b1
 import json, os, re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..core.files import UnsuitableFile, is_lfs_pointer, lfs_pointer_error, read_file
@@ -267,8 +267,10 @@ def _yaml_parts(folder, data):
     base = Path(folder)/str(data.get('path') or '.')
     base = base if os.path.isdir(base) else Path(folder)
     parts,named = {},_named_parts(data)
+    uses = Counter(tail for text in {text for _,text in named} for tail in _tails(text))
     for name,text in named:
-        existing = _existing_part(base, Path(folder), text, [other for _,other in named if other!=text])
+        own = [tail for tail in _tails(text) if uses[tail]==1]          # others may be another part
+        existing = _existing_part(base, Path(folder), text, own)
         if existing: parts[f'{name} {len(parts)+1}' if name in parts else name] = existing
     return parts
 
@@ -276,16 +278,14 @@ def _texts(value):
     "Returns the texts of an entry, which is a text, a list of them, or something else."
     return [text for text in (value if isinstance(value, list) else [value]) if text and isinstance(text, str)]
 
-def _existing_part(base, folder, text, others):
-    "Returns the path of a part, without ever more of its first folders until it exists; None if it could be another."
-    names,other_names = _last_names(text),[_last_names(other) for other in others]
-    own = [names[n:] for n in range(len(names)) if all(other[n-len(names):]!=names[n:] for other in other_names)]
-    candidates = base/text, folder/text, *(folder.joinpath(*shorter) for shorter in own)
+def _existing_part(base, folder, text, tails):
+    candidates = base/text, folder/text, *(folder.joinpath(*tail) for tail in tails)
     return next((path for path in candidates if os.path.exists(path)), None)
 
-def _last_names(text):
-    "Returns the last folders and the name in a path that is written on any computer."
-    return [name for name in re.split(r'[\\/]+', text) if name not in ('', '.', '..')][-10:]
+def _tails(text):
+    "Returns the names in a path of any computer, and those without ever more of the first, as tuples."
+    names = tuple(name for name in re.split(r'[\\/]+', text) if name not in ('', '.', '..'))[-10:]
+    return [names[n:] for n in range(len(names))]
 
 def _several_parts(path, parts):
     listed = ', '.join(f'{name} ({os.path.relpath(folder)})' for name,folder in parts.items())

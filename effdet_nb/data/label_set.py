@@ -72,7 +72,8 @@ class ImageFinder:
         candidates = self.by_stem.get(stem) or self.by_stem.get(without_upload_prefix(stem), ())
         scores = [(_common_end(parts, wanted), _common_end(_folder_names(parts), _folder_names(label_parts)))
                   for parts,_ in candidates]
-        return [path for (_,path),score in zip(candidates, scores) if score==max(scores)]
+        best = max(scores, default=None)
+        return [path for (_,path),score in zip(candidates, scores) if score==best]
 
 # %% ../../nbs/data/22_label_set.ipynb #9f92d04a
 @dataclass
