@@ -11,6 +11,7 @@ __all__ = ['FORMATS', 'OWN_MARK', 'MAX_YAML_SIZE', 'json_format', 'is_own_file',
 import json, os, re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from ..core.files import UnsuitableFile, is_lfs_pointer, lfs_pointer_error, read_file
 from .coco_json import CocoError, read_coco_json
@@ -267,7 +268,7 @@ def _yaml_parts(folder, data):
     base = Path(folder)/str(data.get('path') or '.')
     base = base if os.path.isdir(base) else Path(folder)
     parts,named = {},_named_parts(data)
-    uses = Counter(tail for text in {text for _,text in named} for tail in _tails(text))
+    uses = Counter(chain.from_iterable(map(_tails, {text for _,text in named})))
     for name,text in named:
         own = [tail for tail in _tails(text) if uses[tail]==1]          # others may be another part
         existing = _existing_part(base, Path(folder), text, own)
