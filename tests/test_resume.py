@@ -15,6 +15,7 @@ import pytest
 import tensorflow as tf
 from small_training import classes_of, experiment_of, new_trainer, small_spec, write_records
 
+from effdet_nb.core import files
 from effdet_nb.train import checkpoints as checkpoints_module, fit as fit_module
 from effdet_nb.train.checkpoints import CheckpointCallback, MetricHistory, latest_checkpoint, list_checkpoints
 from effdet_nb.train.diagnostics import DeferredSignals
@@ -70,6 +71,7 @@ class Process:
 
     def begin(self, folder):
         "Wipes the network, then initialises it from a folder as `train` does; returns the metrics of the run."
+        files._remove_stale_parts_once.cache_clear()
         for v in self.variables: v.assign(tf.ones_like(v)*tf.cast(77, v.dtype))   # what is not restored does harm
         self.trainer.step, history = 99, MetricHistory(self.trainer.metric_names)
         if not list_checkpoints(folder):

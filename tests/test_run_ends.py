@@ -6,7 +6,7 @@ import shlex
 import shutil
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,6 +230,46 @@ def test_a_new_run_cannot_start_from_files_that_it_moves(field, place, spec, tmp
     assert len(list_checkpoints('run')) == 1
 
 
+@pytest.mark.parametrize('name, is_refused', [('model.best.tlt', True), ('imported.tlt', False)])
+def test_a_new_run_beside_a_best_model_cannot_start_from_it(name, is_refused, spec, tmp_path, monkeypatch):
+    for file in ('model.best.tlt', 'imported.tlt'): write_checkpoint(tmp_path, 4, name=file)
+    monkeypatch.setattr(startup, 'read_initial_weights', lambda *args: InitialWeights())
+    new = spec.replace(training_config=dict(checkpoint=str(tmp_path/name)))
+    refused = pytest.raises(ValueError, match='training_config.checkpoint.*another --model_dir')
+    with refused if is_refused else nullcontext(): open_run(new, tmp_path, '', SimpleNamespace(num_replicas_in_sync=1))
+
+
+@pytest.fixture
+def prepare(spec, tmp_path, monkeypatch):
+    "A function that prepares a run of stubs in a folder, new or continued."
+    for name in ('check_data', 'log_start', 'class_table'): monkeypatch.setattr(startup, name, lambda *args: None)
+    monkeypatch.setattr(startup, 'initialize_weights', lambda *args: '')
+    monkeypatch.setattr(startup, 'Trainer', lambda arch, plan, strategy: StubTrainer(plan))
+    return lambda initial: startup.prepare_training(resolve_experiment(spec), initial, tmp_path, None)
+
+
+def test_a_new_run_moves_a_best_model_that_is_left_alone(prepare, tmp_path, capsys):
+    (tmp_path/'model.best.tlt').write_bytes(b'three days of training')
+    prepare(InitialWeights())
+    assert os.listdir(tmp_path/'earlier-1') == ['model.best.tlt'] and not list(tmp_path.glob('*.tlt'))
+    assert (tmp_path/'earlier-1'/'model.best.tlt').read_bytes() == b'three days of training'
+    assert f'a new run begins: the earlier run in {tmp_path} is now in {tmp_path}/earlier-1' in capsys.readouterr().err
+
+
+def test_a_continued_run_moves_nothing(prepare, tmp_path):
+    for name in ('model.best.tlt', 'model.step-4.tlt'): (tmp_path/name).touch()
+    prepare(InitialWeights(SimpleNamespace(), 'model.step-4.tlt'))
+    assert {'model.best.tlt', 'model.step-4.tlt'} <= set(os.listdir(tmp_path))
+    assert not (tmp_path/'earlier-1').exists()
+
+
+def test_a_run_leaves_the_temporary_files_of_other_processes(tmp_path, monkeypatch):
+    with atomic_write(tmp_path/'model.onnx') as f:
+        checkpoint_callback(tmp_path, 1, monkeypatch)
+        f.write(b'exported')
+    assert (tmp_path/'model.onnx').read_bytes() == b'exported'
+
+
 def test_a_second_training_in_a_folder_is_refused_and_changes_nothing(spec, tmp_path):
     spec = spec.replace(dataset_config=dict(validation_file_pattern='', validation_json_file=''))
     with exclusive_lock(tmp_path/'run'/'.train.lock', ''):
@@ -277,6 +317,56 @@ def test_an_epoch_is_saved_before_its_evaluation(error, spec, tmp_path, monkeypa
     with pytest.raises(type(error)): loop.run(iter(dict, None))
     assert [p.name for p in list_checkpoints(tmp_path)] == ['model.step-3.tlt', 'model.step-6.tlt']
     assert len(loop.history.epochs) == 1          # the second epoch is trained, but not judged
+
+
+def saving_stub(spec, folder, monkeypatch, others=()):
+    "A loop of stubs, and its checkpoints: small files that contain what the model is."
+    callback = checkpoint_callback(folder, 0, monkeypatch)
+    def save(path, trainer, *args, **meta):
+        path.write_text(getattr(trainer.model, 'content', 'own weights'))
+        return path
+    monkeypatch.setattr(checkpoints_module, 'save_checkpoint', save)
+    def make_callbacks(trainer, history):
+        callback.trainer, callback.history = trainer, history
+        return [callback, *others]          # in the order of `train`
+    return stub_loop(spec, make_callbacks), callback
+
+
+def run_saving_stub(loop, checkpoints):
+    guard = SimpleNamespace(on_metrics=lambda rows: None)
+    return fit.run_until_interrupted(loop, iter(dict, None), guard, checkpoints)
+
+
+def test_an_interruption_during_an_evaluation_leaves_the_checkpoint_before_it(spec, tmp_path, monkeypatch, capsys):
+    loop, checkpoints = saving_stub(spec, tmp_path, monkeypatch)
+    def evaluate():
+        loop.trainer.model.content = 'some averaged weights'    # as after a second signal, while they are swapped back
+        raise KeyboardInterrupt
+    loop.evaluator.evaluate = evaluate
+    with pytest.raises(KeyboardInterrupt): run_saving_stub(loop, checkpoints)
+    assert (tmp_path/'model.step-3.tlt').read_text() == 'own weights'
+    assert f'interrupted: saved {tmp_path}/model.step-3.tlt' in capsys.readouterr().err
+
+
+def test_an_interruption_in_the_next_epoch_saves_its_step(spec, tmp_path, monkeypatch):
+    loop, checkpoints = saving_stub(spec, tmp_path, monkeypatch)
+    def take_steps(*args):
+        if loop.trainer.step == 4: raise KeyboardInterrupt
+        return fit.TrainingLoop.take_steps(loop, *args)
+    loop.take_steps = take_steps
+    with pytest.raises(KeyboardInterrupt): run_saving_stub(loop, checkpoints)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ['model.step-3.tlt', 'model.step-4.tlt']
+
+
+@pytest.mark.parametrize('with_evaluation', [False, True])
+def test_a_run_that_a_callback_ends_between_two_checkpoints_is_saved(with_evaluation, spec, tmp_path, monkeypatch):
+    spec = spec.replace(training_config=dict(num_epochs=50, checkpoint_period=10))
+    stop = keras.callbacks.EarlyStopping(monitor='loss', patience=3)
+    loop, checkpoints = saving_stub(spec, tmp_path, monkeypatch, [stop])
+    if not with_evaluation: loop.evaluator = None
+    assert len(run_saving_stub(loop, checkpoints)) == 4
+    assert list_checkpoints(tmp_path)[-1].name == 'model.step-12.tlt'
+    assert (tmp_path/'model.best.tlt').exists() == with_evaluation
 
 
 def damaged_records(folder, how):

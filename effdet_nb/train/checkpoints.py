@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHECKPOINT_NAME', 'BEST_NAME', 'HISTORY_COLUMNS', 'RUN_FILES', 'optimizer_state', 'MetricHistory', 'training_pace',
            'save_checkpoint', 'reset_ema', 'restore_checkpoint', 'checkpoint_step', 'list_checkpoints',
-           'latest_checkpoint', 'check_checkpoint', 'load_latest_checkpoint', 'set_aside_run', 'CheckpointCallback',
-           'best_epoch', 'training_summary']
+           'latest_checkpoint', 'check_checkpoint', 'load_latest_checkpoint', 'list_run_files', 'set_aside_run',
+           'CheckpointCallback', 'best_epoch', 'training_summary']
 
 # %% ../../nbs/train/08_checkpoints.ipynb #6c0209eb
 import os, re, shlex
@@ -224,13 +224,20 @@ def load_latest_checkpoint(
 # %% ../../nbs/train/08_checkpoints.ipynb #d3c3706c
 RUN_FILES = BEST_NAME, 'history.csv', 'history.png', 'spec.txt', 'environment.json', 'trackers.json'
 
+def list_run_files(
+    model_dir, # folder of a run
+)->list:       # their paths; empty if there is no checkpoint and no best model
+    "Lists the checkpoints and the history of a run."
+    model_dir = Path(model_dir)
+    paths = [*list_checkpoints(model_dir), *(model_dir/name for name in RUN_FILES if (model_dir/name).is_file())]
+    return paths if any(p.suffix=='.tlt' for p in paths) else []
+
 def set_aside_run(
     model_dir, # folder of a run
 )->Path:       # the folder of the earlier run, or None
     "Moves the checkpoints and the history of an earlier run into a subfolder."
-    model_dir = Path(model_dir)
-    paths = [*list_checkpoints(model_dir), *(model_dir/name for name in RUN_FILES if (model_dir/name).is_file())]
-    if all(p.suffix!='.tlt' for p in paths): return None
+    model_dir, paths = Path(model_dir), list_run_files(model_dir)
+    if not paths: return None
     folder = next(f for n in count(1) if not (f := model_dir/f'earlier-{n}').exists())
     folder.mkdir()
     for p in paths: p.replace(folder/p.name)
@@ -252,18 +259,15 @@ class CheckpointCallback(keras.callbacks.Callback):
         self.classes, self.key, self.spec_text = classes, key, spec_text
         self.is_chief = is_chief()
         self.best_ap = max([row['AP'] for row in history.epochs if 'AP' in row], default=-1.)
-        if self.is_chief: self._remove_partial_files()
+        self.tested = {}     # {step: its checkpoint} of the last evaluation
 
-    def _remove_partial_files(self):
-        for p in self.model_dir.glob('.model.*.part'): p.unlink(missing_ok=True)
-
-    def on_test_begin(self, logs=None): self.save_step()
+    def on_test_begin(self, logs=None): self.tested = {self.trainer.step: self.save_step()}
 
     def on_epoch_end(self, epoch, logs=None):
         if logs.get('AP', -1.) > self.best_ap:
             self.best_ap = logs['AP']
             self.save_as(BEST_NAME, scores={k: logs[k] for k in ('AP','AP50')})
-        if self.is_due(epoch) or 'AP' in logs or self.trainer.model.stop_training: self.save_step()
+        if self.is_due(epoch) or 'AP' in logs: self.save_step()
 
     def is_due(self, epoch):
         "Returns whether an epoch, counted from 0, ends with a checkpoint."
@@ -291,6 +295,11 @@ class CheckpointCallback(keras.callbacks.Callback):
         if keep and self.is_chief:
             for p in written[:-keep]: p.unlink()
         return path
+
+    def save_interrupted(self):
+        "Writes the checkpoint of this step, unless its evaluation has begun: the model may have averaged weights."
+        step = self.trainer.step
+        return self.tested[step] if step in self.tested else self.save_step()
 
 # %% ../../nbs/train/08_checkpoints.ipynb #502e4482
 def best_epoch(

@@ -248,12 +248,15 @@ def run_until_interrupted(
     nan_guard:NanGuard,             # checks the last steps before they are saved
     checkpoints:CheckpointCallback, # saves the checkpoint
 )->list:                            # the history: a dict per epoch
-    "Runs a training loop; saves a checkpoint if it is interrupted."
+    "Runs a training loop; saves a checkpoint if it is interrupted, or ended by a callback."
     loop.callbacks.on_train_begin()
-    try: return loop.run(batches)
+    try:
+        history = loop.run(batches)
+        if loop.trainer.model.stop_training: checkpoints.save_step()     # callbacks after `checkpoints` may set it
+        return history
     except KeyboardInterrupt:
         nan_guard.on_metrics(loop.history.flush())
-        path = checkpoints.save_step()          # None on all machines but the first
+        path = checkpoints.save_interrupted()   # None on all machines but the first
         with suppress(OSError):                 # the terminal may be closed
             if path: log_message(f'interrupted: saved {path}; run the same command again to continue')
         raise

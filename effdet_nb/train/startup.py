@@ -22,8 +22,8 @@ from .spec import Spec
 from .experiment import Experiment, InitialWeights, class_table, compare_spec_texts, resolve_experiment
 from .distributed import check_workers_in_step, is_chief
 from .trainer import Trainer, enable_determinism
-from .checkpoints import MetricHistory, load_latest_checkpoint, set_aside_run, training_pace
-from .checkpoints import reset_ema, restore_checkpoint
+from .checkpoints import MetricHistory, list_checkpoints, list_run_files, load_latest_checkpoint
+from .checkpoints import reset_ema, restore_checkpoint, set_aside_run, training_pace
 from .diagnostics import hyperparameter_warnings
 
 # %% ../../nbs/train/11_startup.ipynb #7177683d
@@ -161,16 +161,17 @@ def open_run(
     "Reads the files that a run starts from, and resolves its spec."
     config = spec.training_config
     set_up_process(config)
-    if not config.resume: _check_not_set_aside(config, model_dir)
+    if not (config.resume and list_checkpoints(model_dir)): _check_not_set_aside(config, model_dir)
     initial = read_initial_weights(config, spec.model_config.model_name, key, model_dir)
     return resolve_experiment(spec, initial, strategy.num_replicas_in_sync), initial
 
 def _check_not_set_aside(config, model_dir):
     "Raises an error if a new run starts from a file of the earlier run in its own folder."
+    moved = [path.resolve() for path in list_run_files(model_dir)]
     for name in ('checkpoint', 'pruned_model_path'):
-        path = Path(getattr(config, name) or '.')
-        if not path.is_file() or path.resolve().parent != Path(model_dir).resolve(): continue
-        raise ValueError(f'training_config.{name}: {path} is in --model_dir, and resume: False moves the earlier run '
+        path = Path(getattr(config, name))
+        if path.resolve() not in moved: continue
+        raise ValueError(f'training_config.{name}: {path} is in --model_dir, and a new run moves the earlier run '
                          'in it aside. Give the new run another --model_dir')
 
 def finished_history(
@@ -210,10 +211,10 @@ def prepare_training(
     start = initialize_weights(trainer, history, initial, experiment.spec_text)
     check_workers_in_step(trainer.step, strategy, model_dir)
     if is_chief(): log_start(trainer, start)
-    if is_chief() and not trainer.config.resume: _set_aside_earlier_run(model_dir)
+    if is_chief() and not initial.checkpoint: _set_aside_earlier_run(model_dir)
     return trainer, history, class_table(experiment.data)
 
 def _set_aside_earlier_run(model_dir):
     "Moves an earlier run in the folder of a new one aside, and logs where it is."
     folder = set_aside_run(model_dir)
-    if folder: log_message(f'resume: False: the earlier run in {model_dir} is now in {folder}')
+    if folder: log_message(f'a new run begins: the earlier run in {model_dir} is now in {folder}')
