@@ -446,6 +446,69 @@ def test_another_spelling_of_a_value_is_no_change(section, field, old, new):
     assert compare_spec_texts(*specs, {}, {}, 'x.tlt') == ''
 
 
+LITE, D7X = dict(model_name='efficientdet-lite0'), dict(model_name='efficientdet-d7x')
+
+
+@pytest.mark.parametrize('old, new, words', [
+    (LITE, LITE | dict(anchor_scale=3.), ''), (LITE | dict(anchor_scale=3.), LITE, ''),
+    (D7X, D7X | dict(max_level=8), ''), (dict(), dict(anchor_scale=4., max_level=7), ''),
+    (LITE, LITE | dict(anchor_scale=4.), 'model_config.anchor_scale was 3.0 and is 4.0'),
+    (LITE | dict(anchor_scale=4.), LITE, 'model_config.anchor_scale was 4.0 and is 3.0'),
+    (dict(), D7X, 'model_config.model_name was "efficientdet-d0" and is "efficientdet-d7x"')])
+def test_the_networks_of_two_specs_are_compared_with_the_values_of_their_variants(old, new, words):
+    specs = [Spec().replace(model_config=model).to_text() for model in (old, new)]
+    with pytest.raises(ValueError, match=words) if words else nullcontext():
+        assert compare_spec_texts(*specs, {}, {}, 'x.tlt') == ''
+
+
+@pytest.mark.parametrize('ids, names, line', [
+    ((1, 2, 3), ('class 1', 'class 2', 'class 3'), 'continuing from x.tlt (step 9)'),
+    ((1, 2, 3), ('cat', 'class 2', 'fox'), '; changed since: class class 1 -> cat, class class 3 -> fox'),
+    ((1, 2, 3, 4), (*CLASSES.names, 'dog'), '; changed since: class id 4 -> dog'),
+    ((1, 3, 4), ('class 1', 'class 2', 'class 3'), None), ((5, 6, 7), CLASSES.names, None)])
+def test_a_run_continues_only_with_the_categories_of_its_channels(ids, names, line, monkeypatch):
+    monkeypatch.setattr(startup, 'restore_checkpoint', lambda *args: '')
+    checkpoint = SimpleNamespace(meta=dict(history=[], spec=''), arch=ARCH, classes=CLASSES)
+    trainer, history = SimpleNamespace(arch=ARCH, step=9), SimpleNamespace(epochs=[])
+    classes = ClassTable(ids, names, 4)
+    def start(): return startup.initialize_weights(trainer, history, InitialWeights(checkpoint, 'x.tlt'), '', classes)
+    if line: assert start().endswith(line)
+    else:
+        with pytest.raises(ValueError, match=r'x\.tlt: category id \d .* had channel .*another --model_dir'): start()
+
+
+PRUNED = replace(ARCH, widths={'block2a_expand_conv': 8})
+
+
+def pruned_arch(checkpoint=None, dataset=(), **model):
+    "The network that is retrained from a pruned toy, with a spec that gives these fields."
+    data = dict(num_classes=4, image_size='256,128') | dict(dataset)
+    training = dict(pruned_model_path='pruned.tlt')
+    spec = Spec().replace(dataset_config=data, training_config=training, model_config=model)
+    return resolve_experiment(
+        spec.replace(training_config=dict(num_examples_per_epoch=99)),
+        InitialWeights(pruned=SimpleNamespace(arch=PRUNED), checkpoint=checkpoint)).arch
+
+
+@pytest.mark.parametrize('model', [
+    {}, dict(model_name='EfficientDet_Tiny'), dict(model_name='efficientdet-tiny', anchor_scale=4, num_scales=3),
+    dict(aspect_ratios='((1,1), [1.4, .7], (.7, 1.4))', max_level=7)])
+def test_a_pruned_model_is_retrained_with_the_fields_of_its_first_training(model):
+    assert pruned_arch(**model) == replace(PRUNED, image_hw=(256, 128))
+
+
+@pytest.mark.parametrize('fields, words', [
+    (dict(model_name='efficientdet-d1'), 'model_name efficientdet-tiny, model_config.model_name is efficientdet-d1'),
+    (dict(num_scales=2), 'num_scales 3, model_config.num_scales is 2'), (dict(anchor_scale=3.), 'anchor_scale 4.0,'),
+    (dict(aspect_ratios='[(1, 1)]'), r'aspect_ratios .*, model_config.aspect_ratios is \(\(1.0, 1.0\),\)'),
+    (dict(dataset=dict(num_classes=7)), 'num_classes 4, dataset_config.num_classes is 7'),
+    (dict(dataset=dict(num_channels=1)), 'num_channels 3, dataset_config.num_channels is 1')])
+def test_fields_of_another_network_than_the_pruned_one_are_refused_at_the_start(fields, words):
+    with pytest.raises(ValueError, match=f'^pruned.tlt: was pruned with {words}.*Use the values of the pruned network'):
+        pruned_arch(**fields)
+    assert pruned_arch(SimpleNamespace(), **fields).name == PRUNED.name     # later, the spec of the checkpoint decides
+
+
 # --- disks that are full or read-only
 
 @contextmanager
