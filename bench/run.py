@@ -50,12 +50,13 @@ def time_checkpoints(folder):
     "Median seconds of five checkpoints of a new run, and the megabytes of one."
     import effdet_nb   # noqa: F401  before TensorFlow, whose switches it sets
     from effdet_nb.train.checkpoints import MetricHistory, save_checkpoint
-    from effdet_nb.train.experiment import arch_from_spec, class_table_from_spec, training_plan_from_spec
+    from effdet_nb.train.experiment import class_table, resolve_experiment
     from effdet_nb.train.spec import Spec
     from effdet_nb.train.trainer import Trainer
     spec = Spec.load(folder/'spec.txt')
-    trainer = Trainer(arch_from_spec(spec), training_plan_from_spec(spec))
-    history, classes, path = MetricHistory(trainer.metric_names), class_table_from_spec(spec), folder/'model.tlt'
+    experiment = resolve_experiment(spec)
+    trainer = Trainer(experiment.arch, experiment.training)
+    history, classes, path = MetricHistory(trainer.metric_names), class_table(experiment.data), folder/'model.tlt'
     seconds = [time_call(lambda: save_checkpoint(path, trainer, history, classes)) for _ in range(5)]
     return statistics.median(seconds), path.stat().st_size/1e6
 

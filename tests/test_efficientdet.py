@@ -9,7 +9,7 @@ import pytest
 
 from effdet_nb.detector.anchors import feature_size
 from effdet_nb.detector.backbone import backbone_blocks
-from effdet_nb.detector.bifpn import FPN_NODES
+from effdet_nb.detector.bifpn import fpn_nodes
 from effdet_nb.detector.efficientdet import (VARIANTS, Arch, arch_anchors, build, component_costs,
                                              feature_extractor,
     get_variant, published_variants)
@@ -124,4 +124,4 @@ def test_every_layer_of_a_pruned_description_gets_its_width():
 
 
 def test_inputs_of_pyramid_nodes_exist():
-    for i, (level, inputs) in enumerate(FPN_NODES): assert max(inputs) < i+5 and 3 <= level <= 7
+    for i, (level, inputs) in enumerate(fpn_nodes()): assert max(inputs) < i+5 and 3 <= level <= 7

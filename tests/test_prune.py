@@ -17,8 +17,8 @@ from effdet_nb.prune.channel_groups import abstract_model, channel_graph, params
 from effdet_nb.prune.latency import network_to_onnx, profile_onnx
 from effdet_nb.prune.prune import plan_pruning, prune, saved_norms
 from effdet_nb.prune.pruning_plan import (
-    EQUALIZATION_CRITERIA, NORMALIZERS, PruningPlan, find_threshold, group_norms, normalize_norms,
-    protected_groups, select_channels)
+    EQUALIZATION_CRITERIA, NORMALIZERS, PruningPlan, check_pruning_settings, find_threshold, group_norms,
+    normalize_norms, protected_groups, select_channels)
 from effdet_nb.train import fit
 from effdet_nb.train.checkpoints import MetricHistory, optimizer_state
 from effdet_nb.train.experiment import resolve_arch, resolve_experiment
@@ -271,6 +271,14 @@ def test_a_pruned_file_keeps_its_metadata_but_not_its_scores(trained, pruned):
 
 
 def initial_weights(spec): return read_initial_weights(spec.training_config, spec.model_config.model_name, 'key')
+
+
+@pytest.mark.parametrize('value', [8., '8', None, 0, -8, float('nan')])
+@pytest.mark.parametrize('name', ['granularity', 'min_num_filters'])
+def test_counts_that_are_no_whole_numbers_are_one_sentence(name, value):
+    counts = dict(granularity=8, min_num_filters=16) | {name: value}
+    with pytest.raises(ValueError, match=f'{name} {value}: must be a whole number, 1 or more'):
+        check_pruning_settings('max', 'union', threshold=.1, scope='all', **counts)
 
 
 def test_a_pruned_file_opens_as_a_detector_and_as_the_start_of_a_training(pruned):

@@ -31,8 +31,8 @@ from effdet_nb.detector.efficientdet import Arch, arch_to_dict
 from effdet_nb.evaluate.ground_truth import open_eval_dataset
 from effdet_nb.export.formats import write_saved_model, write_tflite
 from effdet_nb.export.mobile import convert_detector
-from effdet_nb.train import checkpoints as checkpoints_module, diagnostics, fit, startup
-from effdet_nb.train.callbacks import TensorBoardCallback, event_file_errors, format_epoch
+from effdet_nb.train import callbacks, checkpoints as checkpoints_module, diagnostics, fit, startup
+from effdet_nb.train.callbacks import StatusCallback, TensorBoardCallback, event_file_errors, format_epoch
 from effdet_nb.train.checkpoints import (
     CheckpointCallback, MetricHistory, list_checkpoints, load_latest_checkpoint, restore_checkpoint, save_checkpoint,
     set_aside_run, training_summary)
@@ -241,11 +241,17 @@ def test_a_new_run_beside_a_best_model_cannot_start_from_it(name, is_refused, sp
 
 @pytest.fixture
 def prepare(spec, tmp_path, monkeypatch):
-    "A function that prepares a run of stubs in a folder, new or continued."
-    for name in ('check_data', 'log_start', 'class_table'): monkeypatch.setattr(startup, name, lambda *args: None)
+    "A function that prepares a run of stubs in a folder, new or continued; returns the arguments of the data check."
+    checked = []
+    for name in ('log_start', 'class_table'): monkeypatch.setattr(startup, name, lambda *args: None)
+    monkeypatch.setattr(startup, 'check_before_training', lambda *args: checked.extend(args))
     monkeypatch.setattr(startup, 'initialize_weights', lambda *args: '')
     monkeypatch.setattr(startup, 'Trainer', lambda arch, plan, strategy: StubTrainer(plan))
-    return lambda initial: startup.prepare_training(resolve_experiment(spec), initial, tmp_path, None)
+    def prepare(initial, num_replicas=1):
+        strategy = SimpleNamespace(num_replicas_in_sync=num_replicas)
+        startup.prepare_training(resolve_experiment(spec, initial, num_replicas), initial, tmp_path, strategy)
+        return checked
+    return prepare
 
 
 def test_a_new_run_moves_a_best_model_that_is_left_alone(prepare, tmp_path, capsys):
@@ -258,9 +264,14 @@ def test_a_new_run_moves_a_best_model_that_is_left_alone(prepare, tmp_path, caps
 
 def test_a_continued_run_moves_nothing(prepare, tmp_path):
     for name in ('model.best.tlt', 'model.step-4.tlt'): (tmp_path/name).touch()
-    prepare(InitialWeights(SimpleNamespace(), 'model.step-4.tlt'))
+    prepare(InitialWeights(SimpleNamespace(arch=ARCH), 'model.step-4.tlt'))
     assert {'model.best.tlt', 'model.step-4.tlt'} <= set(os.listdir(tmp_path))
     assert not (tmp_path/'earlier-1').exists()
+
+
+@pytest.mark.parametrize('num_replicas, epoch_size, batch_size', [(1, 12, 4), (2, 24, 8)])
+def test_the_data_is_compared_with_the_epoch_of_all_replicas(num_replicas, epoch_size, batch_size, prepare):
+    assert prepare(InitialWeights(), num_replicas)[2:4] == [epoch_size, batch_size]
 
 
 def test_a_run_leaves_the_temporary_files_of_other_processes(tmp_path, monkeypatch):
@@ -398,6 +409,20 @@ def test_skip_corrupt_leaves_out_damaged_validation_records(how, with_json, tmp_
     assert capsys.readouterr().err.count('skip_corrupt: ') == 1         # said once, not at every evaluation
     if how == 'bit':
         with pytest.raises(ValueError, match='checksum'): list(open_eval_dataset(f'{folder}/val-*', path))
+
+
+def test_an_evaluation_out_of_memory_names_the_batch_of_the_evaluation(spec, monkeypatch):
+    def evaluate_data(*args, **kwargs): raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
+    monkeypatch.setattr(fit, 'evaluate_data', evaluate_data)
+    loop = stub_loop(spec.replace(eval_config=dict(eval_batch_size=256)))
+    evaluator = loop.evaluator
+    evaluator.detector = evaluator.classes = None
+    loop.trainer.model.weights = []
+    evaluator.evaluate = lambda: fit.Evaluator.evaluate(evaluator)
+    words = '^eval_config.eval_batch_size: .*batches of 256 images. Lower it'
+    with pytest.raises(ValueError, match=words), diagnostics.readable_errors(loop.trainer.plan, (128, 128)):
+        loop.run(iter(dict, None))
+    assert loop.trainer.step == 3
 
 
 # --- what is reported
@@ -645,6 +670,26 @@ def test_the_time_left_does_not_count_the_compilation(first_call, seconds, num_s
     plan = loop.trainer.plan
     loop.first_call, loop.trainer.step = first_call, plan.step_at(plan.last_epoch)-3
     assert loop.seconds_left(seconds, num_steps) == pytest.approx(left)
+
+
+def test_the_time_left_is_unknown_after_an_epoch_that_only_repeats_its_evaluation(spec, monkeypatch):
+    loop = stub_loop(spec)
+    loop.trainer.step, loop.history.epoch_sums = 3, [3]+[1.]*6     # as restored from the checkpoint before it
+    first, second, _ = loop.run(iter(dict, None))
+    assert first['eta'] is None and second['eta'] > 0
+    assert ' left' not in format_epoch(first, 3) and ' left' in format_epoch(second, 3)
+    events = []
+    status = SimpleNamespace(log_progress=lambda message, **event: events.append(event))
+    monkeypatch.setattr(callbacks, 'write_history', lambda *args: None)
+    StatusCallback(SimpleNamespace(epochs=[first]), 3, '.', status).on_epoch_end(0)
+    assert events[0]['eta'] is None
+
+
+def test_an_epoch_without_a_step_is_called_that(spec):
+    spec = spec.replace(training_config=dict(num_examples_per_epoch=6, train_batch_size=16))
+    lines = [format_epoch(row, 3) for row in run_stub(spec).history.epochs]
+    assert [line.split('  ')[1] for line in lines[:2]] == ['no step', 'no step']
+    assert lines[2].split('  ')[1] == 'loss 1.0000 (class 1.0000, box 1.00000)'
 
 
 def test_a_slow_first_step_is_not_counted_in_the_later_epochs(spec, monkeypatch):

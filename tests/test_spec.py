@@ -360,6 +360,12 @@ def test_each_fault_is_named_with_its_place(text, words):
     assert len(e.value.problems) == 1 and words in str(e.value) and '\n' not in str(e.value)
 
 
+def test_the_levels_of_the_network_are_checked_only_for_tasks_that_build_it():
+    spec = Spec.parse('model_config { max_level: 8 }')
+    checked = {task for task in TASK_SECTIONS if any('max_level' in problem for problem in spec.problems(task))}
+    assert checked == {'train', 'evaluate'} and any('max_level' in problem for problem in spec.problems())
+
+
 @pytest.mark.parametrize(
     'section,name,value',
     [

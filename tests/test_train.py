@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from small_training import experiment_of, new_trainer, small_spec, write_records
 
-from effdet_nb.train import trainer as trainer_module
+from effdet_nb.train import distributed, trainer as trainer_module
 from effdet_nb.train.checkpoints import MetricHistory, latest_checkpoint
 from effdet_nb.train.distributed import make_strategy
 from effdet_nb.train.experiment import data_config_from_spec
@@ -148,6 +148,23 @@ def test_frozen_layers_do_not_change(spec):
 def test_asking_for_gpus_that_are_not_there_is_an_error():
     n = len(tf.config.list_physical_devices('GPU'))
     with pytest.raises(ValueError, match=f'TensorFlow sees {n} GPU'): make_strategy(n+2)
+
+
+@pytest.mark.parametrize('gpus, gpu_index, words', [
+    (0, None, '^--gpus 0: must be a whole number, 1 or more'), (-1, None, '^--gpus -1'), (2., None, '^--gpus 2.0'),
+    (2, [0, 0], r'^--gpu_index \[0, 0\]: must be whole numbers from 0, each of them once'),
+    (1, -1, '^--gpu_index -1: must be'), (1, ['0'], '^--gpu_index'),
+    (2, 0, '^--gpus 2 --gpu_index 0: the index must name as many GPUs'), (3, [0, 1], '^--gpus 3 --gpu_index'),
+    (1, 2, '^--gpus 1 --gpu_index 2: TensorFlow sees 2 GPU')])
+def test_gpus_that_cannot_be_meant_are_one_sentence(gpus, gpu_index, words):
+    with pytest.raises(ValueError, match=words): distributed._gpu_names(gpus, gpu_index, ['GPU:0', 'GPU:1'])
+
+
+def test_gpus_are_chosen_by_number_or_index():
+    def names(*args): return distributed._gpu_names(*args, ['GPU:0', 'GPU:1'])
+    assert names(2, None) == names(2, (0, 1)) == ['GPU:0', 'GPU:1']
+    assert names(1, 1) == names(1, [np.int64(1)]) == ['GPU:1'] and names(2, [1, 0]) == ['GPU:1', 'GPU:0']
+    with pytest.raises(ValueError, match='^--gpus 0'): make_strategy(0)
 
 
 def test_all_problems_of_a_spec_are_reported_at_once(tmp_path):

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from fnmatch import filter as match_names
 from functools import cached_property
 from math import isfinite
+from numbers import Integral
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -402,5 +403,4 @@ def _check_choice(name, value, allowed):
 
 def _check_count(name, value):
     "Yields an error message if a value is not a positive integer."
-    is_count = isfinite(value) and value == int(value) and value >= 1
-    if not is_count: yield f'{name} {value}: must be a whole number, 1 or more'
+    if not (isinstance(value, Integral) and value >= 1): yield f'{name} {value}: must be a whole number, 1 or more'

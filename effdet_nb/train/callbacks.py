@@ -12,6 +12,7 @@ __all__ = ['format_epoch', 'plot_history', 'write_history', 'MetricsCallback', '
 import csv, json, os, platform, re, sys
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from math import isnan
 from pathlib import Path
 import keras, numpy as np, tensorflow as tf
 from ..core.files import atomic_write
@@ -28,12 +29,13 @@ def format_epoch(
     num_epochs:int, # epochs of the whole schedule
 )->str:
     "Formats the metrics of an epoch as one line."
-    parts = ['epoch {epoch}/{num_epochs}', 'loss {loss:.4f} (class {cls_loss:.4f}, box {box_loss:.5f})', 'lr {lr:.5f}']
+    losses = 'loss {loss:.4f} (class {cls_loss:.4f}, box {box_loss:.5f})'
+    parts = ['epoch {epoch}/{num_epochs}', 'no step' if isnan(row['loss']) else losses, 'lr {lr:.5f}']
     if 'AP' in row: parts.append('AP {AP:.3f}, AP50 {AP50:.3f}')
     if row.get('input_wait') is not None: parts.append('{input_wait:.0%} waiting for input')
     if row['images_per_second'] is not None: parts.append('{images_per_second:.1f} images/s')
-    parts.append('{time_left} left')
-    return '  '.join(parts).format(**row, num_epochs=num_epochs, time_left=format_duration(row['eta']))
+    if row['eta'] is not None: parts.append(f'{format_duration(row["eta"])} left')
+    return '  '.join(parts).format(**row, num_epochs=num_epochs)
 
 # %% ../../nbs/train/09_callbacks.ipynb #b91b54ee
 def plot_history(
@@ -331,4 +333,5 @@ class StatusCallback(keras.callbacks.Callback):
         self.status.log_progress(
             f'epoch {epoch+1} done', kpi=scores or None, graphical={'loss': row['loss'], 'learning_rate': row['lr']},
             epoch=epoch+1, max_epoch=self.num_epochs, time_per_epoch=format_duration(row['seconds']),
-            eta=format_duration(row['eta']), images_per_second=row['images_per_second'])
+            eta=None if row['eta'] is None else format_duration(row['eta']),
+            images_per_second=row['images_per_second'])

@@ -8,6 +8,7 @@ __all__ = ['worker_rank', 'num_workers', 'is_chief', 'slurm_workers', 'cluster_r
 
 # %% ../../nbs/train/06_distributed.ipynb #1d57cc10
 import json, numpy as np, os, re, tensorflow as tf
+from numbers import Integral
 from ..detector.images import to_channels
 from ..detector.detections import Detections
 from ..detector.predictor import KerasDetector
@@ -112,10 +113,19 @@ def make_strategy(
 
 def _gpu_names(gpus, gpu_index, available):
     "Returns the names of the requested GPUs; raises an error if one of them does not exist."
+    if not _is_index(gpus) or gpus < 1:
+        raise ValueError(f'--gpus {gpus}: must be a whole number, 1 or more. With 1, a machine without a GPU trains on '
+                         'its CPU')
     wanted = range(gpus) if gpu_index is None else gpu_index if isinstance(gpu_index, (list, tuple)) else [gpu_index]
-    if len(wanted) != gpus or max(wanted) >= len(available):
-        raise _missing_gpus_error(gpus, gpu_index, len(available))
+    if not all(map(_is_index, wanted)) or len(set(wanted)) < len(wanted):
+        raise ValueError(f'--gpu_index {gpu_index}: must be whole numbers from 0, each of them once')
+    if len(wanted) != gpus:
+        raise ValueError(f'--gpus {gpus} --gpu_index {gpu_index}: the index must name as many GPUs as there are. Name '
+                         f'{gpus}, or change --gpus')
+    if max(wanted) >= len(available): raise _missing_gpus_error(gpus, gpu_index, len(available))
     return [available[i] for i in wanted]
+
+def _is_index(value): return isinstance(value, Integral) and value >= 0
 
 def _missing_gpus_error(gpus, gpu_index, num_available):
     "Returns the error for GPUs that this machine does not have."

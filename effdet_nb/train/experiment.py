@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRUNED_FIELDS', 'VARIANT_FIELDS', 'FIXED_FIELDS', 'PARSED_FIELDS', 'arch_from_spec', 'InitialWeights', 'resolve_arch',
-           'data_config_from_spec', 'class_table', 'class_table_from_spec', 'TrainingPlan', 'with_epoch_size',
-           'training_plan_from_spec', 'with_defaults', 'Experiment', 'resolve_experiment', 'changed_fields',
-           'check_spec_changes', 'compare_spec_texts', 'eval_dataset', 'eval_dataset_from_spec', 'until_timeout',
-           'evaluate_data', 'evaluate_spec', 'export_nms_settings', 'nms_options']
+           'data_config_from_spec', 'class_table', 'TrainingPlan', 'with_epoch_size', 'training_plan_from_spec',
+           'with_defaults', 'Experiment', 'resolve_experiment', 'changed_fields', 'check_spec_changes',
+           'compare_spec_texts', 'eval_dataset', 'eval_dataset_from_spec', 'until_timeout', 'evaluate_data',
+           'evaluate_spec', 'export_nms_settings', 'nms_options']
 
 # %% ../../nbs/train/04_experiment.ipynb #bd6b1bf2
 import time, warnings
@@ -122,12 +122,6 @@ def class_table(
     if data.validation_json_file: categories = load_coco_lenient(data.validation_json_file)[0].categories
     else: categories = [{'id': i, 'name': f'class {i}'} for i in range(1, data.num_classes)]
     return ClassTable.from_categories(categories, data.num_classes)
-
-def class_table_from_spec(
-    spec:Spec, # the experiment
-)->ClassTable:
-    "Returns the class table of a spec's records."
-    return class_table(data_config_from_spec(spec))
 
 # %% ../../nbs/train/04_experiment.ipynb #efd8c157
 @dataclass(frozen=True)

@@ -97,8 +97,12 @@ class Evaluator:
         timeout = self.evaluation.eval_timeout if num_workers() == 1 else 0    # machines must see the same images
         score = partial(evaluate_data, self.detector, self.data, self.evaluation, self.classes,
                         show_progress=is_chief() and not self.trainer.config.disable_logging, timeout=timeout)
-        if not self.trainer.ema: return score()
-        with self.trainer.ema.swapped_into(self.trainer.model.weights): return score()
+        ema, weights = self.trainer.ema, self.trainer.model.weights
+        try:
+            with ema.swapped_into(weights) if ema else nullcontext(): return score()
+        except tf.errors.ResourceExhaustedError as e:
+            raise ValueError('eval_config.eval_batch_size: out of memory in the evaluation with batches of '
+                             f'{self.evaluation.eval_batch_size} images. Lower it; the metrics stay the same') from e
 
     def run(self)->dict:
         "Evaluates the model and returns its metrics; logs a diagnosis when AP is 0 for the second time."
@@ -145,11 +149,12 @@ class TrainingLoop:
             if self.trainer.model.stop_training: break
         return self.history.epochs
 
-    def seconds_left(self, seconds, num_steps)->float:
+    def seconds_left(self, seconds, num_steps)->float: # None if there is no step to estimate it from
         "Estimates the time to the last epoch from the steps so far, without the first call if there are others."
+        if not num_steps: return None
         plan, (first_steps, first_seconds) = self.trainer.plan, self.first_call
         if num_steps > first_steps: num_steps, seconds = num_steps-first_steps, seconds-first_seconds
-        return (plan.step_at(plan.last_epoch)-self.trainer.step)*seconds/max(num_steps, 1)
+        return (plan.step_at(plan.last_epoch)-self.trainer.step)*seconds/num_steps
 
     def run_epoch(self, epoch, batches)->dict:
         "Runs an epoch, counted from 0, and evaluates if it is due; returns the row of the history."

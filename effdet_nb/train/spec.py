@@ -159,7 +159,7 @@ def _find_problems(spec, task):
         for name,f in section_fields(section).items():
             problem = _field_problem(spec, task, section, f)
             if problem: yield (section, name), f'{section}.{name}: {problem}'
-    yield from _level_problems(spec)
+    if task is None or 'model_config' in TASK_SECTIONS[task]: yield from _level_problems(spec)
     if task in (None, 'train'): yield from _scale_problems(spec)
 
 def _level_problems(spec):

@@ -174,11 +174,13 @@ def log_start(
 # %% ../../nbs/train/11_startup.ipynb #5cdbe070
 def check_data(
     experiment:Experiment, # the run
+    num_replicas:int=1,    # replicas that take a step together, each with a batch of its own
 ):
     "Checks a sample of the records against the settings of a run; raises an error for serious problems."
     plan = experiment.training
-    check_before_training(experiment.data, arch_anchors(experiment.arch), plan.config.num_examples_per_epoch,
-                          plan.batch_size, experiment.evaluation.eval_samples)
+    epoch_size, batch_size = plan.config.num_examples_per_epoch*num_replicas, plan.batch_size*num_replicas
+    check_before_training(experiment.data, arch_anchors(experiment.arch), epoch_size, batch_size,
+                          experiment.evaluation.eval_samples)
 
 # %% ../../nbs/train/11_startup.ipynb #fb77212f
 def open_run(
@@ -233,7 +235,7 @@ def prepare_training(
 )->tuple:                   # (Trainer at its next step, MetricHistory, ClassTable)
     "Checks the data, builds the network and initialises its weights; logs where the run starts."
     if is_chief(): log_message('checking the records ...')
-    check_data(experiment)
+    check_data(experiment, strategy.num_replicas_in_sync)
     if is_chief(): log_message('building the network ...')
     trainer = Trainer(experiment.arch, experiment.training, strategy)
     history = MetricHistory(trainer.metric_names)
