@@ -249,8 +249,11 @@ def _find_classes(classes, text):
     found = exact or [k for k,name in names.items() if name.lower()==text.lower()]
     if found: return found
     if text.isdecimal() and int(text) in names: return [int(text)]
-    by_lower_case = {name.lower(): name for name in names.values()}
+    raise ValueError(f'--classes {text}: the model has no class of this name or id. {_class_hint(classes, text)}')
+
+def _class_hint(classes, text):
+    "Returns the most similar class name, or all names if none is similar."
+    by_lower_case = {name.lower(): name for name in classes.names}
     similar = get_close_matches(text.lower(), by_lower_case, 1)
-    hint = f'Did you mean {by_lower_case[similar[0]]}?' if similar else (
-        f'It has {counted(len(classes.ids), "class", "classes")}: {", ".join(classes.names)[:200]}')
-    raise ValueError(f'--classes {text}: the model has no class of this name or id. {hint}')
+    if similar: return f'Did you mean {by_lower_case[similar[0]]}?'
+    return f'It has {counted(len(classes.ids), "class", "classes")}: {", ".join(classes.names)[:200]}'

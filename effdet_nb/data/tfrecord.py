@@ -309,14 +309,18 @@ def _load_complete(path):
 def _is_sidecar(contents):
     "Tests whether a sidecar has all values that are read from it, of the right types."
     try:
-        classes,counts = ClassTable.from_dict(contents['classes']),contents['boxes_by_category']
-        shards = contents['shards']
-        numbers = [*classes.ids, *map(int, counts), *counts.values(), contents['most_boxes_in_an_image']]
-        numbers += [shard[key] for shard in shards for key in ('records','size')]
-        texts = [*classes.names, *(shard[key] for shard in shards for key in ('file','sha256'))]
+        classes = ClassTable.from_dict(contents['classes'])
+        numbers,texts = _numbers_and_texts(contents, classes)
     except (KeyError, TypeError, AttributeError, ValueError): return False
     is_typed = all(isinstance(v, int) for v in numbers) and all(isinstance(v, str) for v in texts)
     return is_typed and len(classes.ids)==len(classes.names)>0
+
+def _numbers_and_texts(contents, classes):
+    "Lists the numbers and the texts that are read from a sidecar."
+    counts,shards = contents['boxes_by_category'],contents['shards']
+    numbers = [*classes.ids, *map(int, counts), *counts.values(), contents['most_boxes_in_an_image']]
+    numbers += [shard[key] for shard in shards for key in ('records','size')]
+    return numbers, [*classes.names, *(shard[key] for shard in shards for key in ('file','sha256'))]
 
 def _shards_of(sidecars):
     "Maps the path of each shard to its entry in the sidecar."

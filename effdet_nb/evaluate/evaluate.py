@@ -75,11 +75,8 @@ def text_table(
     columns = [[*map(_shorten, column)] if column[0]=='class' else column for column in zip(*rows)]
     widths = [max(map(len, column)) for column in columns]
     alignments = ['<' if name in TEXT_COLUMNS else '>' for name in rows[0]]
-    lines = []
-    for row in zip(*columns):
-        cells = [f'{cell:{align}{width}}' for cell,width,align in zip(row, widths, alignments)]
-        lines.append('  '.join(cells).rstrip())
-    return '\n'.join(lines)
+    template = '  '.join(f'{{:{align}{width}}}' for align,width in zip(alignments, widths))
+    return '\n'.join(template.format(*row).rstrip() for row in zip(*columns))
 
 def _shorten(text, length=40):
     "Returns a text with its middle replaced by … if it is longer than a number of characters."

@@ -95,21 +95,18 @@ def check_saved_model_path(
     if path.name!='saved_model.pb':
         raise ValueError(f'--output_path {path}: a SavedModel is a folder, and its file is always named '
                          f'saved_model.pb. Give {path.with_suffix("")}/saved_model.pb')
-    replaced = SAVED_MODEL_NAMES if path.is_file() else set()
-    others = sorted({p.name for p in folder.iterdir()}-replaced) if folder.is_dir() else []
-    if others:
-        raise ValueError(f'--output_path {path}: the folder contains other files, such as {others[0]}, and a '
-                         'SavedModel replaces its folder. Give a folder that does not exist yet')
-    obstacle = _folder_obstacle(folder)
+    obstacle = _folder_obstacle(folder, SAVED_MODEL_NAMES if path.is_file() else frozenset())
     if obstacle:
-        raise ValueError(f'--output_path {path}: {folder} is {obstacle}, and a SavedModel replaces its '
-                         f'folder. Give a folder inside it, such as {folder/"model"/"saved_model.pb"}')
+        raise ValueError(f'--output_path {path}: {folder} {obstacle}, and a SavedModel replaces its folder. '
+                         f'Give a folder that does not exist yet, such as {folder/"model"/"saved_model.pb"}')
 
-def _folder_obstacle(folder):
-    "Returns why a folder cannot be replaced, None if it can."
-    if folder.is_symlink(): return 'a link'
-    if os.path.ismount(folder): return 'a mounted disk or volume'
-    if Path.cwd().is_relative_to(folder.resolve()): return 'the current folder or contains it'
+def _folder_obstacle(folder, replaceable):
+    "Returns why a folder cannot be replaced, None if it can; `replaceable` are the names that it may contain."
+    others = sorted({path.name for path in folder.iterdir()}-replaceable) if folder.is_dir() else []
+    if others: return f'contains other files, such as {others[0]}'
+    if folder.is_symlink(): return 'is a link'
+    if os.path.ismount(folder): return 'is a mounted disk or volume'
+    if Path.cwd().is_relative_to(folder.resolve()): return 'is the current folder or contains it'
 
 # %% ../../nbs/export/01_formats.ipynb #4d528a6c
 @contextmanager

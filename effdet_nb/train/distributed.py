@@ -116,14 +116,19 @@ def _gpu_names(gpus, gpu_index, available):
     if not _is_index(gpus) or gpus < 1:
         raise ValueError(f'--gpus {gpus}: must be a whole number, 1 or more. With 1, a machine without a GPU trains on '
                          'its CPU')
-    wanted = range(gpus) if gpu_index is None else gpu_index if isinstance(gpu_index, (list, tuple)) else [gpu_index]
+    if gpu_index is None: wanted = range(gpus)
+    else: wanted = gpu_index if isinstance(gpu_index, (list, tuple)) else [gpu_index]
+    _check_indices(wanted, gpus, gpu_index)
+    if max(wanted) >= len(available): raise _missing_gpus_error(gpus, gpu_index, len(available))
+    return [available[i] for i in wanted]
+
+def _check_indices(wanted, gpus, gpu_index):
+    "Raises an error if indices are no different whole numbers, one for each GPU."
     if not all(map(_is_index, wanted)) or len(set(wanted)) < len(wanted):
         raise ValueError(f'--gpu_index {gpu_index}: must be whole numbers from 0, each of them once')
     if len(wanted) != gpus:
         raise ValueError(f'--gpus {gpus} --gpu_index {gpu_index}: the index must name as many GPUs as there are. Name '
                          f'{gpus}, or change --gpus')
-    if max(wanted) >= len(available): raise _missing_gpus_error(gpus, gpu_index, len(available))
-    return [available[i] for i in wanted]
 
 def _is_index(value): return isinstance(value, Integral) and value >= 0
 
