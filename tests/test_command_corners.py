@@ -66,7 +66,7 @@ def test_two_splits_at_once_do_not_mix_their_parts(tmp_path):
 
 def test_two_web_pages_at_once_do_not_mix_their_models(tmp_path, monkeypatch):
     settings = dict(name='toy', lowest=.1)
-    monkeypatch.setattr(browser, '_settings_and_graph', lambda path, key: (settings, b''))
+    monkeypatch.setattr(browser, '_settings_and_graph', lambda path, name, key: (settings, b''))
     monkeypatch.setattr(browser, 'fetch_ort_web', dict)
     monkeypatch.setattr(browser, 'page_scripts', lambda pairs, files: {'a.js': 'new'})
     (tmp_path/'a.js').write_text('of another page')

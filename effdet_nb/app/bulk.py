@@ -9,7 +9,7 @@ __all__ = ['predict_and_save', 'summarize_predictions', 'infer_bulk']
 import json
 from functools import lru_cache
 from pathlib import Path
-from ..core.console import Status, install_command
+from ..core.console import install_command
 from ..core.files import check_output_path, write_json
 from ..detector.detections import Detections
 from ..evaluate.result_files import predictions_to_coco
@@ -96,14 +96,15 @@ def infer_bulk(
     upright:bool=False,       # turn images as their EXIF orientation says; boxes are in pixels of the upright image
     classes:list=None,        # names or category ids of the classes to keep; None: all
     only=None,                # COCO file; only the images in it are processed. None: all images of the folder
-    status:Status=None,       # the open `Status` of results_dir; None: it is opened here
+    open_status=None,         # from `inference_status`, if this run is a part of another; None: opened here
 )->InferenceSummary:
     "Detects objects in images with a Beam pipeline."
     check_score_threshold(score_threshold)
     beam = _import_beam()
     results,model_path = Path(results_dir), str(model_path)
     names = read_label_map(label_map) if label_map else {}
-    with inference_status(results, status=status) as status:
+    with inference_status(results, open_status=open_status) as open_status:
+        status = open_status()
         paths = chosen_images(in_image_path, recursive, only)
         jobs = _make_jobs(paths, in_image_path, results, draw)
         rows = check_output_path(results/'found.jsonl')

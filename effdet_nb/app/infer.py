@@ -9,11 +9,12 @@ __all__ = ['MAX_CANDIDATES', 'LOWEST_CANDIDATE', 'predict_files', 'predict_tiled
 
 # %% ../../nbs/app/03_infer.ipynb #27a0e39c
 import copy, time
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 import numpy as np
-from ..core.console import Status, log_message, progress_bar, results_status
+from ..core.console import log_message, progress_bar, results_status
 from ..core.files import write_json
 from ..detector.images import (
     ResizedImage, read_image, read_orientation, read_resized, read_resized_batches, resize_options, threaded_map)
@@ -245,13 +246,14 @@ def infer(
     upright:bool=False,       # turn images as their EXIF orientation says; boxes are in pixels of the upright image
     classes:list=None,        # names or category ids of the classes to keep; None: all
     only=None,                # COCO file; only the images in it are processed. None: all images of the folder
-    status:Status=None,       # the open `Status` of results_dir; None: it is opened here
+    open_status=None,         # from `inference_status`, if this run is a part of another; None: opened here
 )->InferenceSummary:
     "Detects objects in images and writes annotated images and labels."
     image_output,label_output = outputs = _output_folders(out_image_path, out_label_path, results_dir)
     check_score_threshold(score_threshold)
     result_file = choose_result_file(label_output, label_format, annotations_file)
-    with inference_status(results_dir, key, status) as status:
+    with inference_status(results_dir, key, open_status) as open_status:
+        status = open_status()
         paths = chosen_images(in_image_path, recursive, only)
         if result_file: result_file.check_images(paths)
         writer = make_output_writer(paths, in_image_path, image_output, None if result_file else label_output, upright)
@@ -297,13 +299,16 @@ def _output_folders(image_path, label_path, results_dir):
     raise ValueError('inference: no output path. Set out_image_path for images, out_label_path for labels, '
                      'or results_dir for both')
 
+@contextmanager
 def inference_status(
-    results_dir,        # results folder; None: nothing is written
-    key:str='',         # key of the model file, which must not be written
-    status:Status=None, # the `Status` of a run that this one is a part of; its caller closes it
-):                      # a context of a `Status`, or of None without a folder
-    "Returns the `Status` that is open, or opens that of a results folder."
-    return results_status(results_dir, 'inference', key) if status is None else nullcontext(status)
+    results_dir,      # results folder; None: nothing is written
+    key:str='',       # key of the model file, which must not be written
+    open_status=None, # of a run that this one is a part of
+):                    # yields a function that opens the `Status`, or returns the open one; None without a folder
+    "Ends the `Status` of a run if it was opened, which is done after the options have been checked."
+    with ExitStack() as stack:
+        status = results_status(results_dir, 'inference', key)
+        yield open_status or cache(partial(stack.enter_context, status))
 
 def check_score_threshold(
     score_threshold:float, # lowest score to keep

@@ -7,7 +7,6 @@ __all__ = ['SIZE_HINTS', 'effdet_inference']
 
 # %% ../../nbs/app/20_inference_command.ipynb #3d1e0004
 import os
-from ..core.console import results_status
 from .command import command
 from .options import (
     Option, gpu_option, key_option, log_option, results_option, set_option, spec_option, verbose_option)
@@ -72,6 +71,7 @@ def effdet_inference(
     if not (out_image_path or out_label_path or results_dir):
         raise ValueError('no output path. Give -o FOLDER for annotated images, -l FOLDER for KITTI labels, -l FILE.csv '
                          'for a table, or -r FOLDER for images, labels and detections.json')
+    from effdet_nb.app.infer import inference_status
     from effdet_nb.app.video_inference import infer_files
     spec = _inference_spec(experiment_spec_file, set)
     config = spec.eval_config
@@ -84,15 +84,15 @@ def effdet_inference(
     selection = dict(upright=upright, only=only)
     if runner:
         _check_beam_options(in_image_path, tiling, label_format, annotations_file, out_image_path, out_label_path)
-    with results_status(results_dir, 'inference', key) as status:
+    with inference_status(results_dir, key) as open_status:
         if runner:
-            summary = _infer_with_beam(model_path, in_image_path, results_dir, runner=runner, status=status,
+            summary = _infer_with_beam(model_path, in_image_path, results_dir, runner=runner, open_status=open_status,
                                        **selection, **options)
         else:
             image_options = dict(label_format=label_format, annotations_file=annotations_file, **selection,
                                  batch_size=config.eval_batch_size if batch_size is None else batch_size)
             summary = infer_files(model_path, in_image_path, out_image_path, out_label_path, results_dir,
-                                  image_options, every, tiling=tiling, status=status, **options)
+                                  image_options, every, tiling=tiling, open_status=open_status, **options)
         _check_complete(summary, in_image_path)
     return summary
 

@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core.console import Status, format_duration, install_command, log_message, progress_bar
+from ..core.console import format_duration, install_command, log_message, progress_bar
 from ..core.files import atomic_write, check_output_path
 from ..data.classes import ClassTable
 from ..detector.tiles import Tiling, detect_image, detect_tiled, warn_of_small_tiles
@@ -263,7 +263,7 @@ def infer_files(
     image_options:dict=None,  # arguments of `infer` that concern only images
     every:int=1,              # process each n-th frame of a video
     recursive:bool=False,     # also search subfolders
-    status:Status=None,       # the open `Status` of results_dir; None: it is opened here
+    open_status=None,         # from `inference_status`, if this run is a part of another; None: opened here
     **options,                # arguments of both, such as score_threshold, label_map, key, tiling
 )->FilesSummary:
     "Detects objects in images and videos."
@@ -276,12 +276,13 @@ def infer_files(
     if videos and Path(source).is_dir(): _check_outputs_of_folder(videos, source, out_image_path, out_label_path)
     outputs,summary = (detector, source, out_image_path, out_label_path), FilesSummary()
     options = options | dict(recursive=recursive)
-    with inference_status(results_dir, options.get('key', ''), status) as status:
+    with inference_status(results_dir, options.get('key', ''), open_status) as open_status:
         if has_images or not videos:
             passed_over = count_passed_over(source, recursive, VIDEO_EXTENSIONS) if videos else None
-            summary.images = infer(*outputs, results_dir=results_dir, status=status, **image_options, **options)
+            summary.images = infer(*outputs, results_dir=results_dir, open_status=open_status, **image_options,
+                                   **options)
             if videos: summary.images.passed_over = passed_over
-        if videos: summary.videos = _infer_all_videos(*outputs, results_dir, status, every=every, **options)
+        if videos: summary.videos = _infer_all_videos(*outputs, results_dir, open_status(), every=every, **options)
     return summary
 
 def _infer_all_videos(detector, source, out_video, out_labels, results_dir, status, **options):
