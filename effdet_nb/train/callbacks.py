@@ -34,8 +34,13 @@ def format_epoch(
     if 'AP' in row: parts.append('AP {AP:.3f}, AP50 {AP50:.3f}')
     if row.get('input_wait') is not None: parts.append('{input_wait:.0%} waiting for input')
     if row['images_per_second'] is not None: parts.append('{images_per_second:.1f} images/s')
-    if row['eta'] is not None: parts.append(f'{format_duration(row["eta"])} left')
+    time_left = _format_time_left(row)
+    if time_left: parts.append(f'{time_left} left')
     return '  '.join(parts).format(**row, num_epochs=num_epochs)
+
+def _format_time_left(row):
+    "Formats the time to the last epoch; None if it is not known."
+    return None if row['eta'] is None else format_duration(row['eta'])
 
 # %% ../../nbs/train/09_callbacks.ipynb #b91b54ee
 def plot_history(
@@ -333,5 +338,4 @@ class StatusCallback(keras.callbacks.Callback):
         self.status.log_progress(
             f'epoch {epoch+1} done', kpi=scores or None, graphical={'loss': row['loss'], 'learning_rate': row['lr']},
             epoch=epoch+1, max_epoch=self.num_epochs, time_per_epoch=format_duration(row['seconds']),
-            eta=None if row['eta'] is None else format_duration(row['eta']),
-            images_per_second=row['images_per_second'])
+            eta=_format_time_left(row), images_per_second=row['images_per_second'])

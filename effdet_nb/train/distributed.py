@@ -113,22 +113,22 @@ def make_strategy(
 
 def _gpu_names(gpus, gpu_index, available):
     "Returns the names of the requested GPUs; raises an error if one of them does not exist."
-    if not _is_index(gpus) or gpus < 1:
-        raise ValueError(f'--gpus {gpus}: must be a whole number, 1 or more. With 1, a machine without a GPU trains on '
-                         'its CPU')
-    if gpu_index is None: wanted = range(gpus)
-    else: wanted = gpu_index if isinstance(gpu_index, (list, tuple)) else [gpu_index]
-    _check_indices(wanted, gpus, gpu_index)
+    wanted = _gpu_indices(gpus, gpu_index)
     if max(wanted) >= len(available): raise _missing_gpus_error(gpus, gpu_index, len(available))
     return [available[i] for i in wanted]
 
-def _check_indices(wanted, gpus, gpu_index):
-    "Raises an error if indices are no different whole numbers, one for each GPU."
+def _gpu_indices(gpus, gpu_index):
+    "Returns the indices of the requested GPUs; raises an error if number and indices do not match."
+    if not _is_index(gpus) or gpus < 1:
+        raise ValueError(f'--gpus {gpus}: must be a whole number, 1 or more. With 1, a machine without a GPU trains on '
+                         'its CPU')
+    wanted = range(gpus) if gpu_index is None else gpu_index if isinstance(gpu_index, (list, tuple)) else [gpu_index]
     if not all(map(_is_index, wanted)) or len(set(wanted)) < len(wanted):
         raise ValueError(f'--gpu_index {gpu_index}: must be whole numbers from 0, each of them once')
     if len(wanted) != gpus:
         raise ValueError(f'--gpus {gpus} --gpu_index {gpu_index}: the index must name as many GPUs as there are. Name '
                          f'{gpus}, or change --gpus')
+    return wanted
 
 def _is_index(value): return isinstance(value, Integral) and value >= 0
 

@@ -68,21 +68,20 @@ def compare_classes(
     "Raises an error if a channel has another category id than in a checkpoint, and describes other names."
     names = []
     for channel in range(new.num_classes):
-        if _is_other_category(old, new, channel): raise _other_category_error(old, new, channel, name)
+        _check_same_category(old, new, channel, name)
         before, now = old.class_name(channel), new.class_name(channel)
         if before != now: names.append(f'class {before} -> {now}')
     more = [f'and {len(names)-3} more'] if len(names) > 3 else []
     return ', '.join(names[:3]+more)
 
-def _is_other_category(old, new, channel):
-    "Returns whether a channel has different category ids in two class tables; an idle channel has none."
-    if not (old.has_category(channel) and new.has_category(channel)): return False
-    return old.category_id(channel) != new.category_id(channel)
-
-def _other_category_error(old, new, channel, name):
-    return ValueError(f'{name}: category id {old.category_id(channel)} ({old.class_name(channel)}) had channel '
-                      f'{channel}, which is now that of id {new.category_id(channel)} ({new.class_name(channel)}). A '
-                      'run cannot continue with other categories: restore the records, or start in another --model_dir')
+def _check_same_category(old, new, channel, name):
+    "Raises an error if a channel has different category ids in two class tables; an idle channel has none."
+    if not (old.has_category(channel) and new.has_category(channel)): return
+    before, now = old.category_id(channel), new.category_id(channel)
+    if before == now: return
+    raise ValueError(f'{name}: category id {before} ({old.class_name(channel)}) had channel {channel}, which is now '
+                     f'that of id {now} ({new.class_name(channel)}). A run cannot continue with other categories: '
+                     'restore the records, or start in another --model_dir')
 
 # %% ../../nbs/train/11_startup.ipynb #b693b628
 def check_same_network(
