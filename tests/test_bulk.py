@@ -108,6 +108,17 @@ def test_images_are_turned_upright(model_and_images, without_beam, capsys):
         assert ('--upright' in capsys.readouterr().err) == (not upright)
 
 
+def test_an_unreadable_image_is_a_failure_in_the_status_file(model_and_images, without_beam):
+    folder = model_and_images
+    (folder/'mixed').mkdir()
+    Image.new('RGB', (100, 60)).save(folder/'mixed'/'a.png')
+    (folder/'mixed'/'b.png').write_bytes(b'no image')
+    summary = infer_bulk(folder/'a.onnx', folder/'mixed', folder/'out')
+    last = read_status(folder/'out')[-1]
+    assert (last['status'], last['message']) == ('FAILURE', summary.failure)
+    assert summary.failure.startswith('1 of 2 images could not be read')
+
+
 def test_only_the_listed_images_are_processed(model_and_images, without_beam):
     folder = model_and_images
     for names in (['0.png'], ['deep/3.png', '1.png']):

@@ -178,6 +178,14 @@ def test_the_last_event_says_how_the_run_ended(tmp_path, error, state, words):
     assert last['status']==state and words in last['message']
 
 
+def test_an_error_is_more_important_than_a_reported_failure(tmp_path):
+    with Status(tmp_path/'a', 'inference') as status: status.fail('1 of 8 images')
+    with pytest.raises(ValueError), Status(tmp_path/'b', 'inference') as status:
+        status.fail('1 of 8 images')
+        raise ValueError('no space')
+    assert [read_status(tmp_path/name)[-1]['message'] for name in 'ab'] == ['1 of 8 images', 'no space']
+
+
 def test_a_failing_disk_does_not_hide_the_first_error(tmp_path, monkeypatch):
     def disk_full(*_): raise OSError(28, 'No space left on device')
     with pytest.raises(ValueError, match='the real reason'):

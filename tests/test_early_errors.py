@@ -2,7 +2,6 @@
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -85,8 +84,9 @@ def test_the_check_of_a_model_file_reads_its_metadata_only(folder):
 
 
 def test_a_camera_that_fails_is_not_counted_as_files(folder, monkeypatch, capsys):
-    summary = SimpleNamespace(num_failed=1, num_files=1, videos=[None])
-    monkeypatch.setattr('effdet_nb.app.video_inference.infer_files', lambda *args, **kwargs: summary)
+    from effdet_nb.app.video_inference import FilesSummary, VideoSummary
+    def fail(model, source, *args, **kwargs): return FilesSummary(videos=[VideoSummary(source, error='it is gone')])
+    monkeypatch.setattr('effdet_nb.app.video_inference.infer_files', fail)
     for source, words in (('0', 'the camera or stream'), ('rtsp://camera/1', 'the camera or stream'),
                           ('drive.mp4', '1 of 1 files')):
         options = dict(model_path='m.tlt', in_image_path=source, results_dir='out')

@@ -6,17 +6,17 @@
 __all__ = ['predict_and_save', 'summarize_predictions', 'infer_bulk']
 
 # %% ../../nbs/app/04_bulk.ipynb #db55135f
-import json
+import json, os
 from functools import lru_cache
 from pathlib import Path
-from ..core.console import install_command
+from ..core.console import install_command, results_status
 from ..core.files import check_output_path, write_json
 from ..detector.detections import Detections
 from ..evaluate.result_files import predictions_to_coco
 from .inference_files import choose_channels, chosen_images, read_label_map, rename_classes
 from .inference_results import FilePrediction, InferenceSummary, OutputWriter
 from .infer import (
-    check_score_threshold, detection_limit, inference_status, load_for_inference, make_output_writer, predict_files,
+    check_score_threshold, detection_limit, load_for_inference, make_output_writer, predict_files,
     warn_of_fixed_limit, warn_of_orientation, with_all_candidates)
 
 # %% ../../nbs/app/04_bulk.ipynb #738e1811
@@ -96,15 +96,13 @@ def infer_bulk(
     upright:bool=False,       # turn images as their EXIF orientation says; boxes are in pixels of the upright image
     classes:list=None,        # names or category ids of the classes to keep; None: all
     only=None,                # COCO file; only the images in it are processed. None: all images of the folder
-    open_status=None,         # from `inference_status`, if this run is a part of another; None: opened here
 )->InferenceSummary:
     "Detects objects in images with a Beam pipeline."
     check_score_threshold(score_threshold)
     beam = _import_beam()
     results,model_path = Path(results_dir), str(model_path)
     names = read_label_map(label_map) if label_map else {}
-    with inference_status(results, open_status=open_status) as open_status:
-        status = open_status()
+    with results_status(results, 'inference', os.environ.get('EFFDET_KEY', '')) as status:
         paths = chosen_images(in_image_path, recursive, only)
         jobs = _make_jobs(paths, in_image_path, results, draw)
         rows = check_output_path(results/'found.jsonl')
@@ -117,6 +115,7 @@ def infer_bulk(
         summary = summarize_predictions(rows, class_table, score_threshold, results)
         if not upright: warn_of_orientation(summary.predictions)
         status.log_progress(f'Processed {summary.num_images} images.', kpi=summary.counts)
+        if summary.failure: status.fail(summary.failure)
         return summary
 
 # %% ../../nbs/app/04_bulk.ipynb #094fa532

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['MAX_CANDIDATES', 'LOWEST_CANDIDATE', 'predict_files', 'predict_tiled_files', 'load_for_inference', 'batch_sizes',
            'warm_up', 'warn_of_orientation', 'detection_limit', 'with_all_candidates', 'warn_of_fixed_limit', 'infer',
-           'inference_status', 'check_score_threshold', 'make_output_writer']
+           'check_score_threshold', 'make_output_writer']
 
 # %% ../../nbs/app/03_infer.ipynb #27a0e39c
 import copy, time
-from contextlib import ExitStack, contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
-from functools import cache, partial
 from pathlib import Path
 import numpy as np
-from ..core.console import log_message, progress_bar, results_status
+from ..core.console import Status, log_message, progress_bar, results_status
 from ..core.files import write_json
 from ..detector.images import (
     ResizedImage, read_image, read_orientation, read_resized, read_resized_batches, resize_options, threaded_map)
@@ -246,14 +245,13 @@ def infer(
     upright:bool=False,       # turn images as their EXIF orientation says; boxes are in pixels of the upright image
     classes:list=None,        # names or category ids of the classes to keep; None: all
     only=None,                # COCO file; only the images in it are processed. None: all images of the folder
-    open_status=None,         # from `inference_status`, if this run is a part of another; None: opened here
+    status:Status=None,       # of the run that this one is a part of; None: one of its own in `results_dir`
 )->InferenceSummary:
     "Detects objects in images and writes annotated images and labels."
     image_output,label_output = outputs = _output_folders(out_image_path, out_label_path, results_dir)
     check_score_threshold(score_threshold)
     result_file = choose_result_file(label_output, label_format, annotations_file)
-    with inference_status(results_dir, key, open_status) as open_status:
-        status = open_status()
+    with nullcontext(status) if status else results_status(results_dir, 'inference', key) as status:
         paths = chosen_images(in_image_path, recursive, only)
         if result_file: result_file.check_images(paths)
         writer = make_output_writer(paths, in_image_path, image_output, None if result_file else label_output, upright)
@@ -298,17 +296,6 @@ def _output_folders(image_path, label_path, results_dir):
     if image_path is not None or label_path is not None: return image_path, label_path
     raise ValueError('inference: no output path. Set out_image_path for images, out_label_path for labels, '
                      'or results_dir for both')
-
-@contextmanager
-def inference_status(
-    results_dir,      # results folder; None: nothing is written
-    key:str='',       # key of the model file, which must not be written
-    open_status=None, # of a run that this one is a part of
-):                    # yields a function that opens the `Status`, or returns the open one; None without a folder
-    "Ends the `Status` of a run if it was opened, which is done after the options have been checked."
-    with ExitStack() as stack:
-        status = results_status(results_dir, 'inference', key)
-        yield open_status or cache(partial(stack.enter_context, status))
 
 def check_score_threshold(
     score_threshold:float, # lowest score to keep

@@ -71,7 +71,6 @@ def effdet_inference(
     if not (out_image_path or out_label_path or results_dir):
         raise ValueError('no output path. Give -o FOLDER for annotated images, -l FOLDER for KITTI labels, -l FILE.csv '
                          'for a table, or -r FOLDER for images, labels and detections.json')
-    from effdet_nb.app.infer import inference_status
     from effdet_nb.app.video_inference import infer_files
     spec = _inference_spec(experiment_spec_file, set)
     config = spec.eval_config
@@ -84,29 +83,15 @@ def effdet_inference(
     selection = dict(upright=upright, only=only)
     if runner:
         _check_beam_options(in_image_path, tiling, label_format, annotations_file, out_image_path, out_label_path)
-    with inference_status(results_dir, key) as open_status:
-        if runner:
-            summary = _infer_with_beam(model_path, in_image_path, results_dir, runner=runner, open_status=open_status,
-                                       **selection, **options)
-        else:
-            image_options = dict(label_format=label_format, annotations_file=annotations_file, **selection,
-                                 batch_size=config.eval_batch_size if batch_size is None else batch_size)
-            summary = infer_files(model_path, in_image_path, out_image_path, out_label_path, results_dir,
-                                  image_options, every, tiling=tiling, open_status=open_status, **options)
-        _check_complete(summary, in_image_path)
-    return summary
-
-def _check_complete(summary, source):
-    "Prints the summary and raises if a file could not be read completely."
-    if summary.num_failed==0: return
+        summary = _infer_with_beam(model_path, in_image_path, results_dir, runner=runner, **selection, **options)
+    else:
+        image_options = dict(label_format=label_format, annotations_file=annotations_file, **selection,
+                             batch_size=config.eval_batch_size if batch_size is None else batch_size)
+        summary = infer_files(model_path, in_image_path, out_image_path, out_label_path, results_dir, image_options,
+                              every, tiling=tiling, **options)
+    if not summary.failure: return summary
     print(summary, flush=True)
-    from effdet_nb.app.video import is_live
-    if is_live(source):
-        raise ValueError('the camera or stream could not be read to its end. The reason is listed above; all frames '
-                         'before it were processed')
-    kinds = 'files could not be read completely' if summary.videos else 'images could not be read'
-    raise ValueError(f'{summary.num_failed:,} of {summary.num_files:,} {kinds}. '
-                     'They are listed above; all others were processed')
+    raise ValueError(summary.failure)
 
 def _tiling(tile, overlap, tile_only):
     "The `Tiling` that the options describe, or None."
@@ -139,5 +124,4 @@ def _infer_with_beam(model_path, in_image_path, results_dir, key, runner, **opti
     if not results_dir: raise ValueError('--runner: a Beam pipeline needs a folder for its results. Add --results_dir')
     if key: os.environ['EFFDET_KEY'] = key
     from effdet_nb.app.bulk import infer_bulk
-    from effdet_nb.app.video_inference import FilesSummary
-    return FilesSummary(infer_bulk(model_path, in_image_path, results_dir, options=[f'--runner={runner}'], **options))
+    return infer_bulk(model_path, in_image_path, results_dir, options=[f'--runner={runner}'], **options)

@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from ..core.console import format_duration, install_command, log_message, progress_bar
+from ..core.console import format_duration, install_command, log_message, progress_bar, results_status
 from ..core.files import atomic_write, check_output_path
 from ..data.classes import ClassTable
 from ..detector.tiles import Tiling, detect_image, detect_tiled, warn_of_small_tiles
@@ -20,13 +20,12 @@ from ..evaluate.result_files import CSV_COLUMNS, detection_rows
 from .inference_files import (
     FILE_ENDINGS, VIDEO_EXTENSIONS, choose_channels, count_passed_over, find_images, is_annotated_copy,
     read_label_map, rename_classes, visible_files)
-from .inference_results import InferenceSummary
+from .inference_results import InferenceSummary, describe_failure
 from .infer import (
-    check_score_threshold, detection_limit, infer, inference_status, load_for_inference, warm_up, warn_of_fixed_limit,
+    check_score_threshold, detection_limit, infer, load_for_inference, warm_up, warn_of_fixed_limit,
     with_all_candidates)
-from effdet_nb.app.video import (
-    CONTAINERS, VideoReader, VideoWriter, check_video_path, import_av, in_background, is_live,
-    is_video)
+from .video import (
+    CONTAINERS, VideoReader, VideoWriter, check_video_path, import_av, in_background, is_live, is_video)
 
 # %% ../../nbs/app/06_video_inference.ipynb #cd7f5c2e
 FRAME_COLUMNS = ('frame', 'seconds', *CSV_COLUMNS[1:]) # as in the table of images
@@ -252,6 +251,16 @@ class FilesSummary:
         "The number of images and videos."
         return len(self.videos) + (self.images.num_images+len(self.images.unreadable) if self.images else 0)
 
+    @property
+    def failure(self)->str:
+        "One sentence on the files that could not be read completely; '' if all could."
+        if self.num_failed==0: return ''
+        if not self.videos: return self.images.failure
+        if is_live(self.videos[0].source):
+            return ('the camera or stream could not be read to its end. The reason is listed above; all frames before '
+                    'it were processed')
+        return describe_failure('files could not be read completely', self.num_failed, self.num_files)
+
     def __repr__(self): return '\n'.join(map(repr, filter(None, [self.images, *self.videos])))
 
 def infer_files(
@@ -263,7 +272,6 @@ def infer_files(
     image_options:dict=None,  # arguments of `infer` that concern only images
     every:int=1,              # process each n-th frame of a video
     recursive:bool=False,     # also search subfolders
-    open_status=None,         # from `inference_status`, if this run is a part of another; None: opened here
     **options,                # arguments of both, such as score_threshold, label_map, key, tiling
 )->FilesSummary:
     "Detects objects in images and videos."
@@ -276,13 +284,13 @@ def infer_files(
     if videos and Path(source).is_dir(): _check_outputs_of_folder(videos, source, out_image_path, out_label_path)
     outputs,summary = (detector, source, out_image_path, out_label_path), FilesSummary()
     options = options | dict(recursive=recursive)
-    with inference_status(results_dir, options.get('key', ''), open_status) as open_status:
+    with results_status(results_dir, 'inference', options.get('key', '')) as status:
         if has_images or not videos:
             passed_over = count_passed_over(source, recursive, VIDEO_EXTENSIONS) if videos else None
-            summary.images = infer(*outputs, results_dir=results_dir, open_status=open_status, **image_options,
-                                   **options)
+            summary.images = infer(*outputs, results_dir=results_dir, status=status, **image_options, **options)
             if videos: summary.images.passed_over = passed_over
-        if videos: summary.videos = _infer_all_videos(*outputs, results_dir, open_status(), every=every, **options)
+        if videos: summary.videos = _infer_all_videos(*outputs, results_dir, status, every=every, **options)
+        if status and summary.failure: status.fail(summary.failure)
     return summary
 
 def _infer_all_videos(detector, source, out_video, out_labels, results_dir, status, **options):

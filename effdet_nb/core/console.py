@@ -47,18 +47,22 @@ class Status:
     ):
         self.path,self.task = Path(folder)/'status.json', task
         self.enabled,self.secrets = enabled, tuple(secrets)
-        self.lasting_numbers = {}
+        self.lasting_numbers,self.failure = {}, ''
 
     def __enter__(self):
         self._write_event('STARTED', f'Starting {self.task}.')
         return self
 
     def __exit__(self, error_type, error, traceback):
-        is_success = error is None or (error_type is SystemExit and error.code in (None,0))
-        if is_success: return self._write_event('SUCCESS', f'{self.task} finished successfully.')
+        if error is None or (error_type is SystemExit and error.code in (None,0)): return self._write_last_event()
         message = f'{self.task} was interrupted.' if issubclass(error_type, KeyboardInterrupt) else str(error)
         with suppress(OSError): # the error that ended the run is more important
             self._write_event('FAILURE', message or error_type.__name__)
+
+    def _write_last_event(self):
+        "Writes the last event of a run that no error has ended."
+        if self.failure: self._write_event('FAILURE', self.failure)
+        else: self._write_event('SUCCESS', f'{self.task} finished successfully.')
 
 # %% ../../nbs/core/02_console.ipynb #639b3897
 @patch
@@ -89,6 +93,14 @@ def log_progress(self:Status,
         if numbers is None: continue
         self.lasting_numbers[name] = {**self.lasting_numbers.get(name, {}), **numbers}
     self._write_event('RUNNING', message, **data)
+
+# %% ../../nbs/core/02_console.ipynb #d06fcb31
+@patch
+def fail(self:Status,
+    message:str, # one sentence about what has failed
+):
+    "Lets the run end with FAILURE, unless an error ends it before."
+    self.failure = message
 
 # %% ../../nbs/core/02_console.ipynb #128208e1
 @contextmanager
