@@ -14,7 +14,7 @@ from effdet_nb.app.html import check_page_path, write_html_page
 from effdet_nb.app.video import VideoWriter
 from effdet_nb.core.files import exclusive_lock
 from effdet_nb.data.classes import ClassTable
-from effdet_nb.data.label_formats import SourceError
+from effdet_nb.data.label_set import SourceError
 from effdet_nb.data.shards import output_lock
 from effdet_nb.data.split import split_dataset
 from effdet_nb.data.tile_dataset import tile_dataset

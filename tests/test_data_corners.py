@@ -15,7 +15,7 @@ from effdet_nb.data.record_checks import check_box_counts
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.data.image_files import upright_size
-from effdet_nb.data.label_formats import SourceError
+from effdet_nb.data.label_set import SourceError
 from effdet_nb.data.record_index import Records
 from effdet_nb.data.sources import convert_sources
 from effdet_nb.data.split import split_dataset

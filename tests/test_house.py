@@ -27,12 +27,13 @@ LIGHT = ('core', 'detector.boxes', 'detector.images', 'detector.toy_data', 'dete
          'detector.nms', 'detector.tiles', 'data.classes', 'data.faults', 'data.coco_json', 'data.coco_checks',
          'data.coco', 'data.masks', 'data.validate', 'data.tfrecord', 'data.record', 'data.record_index',
          'data.shards', 'data.workers', 'data.conversion', 'data.convert', 'data.anchor_fit', 'data.label_set',
-         'data.label_files', 'data.label_json', 'data.label_formats', 'data.sources', 'data.image_groups', 'data.split',
-         'evaluate', 'weights.encryption', 'weights.container', 'weights.model_file', 'train.fields', 'train.spec_text',
-         'train.spec', 'train.set_fields', 'export', 'app.inference_files', 'app.inference_results', 'app.infer',
-         'app.bulk', 'app.video', 'app.video_inference', 'app.html', 'app.model_evaluation', 'app.evaluation_page',
-         'app.quickstart_settings', 'app.options', 'app.completion', 'app.command', 'app.demo', 'app.compare',
-         'app.tile_command', 'app.split_command', 'app.inference_command', 'app.export_commands', 'app.cli')
+         'data.label_files', 'data.label_json', 'data.yolo_yaml', 'data.label_formats', 'data.sources',
+         'data.image_groups', 'data.split', 'evaluate', 'weights.encryption', 'weights.container',
+         'weights.model_file', 'train.fields', 'train.spec_text', 'train.spec', 'train.set_fields', 'export',
+         'app.inference_files', 'app.inference_results', 'app.infer', 'app.bulk', 'app.video', 'app.video_inference',
+         'app.html', 'app.model_evaluation', 'app.evaluation_page', 'app.quickstart_settings', 'app.options',
+         'app.completion', 'app.command', 'app.demo', 'app.compare', 'app.tile_command', 'app.split_command',
+         'app.inference_command', 'app.export_commands', 'app.cli')
 # Keras, never TensorFlow, so that another Keras backend can run them:
 PURE = ('detector', 'train.optim')
 

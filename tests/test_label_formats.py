@@ -15,7 +15,8 @@ from PIL import Image
 from effdet_nb.core.files import UnsuitableFile
 from effdet_nb.data.coco_json import CocoError
 from effdet_nb.data.faults import Fault
-from effdet_nb.data.label_formats import SourceError, find_source, text_format
+from effdet_nb.data.label_formats import find_source, text_format
+from effdet_nb.data.label_set import SourceError
 from effdet_nb.data.label_json import labelme_outline
 from effdet_nb.data.label_set import LabelSet
 from effdet_nb.data.sources import convert_sources, ordered_names, parse_class_map, read_sources

@@ -18,7 +18,7 @@ from effdet_nb.app.model_evaluation import EvaluationResults
 from effdet_nb.app.options import parse_options
 from effdet_nb.app.quickstart_settings import QuickstartSettings, shell_commands
 from effdet_nb.app.video_inference import list_videos
-from effdet_nb.data.label_formats import SourceError
+from effdet_nb.data.label_set import SourceError
 from effdet_nb.data.split import split_dataset
 from effdet_nb.data.tile_dataset import tile_dataset
 from effdet_nb.detector.efficientdet import Arch, arch_to_dict

@@ -3,7 +3,7 @@ import json, re
 import numpy as np, pytest
 from PIL import Image
 from effdet_nb.data.faults import Fault, Reason, describe_issues
-from effdet_nb.data.label_formats import SourceError
+from effdet_nb.data.label_set import SourceError
 from effdet_nb.data.label_set import LabelSet
 from effdet_nb.data import sources
 from effdet_nb.data.shards import sha256_of

@@ -16,7 +16,7 @@ from effdet_nb.data.coco import load_coco
 from effdet_nb.data.convert import dataset_convert
 from effdet_nb.data.faults import ConversionReport
 from effdet_nb.data.image_groups import image_signature, join_groups, near_duplicates, source_of
-from effdet_nb.data.label_formats import SourceError
+from effdet_nb.data.label_set import SourceError
 from effdet_nb.data.split import SplitResult, assign_groups, split_dataset
 
 

@@ -9,7 +9,8 @@ from effdet_nb.app.inference_files import read_label_map
 from effdet_nb.app.video import open_video
 from effdet_nb.core.files import LfsPointer, read_file
 from effdet_nb.data.faults import Fault
-from effdet_nb.data.label_formats import MAX_YAML_SIZE, SourceError, read_yaml
+from effdet_nb.data.label_set import SourceError
+from effdet_nb.data.yolo_yaml import MAX_YAML_SIZE, read_yaml
 from effdet_nb.data.record_index import index_tfrecord
 from effdet_nb.data.sources import convert_sources, read_sources
 from effdet_nb.data.split import split_dataset
