@@ -16,11 +16,10 @@ from effdet_nb.core.files import UnsuitableFile
 from effdet_nb.data.coco_json import CocoError
 from effdet_nb.data.faults import Fault
 from effdet_nb.data.label_formats import find_source, text_format
-from effdet_nb.data.label_set import SourceError
 from effdet_nb.data.label_json import labelme_outline
-from effdet_nb.data.label_set import LabelSet
+from effdet_nb.data.label_set import LabelSet, SourceError
 from effdet_nb.data.sources import convert_sources, ordered_names, parse_class_map, read_sources
-from effdet_nb.data.tfrecord import parse_example, read_records
+from effdet_nb.data.tfrecord import load_sidecar, parse_example, read_records
 
 FIXTURES = Path(__file__).parent/'fixtures'/'labels'
 SIZES = {'a b.jpg': (60, 80), 'c.jpg': (61, 80), 'empty.jpg': (62, 80)}
@@ -358,6 +357,8 @@ def test_blanks_around_a_class_name_do_not_make_another_class(kind, tmp_path):
     options = dict(num_shards=1, workers=1)
     mapped = convert_sources(path, tmp_path, tmp_path/'out', 'a', class_map={'car': 'auto'}, **options)
     assert mapped.boxes_by_name=={'auto': 1, 'dog': 0}
+    convert_sources(path, tmp_path, tmp_path/'plain', 'a', **options)
+    assert load_sidecar(tmp_path/'plain'/'a-*').classes.names==('car', 'dog')
 
 
 def test_images_without_label_files_are_examples_of_background(tmp_path):

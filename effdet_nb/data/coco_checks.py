@@ -218,9 +218,9 @@ def _are_areas(values):
 
 # %% ../../nbs/data/04_coco_checks.ipynb #c06e9174
 def _category_name(value):
-    "Returns a name as text, or None; a number can be a name."
+    "Returns a name as text without blanks around it, or None; a number can be a name."
     if isinstance(value, (int,float)) and not isinstance(value, bool): return f'{value}'
-    return value if _is_text(value) and value.strip() else None
+    return value.strip() or None if _is_text(value) else None
 
 def _wrong_names(lists):
     "Finds categories without a name, and names of several categories."
