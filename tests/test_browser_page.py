@@ -18,12 +18,12 @@ from effdet_nb.detector.images import resize_to_input, to_channels
 from effdet_nb.detector.toy_data import make_toy_image
 from effdet_nb.data.classes import ClassTable
 from effdet_nb.export.browser import (
-    ORT_WEB_FILES, browser_graph, fetch_ort_web, model_settings, page_scripts, read_ort_web, viewer_html,
-    write_browser_page)
+    ORT_WEB_FILES, browser_graph, fetch_ort_web, page_scripts, read_ort_web, write_browser_page)
 from effdet_nb.export.formats import random_detector
 from effdet_nb.export.onnx_graph import convert_to_onnx
 from effdet_nb.export.onnx_nms import add_nms
 from effdet_nb.export.runtimes import OnnxDetector, load_detector
+from effdet_nb.export.viewer import model_settings, viewer_html
 from effdet_nb.weights.model_file import save_detector
 
 

@@ -23,7 +23,7 @@ class DemoModel:
         name:str, # name to show
         detector, # any detector
     ):
-        from effdet_nb.export.browser import model_settings
+        from effdet_nb.export.viewer import model_settings
         self.detector,self.lock = detector, threading.Lock()
         options = getattr(detector, 'nms_options', None)
         lowest = options.score_threshold if options else 0
@@ -78,7 +78,7 @@ def demo_files(
     threshold:float=.5, # score at which the slider starts
 )->dict:             # address -> (type, content)
     "Returns the files of the page of a demo."
-    from effdet_nb.export.browser import DECODE_JS, VIEWER_JS, viewer_html
+    from effdet_nb.export.viewer import DECODE_JS, VIEWER_JS, viewer_html
     settings = [model.settings for model in models]
     title = ', '.join(model['name'] for model in settings)
     lowest = min(model['lowest'] for model in settings)
