@@ -125,12 +125,25 @@ def test_an_image_of_the_same_name_in_another_folder_does_not_pass_silently(tmp_
                                                                            warning):
     truth = annotation_file(tmp_path/'truth.json', ['x'], listed)
     table = class_table(x=50)
-    predictions = [SimpleNamespace(path=path, detections=Detections([[0, 0, 9, 9]], [.5], [0], class_table=table))
-                   for path in paths]
+    found = Detections([[0, 0, 9, 9]], [.5], [0], class_table=table)
+    predictions = [SimpleNamespace(path=path, detections=found, image_hw=(30, 40)) for path in paths]
     results = coco_result_list(predictions, table, AnnotationIds(truth))
     assert [r['image_id'] for r in results]==image_ids
     printed = capsys.readouterr().err
     assert warning in printed if warning else printed==''
+
+
+@pytest.mark.parametrize('labelled_hw,bbox', [
+    ((30, 40), [0, 0, 40, 30]), ((60, 80), [0, 0, 80, 60]), ((15, 21), [0, 0, 21, 15]),
+    ((40, 30), [0, 0, 40, 30]), ((0, 0), [0, 0, 40, 30])])          # turned, and unknown
+def test_results_are_in_pixels_of_the_labels(images, tmp_path, labelled_hw, bbox):
+    truth = annotation_file(tmp_path/'truth.json', NAMES, ['day1/a.jpg'])
+    data = json.loads(truth.read_text())
+    data['images'][0].update(height=labelled_hw[0], width=labelled_hw[1])
+    truth.write_text(json.dumps(data))
+    infer(FullImageDetector(NAMES), images, out_label_path=tmp_path/'r.json', label_format='coco',
+          annotations_file=truth, only=truth)
+    assert {tuple(r['bbox']) for r in json.loads((tmp_path/'r.json').read_text())}=={tuple(bbox)}
 
 
 @pytest.mark.parametrize('path,found', [
