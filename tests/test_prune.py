@@ -507,12 +507,12 @@ def spec(pruned, tmp_path_factory):
     return Spec().replace(model_config=dict(model_name=ARCH.name), dataset_config=dataset, training_config=training)
 
 
-def start_trainer(spec):
+def start_trainer(spec, classes=None):
     "A trainer with the weights that its spec starts from, those weights, and the message about them."
     initial = initial_weights(spec)
     experiment = resolve_experiment(spec, initial)
     trainer = Trainer(experiment.arch, experiment.training)
-    message = initialize_weights(trainer, MetricHistory(trainer.metric_names), initial, experiment.spec_text)
+    message = initialize_weights(trainer, MetricHistory(trainer.metric_names), initial, experiment.spec_text, classes)
     return trainer, initial, message
 
 
@@ -523,10 +523,19 @@ def test_imagenet_weights_do_not_replace_those_of_the_pruned_model(pruned, spec)
     assert {name: trainer.arch.widths[name] for name in pruned.widths} == pruned.widths
 
 
+def test_retraining_names_classes_that_are_not_those_of_the_pruned_model(pruned, spec):
+    before = load_model_file(pruned.path, 'key').classes
+    now = ClassTable(before.ids, (before.names[1], before.names[0], *before.names[2:]), before.num_classes)
+    _, _, message = start_trainer(spec, now)
+    changes = ', '.join(f'class {a} -> {b}' for a, b in zip(before.names, now.names) if a != b)
+    assert message == f'retraining the pruned {pruned.path}; changed since pruning: {changes}' and '->' in changes
+    assert 'changed since' not in start_trainer(spec, before)[2]
+
+
 @pytest.mark.slow
 def test_retraining_starts_from_the_pruned_file_alone_and_resumes_exactly(pruned, spec, tmp_path, capsys):
     fit.train(spec, tmp_path/'a', 'key')
-    assert f'retraining the pruned {pruned.path}\n' in capsys.readouterr().err
+    assert f'retraining the pruned {pruned.path}' in capsys.readouterr().err
     fit.train(spec.replace(training_config=dict(stop_at_epoch=1)), tmp_path/'b', 'key')
     fit.train(spec, tmp_path/'b', 'key')
     assert 'continuing from' in capsys.readouterr().err
