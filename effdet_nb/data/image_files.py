@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNREADABLE', 'MAX_PROBED', 'SLOPPY', 'OutsideFolder', 'image_path', 'EncodedImage', 'probe_image',
            'match_orientation', 'SidesSwapped', 'image_fault', 'without_upload_prefix', 'upright_size',
-           'comparable_parts', 'walk_folders', 'find_image_files', 'without_wrong_sizes']
+           'comparable_parts', 'walk_folders', 'is_of_another_computer', 'find_image_files', 'without_wrong_sizes']
 
 # %% ../../nbs/data/06_image_files.ipynb #600c8d8a
 import errno, io, os, re, struct, unicodedata, zlib
@@ -212,13 +212,15 @@ def _path_on_disk(name, files):
     "Returns the path of the only file that can be meant by a name, or None."
     parts,paths = comparable_parts(name),[]
     last = parts[-1:] if parts[-1:] in files else tuple(map(without_upload_prefix, parts[-1:]))
-    parts = last if _is_of_another_computer(name) else (*parts[:-1], *last)
+    parts = last if is_of_another_computer(name) else (*parts[:-1], *last)
     for others,path in files.get(last, ()):
         length = min(len(parts), len(others))
         if parts[-length:]==others[-length:]: paths.append(path)
     return paths[0] if len(paths)==1 else None
 
-def _is_of_another_computer(name):
+def is_of_another_computer(
+    name:str, # of an image in labels
+)->bool:
     "Tests for a URL, an absolute path or one that leads upwards, whose folders are those of another computer."
     return bool(re.match(r'[/\\]|\.\.[/\\]|[a-zA-Z]:[/\\]|\w+://', name))
 

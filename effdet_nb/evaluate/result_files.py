@@ -7,7 +7,7 @@ __all__ = ['CSV_COLUMNS', 'MAX_SHAPE_CHANGE', 'RESULT_FORMATS', 'detection_rows'
            'predictions_to_coco', 'AnnotationIds', 'coco_result_list', 'ResultFile', 'choose_result_file']
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #96e325f1
-import csv, re
+import csv
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..core.files import atomic_write, check_output_path, write_json
 from ..data.classes import ClassTable
 from ..data.coco import load_coco_lenient
 from ..data.coco_json import drop_masks
-from ..data.image_files import comparable_parts, without_upload_prefix
+from ..data.image_files import comparable_parts, is_of_another_computer, without_upload_prefix
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #44d994d1
 CSV_COLUMNS = ('image', 'category_id', 'class', 'score', 'x1', 'y1', 'x2', 'y2') # boxes in pixels of the image
@@ -130,8 +130,7 @@ def _possible_parts(name):
     "The folders and names that the file of an image in an annotation file can have."
     parts = comparable_parts(name)
     possible = {parts, (*parts[:-1], *map(without_upload_prefix, parts[-1:]))}
-    is_of_another_computer = re.match(r'\.{0,2}[/\\]|[a-zA-Z]:[/\\]|\w+://', name)
-    return possible | {parts[-1:] for parts in possible} if is_of_another_computer else possible
+    return possible | {parts[-1:] for parts in possible} if is_of_another_computer(name) else possible
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #7418c710
 def coco_result_list(
