@@ -204,9 +204,9 @@ def _tiny_problem(tiny, image_hw):
 def _small_note(small, sizes, shapes, image_hw):
     "Returns the note on boxes that are too small, with an input size at which nine tenths of them match."
     sides,smallest = np.sqrt(sizes[small].prod(1)), np.sqrt(shapes.prod(1).min())
-    factor = np.sqrt(MATCH_IOU)*smallest/np.quantile(sides, .1)
+    factor = np.sqrt(MATCH_IOU)*smallest/max(np.quantile(sides, .1), 1e-3)         # boxes can have no area
     h,w = (math.ceil(side*factor/SIDE_STEP)*SIDE_STEP for side in image_hw)
-    larger = f'Raise image_size to "{h},{w}", cut' if max(h, w)<=MAX_SIDE else 'Cut'
+    larger = f'Raise image_size to "{h},{w}", cut' if max(image_hw)<max(h, w)<=MAX_SIDE else 'Cut'
     return data_note('dataset_config.image_size',
                      f'{_share(small)} too small for the smallest anchor ({smallest:.0f} pixels) and matched only by '
                      f'force; their median is {np.median(sides):.0f} pixels. {larger} the images into tiles '
