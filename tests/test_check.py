@@ -163,7 +163,11 @@ faults = {
              r'2 of 2 boxes \(100%\) are smaller than 2 pixels at 128x128'),
     'small': (lambda: [api_record('a', boxes=((.1,.1,.17,.17),)*2, hw=(60,60))], 0,
               r'2 of 2 boxes \(100%\) are too small for the smallest anchor \(32 pixels\) .* median is 9 pixels. Raise '
-              r'image_size to "384,384", cut the images into tiles \(effdet_tile\), or lower model_config.anchor'),
+              r'image_size to "320,320", cut the images into tiles \(effdet_tile\), or lower model_config.anchor'),
+    'small and thin': (lambda: [api_record('a', boxes=((.1,.1,.11,.2),)*2, hw=(300,300))], 0,
+                       r'2 of 2 boxes .* too small .* Cut the images into tiles'),
+    'small and without area': (lambda: [api_record('a', boxes=((.1,.1,.1,.14), (.1,.1,.17,.17)), hw=(60,60))], 1,
+                               r'1 box has no area'),
     'thin': (lambda: [api_record('a', boxes=((.1,.1,.2,.95),), hw=(60,60))], 0,
              r'1 of 1 box \(100%\) is longer than any anchor .* beyond 8.5 to 1. Add such a pair to aspect_ratios'),
     'damaged': (lambda: [api_record('a'), b'\x0anothing'], 1,

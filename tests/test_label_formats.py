@@ -20,6 +20,7 @@ from effdet_nb.data.label_json import labelme_outline
 from effdet_nb.data.label_set import LabelSet, SourceError
 from effdet_nb.data.sources import convert_sources, ordered_names, parse_class_map, read_sources
 from effdet_nb.data.tfrecord import load_sidecar, parse_example, read_records
+from effdet_nb.data.yolo_yaml import find_class_names, read_yaml
 
 FIXTURES = Path(__file__).parent/'fixtures'/'labels'
 SIZES = {'a b.jpg': (60, 80), 'c.jpg': (61, 80), 'empty.jpg': (62, 80)}
@@ -339,6 +340,38 @@ def test_images_that_fit_a_label_equally_well_are_reported_and_not_used(kind, tm
     assert not [reason for reason in labels.report.notes if reason.fault in (Fault.NO_LABEL_FILE, Fault.NO_XML_FILE)]
     (tmp_path/'1.png').unlink()
     assert len(read_sources(tmp_path).annotations)==2
+
+
+def test_a_yaml_file_with_a_byte_order_mark_names_the_classes(tmp_path):
+    (tmp_path/'data.yaml').write_bytes(b'\xef\xbb\xbfnames: [cat]')
+    assert find_class_names(tmp_path)[0]==('cat',)
+
+
+def test_yaml_files_with_different_class_names(tmp_path):
+    write(tmp_path/'a.yaml', 'names: [a, b]')
+    write(tmp_path/'b.yml', 'names: [b, a]')
+    with pytest.raises(SourceError, match='names in a.yaml, b.yml differ'): find_class_names(tmp_path)
+    write(tmp_path/'data.yaml', 'names: [c]')
+    assert find_class_names(tmp_path)[0]==('c',)
+
+
+def test_a_damaged_yaml_file_beside_that_of_the_dataset_is_ignored(tmp_path):
+    write(tmp_path/'chart.yaml', 'names: [{{')
+    with pytest.raises(SourceError, match='chart.yaml: not valid YAML'): find_class_names(tmp_path)
+    write(tmp_path/'set.yaml', 'names: [a]')
+    assert find_class_names(tmp_path)[0]==('a',)
+
+
+@pytest.mark.parametrize('text', ['x: !!bool foo', 'x: !!timestamp foo', 'names: !!int foo'])
+def test_tags_of_other_types_are_an_error_that_names_the_file(text, tmp_path):
+    write(tmp_path/'data.yaml', text)
+    with pytest.raises(SourceError, match='data.yaml: not valid YAML'): read_yaml(tmp_path/'data.yaml')
+
+
+@pytest.mark.parametrize('name', ['obj.names', 'dataset.yml', 'coco.yaml', '_darknet.labels'])
+def test_class_names_that_git_lfs_has_not_fetched(name, tmp_path):
+    write(tmp_path/name, 'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 345\n')
+    with pytest.raises(UnsuitableFile, match='Git LFS'): find_class_names(tmp_path)
 
 
 @pytest.mark.parametrize('kind', ['coco', 'yolo'])

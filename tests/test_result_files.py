@@ -135,15 +135,28 @@ def test_an_image_of_the_same_name_in_another_folder_does_not_pass_silently(tmp_
 
 @pytest.mark.parametrize('labelled_hw,bbox', [
     ((30, 40), [0, 0, 40, 30]), ((60, 80), [0, 0, 80, 60]), ((15, 21), [0, 0, 21, 15]),
-    ((40, 30), [0, 0, 40, 30]), ((0, 0), [0, 0, 40, 30])])          # turned, and unknown
+    ((40, 30), [0, 0, 40, 30]), ((0, 0), [0, 0, 40, 30]),           # turned, and unknown
+    ((60, 60), [0, 0, 60, 60])])                                    # stretched
 def test_results_are_in_pixels_of_the_labels(images, tmp_path, labelled_hw, bbox):
     truth = annotation_file(tmp_path/'truth.json', NAMES, ['day1/a.jpg'])
     data = json.loads(truth.read_text())
     data['images'][0].update(height=labelled_hw[0], width=labelled_hw[1])
+    data['annotations'] = []
     truth.write_text(json.dumps(data))
     infer(FullImageDetector(NAMES), images, out_label_path=tmp_path/'r.json', label_format='coco',
           annotations_file=truth, only=truth)
     assert {tuple(r['bbox']) for r in json.loads((tmp_path/'r.json').read_text())}=={tuple(bbox)}
+
+
+def test_a_size_of_labels_that_cannot_be_true_is_not_used(tmp_path):
+    truth = annotation_file(tmp_path/'truth.json', ['x'], ['a.jpg', 'b.jpg'])
+    data = json.loads(truth.read_text())
+    data['images'][0].update(height=15, width=20)                   # its box has 40 x 30 pixels
+    data['images'][1].update(height=1000, width=1020)
+    truth.write_text(json.dumps(data))
+    ids = AnnotationIds(truth)
+    assert ids.scale(100, (30, 40))==(1, 1)
+    assert ids.scale(101, (1020, 1000))==(1, 1) and ids.scale(101, (500, 510))==(2, 2)
 
 
 @pytest.mark.parametrize('path,found', [

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['UNREADABLE', 'MAX_PROBED', 'SLOPPY', 'OutsideFolder', 'image_path', 'EncodedImage', 'probe_image',
            'match_orientation', 'SidesSwapped', 'image_fault', 'without_upload_prefix', 'upright_size',
-           'comparable_parts', 'walk_folders', 'is_of_another_computer', 'find_image_files', 'without_wrong_sizes']
+           'comparable_parts', 'walk_folders', 'is_of_another_computer', 'find_image_files', 'has_boxes_beyond',
+           'without_wrong_sizes']
 
 # %% ../../nbs/data/06_image_files.ipynb #600c8d8a
 import errno, io, os, re, struct, unicodedata, zlib
@@ -250,6 +251,14 @@ def _extends_beyond(annotations, hw):
     boxes = np.float64([annotation['bbox'] for annotation in annotations]).reshape(-1, 4)
     return bool((boxes[:,:2]+boxes[:,2:]>np.add(hw[::-1], 1)).any())
 
+def has_boxes_beyond(
+    image:dict,       # entry of a COCO file
+    annotations:list, # its annotations
+)->bool:              # False if its size is unknown
+    "Tests whether a box of an image extends so far beyond its size in the file that the size must be wrong."
+    height,width = image['height'], image['width']
+    return bool(height and width) and _extends_beyond(annotations, np.multiply((height, width), SLOPPY))
+
 def _has_size_of_file(image, image_dir):
     "Tests whether the size in the JSON is that of the file, as a viewer shows it."
     try: return upright_size(image_path(image_dir, image['file_name']))==(image['height'],image['width'])
@@ -266,8 +275,7 @@ def without_wrong_sizes(
     image_dir,        # folder of the images
 )->tuple:             # `CocoDataset`, without the wrong sizes, and the names of the images that show it
     "Removes the sizes that differ from the files if boxes extend beyond them that lie inside the files."
-    small = [image for image in coco.images if image['height'] and image['width']
-             and _extends_beyond(coco.annotations[image['id']], np.multiply((image['height'], image['width']), SLOPPY))]
+    small = [image for image in coco.images if has_boxes_beyond(image, coco.annotations[image['id']])]
     with_boxes = sum(map(bool, coco.annotations.values()))
     if len(small)<MANY*max(1, with_boxes): return coco, []
     probed = small[:MAX_PROBED]

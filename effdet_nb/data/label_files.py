@@ -97,7 +97,7 @@ def read_voc(
 def _add_voc_file(labels, file, finder, first):
     "Adds the boxes of a VOC file and its image, whose path is returned; `first` is the number of the first pixel."
     path = finder.find(file.path.stem, file.path)
-    path = finder.find(file.image_name, file.path) or path or finder.expected(file.image_name, file.path)
+    path = finder.find(file.image_name, file.path) or path or finder.expected_path(file.image_name, file.path)
     image = labels.add_image(path, file.hw if os.path.exists(path) else None)
     for i,voc_object in enumerate(file.objects, 1):
         label_id = f'{file.path.name}:{i}'
@@ -200,8 +200,8 @@ def read_yolo(
 
 def _image_of(finder, path, image):
     "Returns the image of a label file: the listed one, or that of its name."
-    if image==path: return finder.expected(path.stem, path)
-    return image if os.path.isfile(image) else finder.expected(str(image), path)
+    if image==path: return finder.expected_path(path.stem, path)
+    return image if os.path.isfile(image) else finder.expected_path(str(image), path)
 
 def _have_polygons(files):
     "Tests whether a line of some files is a polygon of three or more than four points."
@@ -249,7 +249,7 @@ def read_kitti(
         if lines is None:
             report_damaged(labels, path, finder)
             continue
-        image = labels.add_image(finder.expected(Path(path).stem, path))
+        image = labels.add_image(finder.expected_path(Path(path).stem, path))
         for number,line in lines.items(): _add_kitti_line(labels, image, f'{path.name}:{number}', line)
 
 def _add_kitti_line(labels, image, label_id, line):

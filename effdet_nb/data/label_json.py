@@ -101,7 +101,7 @@ def read_labelme(
 def _add_labelme_file(labels, path, data, finder):
     "Adds the image and the shapes of a LabelMe file."
     name = data['imagePath'] if isinstance(data.get('imagePath'), str) else path.stem
-    image_path = finder.find(name, path) or finder.find(path.stem, path) or finder.expected(name, path)
+    image_path = finder.find(name, path) or finder.find(path.stem, path) or finder.expected_path(name, path)
     hw = usable_hw(data.get('imageHeight'), data.get('imageWidth')) if os.path.exists(image_path) else None
     _add_labelme_shapes(labels, labels.add_image(image_path, hw), path, data)
 
@@ -170,7 +170,7 @@ def read_via(
     attribute = via_class_attribute([region for regions in regions_of.values() for region in regions])
     for key,regions in regions_of.items():
         name = _via_file_name(entries, key)
-        image = labels.add_image(finder.expected(name, path))
+        image = labels.add_image(finder.expected_path(name, path))
         for i,region in enumerate(regions, 1):
             outline = via_outline(_attributes(region, 'shape_attributes'))
             labels.add_outline(image, f'{name}:{i}', _via_class(region, attribute), outline)
@@ -236,7 +236,7 @@ def read_label_studio(
 
 def _add_task_image(labels, url, versions, finder, path):
     "Adds the image of a task; without labels it is left out."
-    image_path = finder.expected(name_in_url(url), path)
+    image_path = finder.expected_path(name_in_url(url), path)
     first = next((r for results in versions for r in results if isinstance(r, dict)), {})
     hw = usable_hw(first.get('original_height'), first.get('original_width')) if os.path.exists(image_path) else None
     image = labels.add_image(image_path, hw)

@@ -17,6 +17,9 @@ from .faults import ConversionReport, Fault
 from .image_files import (
     UNREADABLE, comparable_parts, image_fault, upright_size, walk_folders, without_upload_prefix)
 
+# %% ../../nbs/data/22_label_set.ipynb #378845d9
+class SourceError(ValueError): "Raised for a path that is not one labelled dataset, and for wrong options about labels."
+
 # %% ../../nbs/data/22_label_set.ipynb #cae1286a
 IMAGE_ENDINGS = ('.jpg','.jpeg','.jfif','.png','.bmp','.tif','.tiff','.webp','.gif','.ppm','.pgm','.jp2')
 ROLE_FOLDERS = {'images','image','img','imgs','jpegimages','data','labels','label','label_2','image_2','annotations',
@@ -37,8 +40,6 @@ def _common_end(a, b):
     return count
 
 # %% ../../nbs/data/22_label_set.ipynb #c796403c
-class SourceError(ValueError): "Raised for a path that is no labelled dataset, or more than one."
-
 class ImageFinder:
     "Finds the image of a label file among the image files of a folder and its subfolders."
     def __init__(self,
@@ -264,7 +265,7 @@ def add_polygon(
 
 # %% ../../nbs/data/22_label_set.ipynb #47cf86f2
 @patch
-def expected(
+def expected_path(
     self:ImageFinder,
     name:str,        # name of the image in the labels
     label_file,      # path of the label file
@@ -291,7 +292,7 @@ def report_damaged(
     finder:ImageFinder,  # of the images
 )->Path:                 # its image, found or expected
     "Reports a label file that cannot be read, with its image."
-    image_path = finder.expected(Path(path).stem, path)
+    image_path = finder.expected_path(Path(path).stem, path)
     labels.leave_image_out(labels.add_image(image_path), label_file_fault(path), Path(path).name)
     return image_path
 

@@ -25,14 +25,14 @@ def read_yaml(
         yaml_implicit_resolvers = {k:_only_null(v) for k,v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
     contents = read_file(path, MAX_YAML_SIZE)
     try: data = yaml.load(contents.decode('utf-8-sig'), TextLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as e:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as e: # also of tags such as !!bool
         mark = getattr(e, 'problem_mark', None)
         line = mark and min(mark.line, contents.count(b'\n'))+1       # a mark can be after the end
         place = f' (line {line})' if line else ''
         raise SourceError(f'{path}: not valid YAML{place}. Correct it, or write the file again') from None
     return data if isinstance(data, dict) else {}
 
-MAX_YAML_SIZE = 2**20 # bytes; the class names of the largest datasets have a tenth of it
+MAX_YAML_SIZE = 2**20 # bytes; those of the largest datasets take a tenth of it
 
 def _only_null(rules): return [(tag,rule) for tag,rule in rules if tag.endswith(':null')]
 
@@ -56,7 +56,7 @@ def _is_class_entry(entry):
 def find_class_names(
     folder, # with label files
 )->tuple:   # (class names, contents of the YAML file), both empty if there are none
-    "Searches the class names of YOLO labels in their folder and the three above it."
+    "Finds the class names of YOLO labels in their folder or the three above it."
     for parent in [Path(folder), *Path(folder).absolute().parents[:3]]:
         data = read_yaml_of(parent)
         if data: return yaml_names(data), data
@@ -67,21 +67,33 @@ def find_class_names(
 def _reject_pointers(folder):
     "Raises an error if Git LFS has not fetched the class names of a folder of labels."
     for parent in [folder, *folder.parents[:3]]:
-        for name in ('data.yaml','data.yml','dataset.yaml','classes.txt'):
-            if is_lfs_pointer(parent/name): raise lfs_pointer_error(parent/name)
+        own = [*parent.glob('*.y*ml'), *parent.glob('*.names')] if parent==folder else []
+        usual = 'data.yaml', 'data.yml', 'dataset.yaml', 'dataset.yml', 'classes.txt', 'obj.names', '_darknet.labels'
+        for path in (*own, *(parent/name for name in usual)):
+            if is_lfs_pointer(path): raise lfs_pointer_error(path)
 
 def read_yaml_of(
     folder, # with a data.yaml
 )->dict:    # empty if there is none
-    "Returns the contents of the YAML file with class names in a folder."
-    paths = sorted([*Path(folder).glob('*.yaml'), *Path(folder).glob('*.yml')])
-    found = [read_yaml(path) for path in paths if _has_names(path)]
-    return next((data for data in found if yaml_names(data)), {})
+    "Returns the contents of the YAML file with class names in a folder: data.yaml, or the only one."
+    found,error = {}, None
+    for path in filter(_has_names, sorted([*Path(folder).glob('*.yaml'), *Path(folder).glob('*.yml')])):
+        try: data = read_yaml(path)
+        except SourceError as e: error = e
+        else:
+            if yaml_names(data): found[path.name] = data
+    if error and not found: raise error
+    if 'data.yaml' in found: return found['data.yaml']
+    if len({yaml_names(data) for data in found.values()})>1:
+        raise SourceError(f'{folder}: the class names in {", ".join(found)} differ. Give the YAML file of your dataset '
+                          'as annotations')
+    return next(iter(found.values()), {})
 
 def _has_names(path):
     "Tests for a file with a line `names:`; other YAML files need not be readable, and may be of any size."
-    try: return re.search(rb'^[{ ]*["\']?names["\']?\s*:', read_file(path, MAX_YAML_SIZE), re.M) is not None
+    try: contents = read_file(path, MAX_YAML_SIZE)
     except (OSError, UnsuitableFile): return False
+    return re.search(rb'^(?:\xef\xbb\xbf)?[{ ]*["\']?names["\']?\s*:', contents, re.M) is not None
 
 def _names_in_list(folder):
     "Returns the class names in a text file of a folder, empty if there is none."
@@ -97,12 +109,14 @@ def yaml_parts(
     "Returns the parts of a YOLO dataset that exist."
     base = Path(folder)/str(data.get('path') or '.')
     base = base if os.path.isdir(base) else Path(folder)
-    parts,named = {},_named_parts(data)
+    parts,named,numbers = {}, _named_parts(data), Counter()
     uses = Counter(chain.from_iterable(map(_tails, {text for _,text in named})))
     for name,text in named:
         own = [tail for tail in _tails(text) if uses[tail]==1]          # others may be another part
         existing = _existing_part(base, Path(folder), text, own)
-        if existing: parts[f'{name} {len(parts)+1}' if name in parts else name] = existing
+        if existing:
+            numbers[name] += 1
+            parts[name if numbers[name]==1 else f'{name} {numbers[name]}'] = existing
     return parts
 
 def _named_parts(data):
@@ -140,7 +154,7 @@ def check_one_part(
     data:dict,  # contents of its YAML file
     files:list, # its label files
 ):
-    "Raises `SourceError` if a folder has several parts, also if none of those in its YAML file exists."
+    "Raises `SourceError` if several parts in a YAML file exist, or if none does and the labels are in several folders."
     named = _named_parts(data)
     if only_part(folder, data) or len(named)<2 or len({path.parent for path in files})<2: return
     listed = ', '.join(f'{name} ({text})' for name,text in named)

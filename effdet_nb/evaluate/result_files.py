@@ -7,7 +7,7 @@ __all__ = ['CSV_COLUMNS', 'MAX_SHAPE_CHANGE', 'RESULT_FORMATS', 'detection_rows'
            'predictions_to_coco', 'AnnotationIds', 'coco_result_list', 'ResultFile', 'choose_result_file']
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #96e325f1
-import csv
+import csv, math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,8 @@ from ..core.files import atomic_write, check_output_path, write_json
 from ..data.classes import ClassTable
 from ..data.coco import load_coco_lenient
 from ..data.coco_json import drop_masks
-from ..data.image_files import comparable_parts, is_of_another_computer, without_upload_prefix
+from ..data.image_files import (
+    comparable_parts, has_boxes_beyond, is_of_another_computer, without_upload_prefix)
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #44d994d1
 CSV_COLUMNS = ('image', 'category_id', 'class', 'score', 'x1', 'y1', 'x2', 'y2') # boxes in pixels of the image
@@ -81,7 +82,8 @@ class AnnotationIds:
                 self.by_path[parts][image['file_name']] = image['id']
                 self.by_name[parts[-1:]][image['file_name']] = image['id']
         self.categories = {category['id']: str(category['name']) for category in coco.categories}
-        self.sizes = {image['id']: (image['height'], image['width']) for image in coco.images}
+        self.sizes = {image['id']: (image['height'], image['width']) for image in coco.images
+                      if not has_boxes_beyond(image, coco.annotations[image['id']])}
 
     def image_id(self,
         path, # of an image
@@ -99,11 +101,13 @@ class AnnotationIds:
         image_id,       # of an image in the file
         image_hw:tuple, # (height, width) of the image file, pixels; None: unknown
     )->tuple:           # (factor of y, factor of x), from pixels of the image file to those of the labels
-        "Compares the sizes of an image file and of its labels; a size of another shape does not count."
-        height,width = self.sizes[image_id]
+        "Returns the scale of the labels relative to the image file; 1 for an unknown size, or exchanged sides."
+        height,width = self.sizes.get(image_id, (None, None))
         if not (height and width and image_hw): return 1., 1.
-        y,x = height/image_hw[0], width/image_hw[1]
-        return (y, x) if abs(y/x-1)<MAX_SHAPE_CHANGE else (1., 1.)
+        h,w = image_hw
+        y,x = height/h, width/w
+        scaled,turned = abs(math.log(y/x)), abs(math.log(height*h/(width*w)))   # how far the shape is from either
+        return (1., 1.) if turned<min(scaled, MAX_SHAPE_CHANGE) else (y, x)
 
     def category_ids(self,
         class_table:ClassTable, # of the model
@@ -124,7 +128,7 @@ class AnnotationIds:
                     f'{name} becomes {self.categories[k]} (id {k}). Check that these are the same classes')
         return {k: k for k,_ in pairs}
 
-MAX_SHAPE_CHANGE = .05 # of height to width in an image that was scaled to whole pixels; more: it was turned
+MAX_SHAPE_CHANGE = .05 # logarithm of the ratio of two shapes that are taken as equal
 
 def _possible_parts(name):
     "The folders and names that the file of an image in an annotation file can have."

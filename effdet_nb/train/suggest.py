@@ -12,7 +12,7 @@ import math
 import numpy as np
 from ..core.console import counted
 from ..core.files import check_output_path
-from ..data.record_checks import SIDE_STEP
+from ..data.record_checks import INPUT_STEP
 from ..data.scan import SplitScan
 from ..data.tfrecord import load_sidecar
 from ..detector.efficientdet import Arch
@@ -33,7 +33,7 @@ def suggest_image_side(
     smallest,largest = SIDES
     if not len(object_sides): return smallest
     needed = MIN_OBJECT_RATIO*anchor_side/max(_smallest_object(np.asarray(object_sides), labels), 1e-6)
-    side = math.ceil(min(needed, image_side, largest)/SIDE_STEP)*SIDE_STEP
+    side = math.ceil(min(needed, image_side, largest)/INPUT_STEP)*INPUT_STEP
     return min(max(side, smallest), largest)
 
 def _smallest_object(object_sides, labels):
