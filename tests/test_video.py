@@ -442,6 +442,16 @@ def test_the_command_and_its_status_file_end_alike(tmp_path, capsys, names, mess
     if 'videos' in counts: assert f'Processed {counts["videos"]} of' in events[-2]['message']
 
 
+@pytest.mark.parametrize('options', [
+    dict(score_threshold=7), dict(image_options=dict(label_format='coco')),
+    dict(image_options=dict(annotations_file='val.json')),
+    dict(image_options=dict(label_format='csv'), out_label_path='x.json')])
+def test_options_that_are_not_possible_leave_nothing_behind(tmp_path, options):
+    Image.fromarray(image_at(0)).save(tmp_path/'0.png')
+    with pytest.raises(ValueError): I.infer_files('m.onnx', tmp_path, results_dir=tmp_path/'r', **options)
+    assert [path.name for path in tmp_path.iterdir()]==['0.png']
+
+
 def test_names_of_outputs():
     names = [('0', 'out', False), ('rtsp://x/y', 'out', True), ('dir/a.mpg', 'out', False),
              ('dir/a.mp4', 'b.jsonl', True)]

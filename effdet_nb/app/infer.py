@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_CANDIDATES', 'LOWEST_CANDIDATE', 'predict_files', 'predict_tiled_files', 'load_for_inference', 'batch_sizes',
            'warm_up', 'warn_of_orientation', 'detection_limit', 'with_all_candidates', 'warn_of_fixed_limit', 'infer',
-           'check_score_threshold', 'make_output_writer']
+           'check_score_threshold', 'check_inference', 'make_output_writer']
 
 # %% ../../nbs/app/03_infer.ipynb #27a0e39c
 import copy, time
@@ -20,7 +20,7 @@ from ..detector.images import (
 from ..detector.nms import DEFAULT_NMS
 from ..detector.tiles import Tiling, detect_tiled, warn_of_small_tiles
 from ..data.classes import ClassTable
-from ..evaluate.result_files import choose_result_file, predictions_to_coco
+from ..evaluate.result_files import check_result_options, choose_result_file, predictions_to_coco
 from .inference_files import (
     choose_channels, chosen_images, count_passed_over, output_paths, read_label_map, rename_classes)
 from .inference_results import FilePrediction, InferenceSummary, OutputWriter
@@ -303,6 +303,19 @@ def check_score_threshold(
     "Raises if a threshold is not between 0 and 1."
     if 0<=score_threshold<=1: return
     raise ValueError(f'--threshold {score_threshold}: not a score; scores go from 0 to 1. Try 0.3')
+
+def check_inference(
+    out_image_path=None,  # as for `infer`
+    out_label_path=None,
+    results_dir=None,
+    score_threshold:float=.5,
+    label_format:str=None,
+    annotations_file=None,
+):
+    "Raises an error for options of `infer` that are not possible, before anything is read or written."
+    label_output = _output_folders(out_image_path, out_label_path, results_dir)[1]
+    check_score_threshold(score_threshold)
+    check_result_options(label_output, label_format, annotations_file)
 
 def make_output_writer(
     paths:list,  # the images, as `find_images` listed them

@@ -91,7 +91,7 @@ def effdet_inference(
                               every, tiling=tiling, **options)
     if not summary.failure: return summary
     print(summary, flush=True)
-    raise ValueError(summary.failure)
+    raise ValueError(f'{summary.failure}. The reasons are listed above')
 
 def _tiling(tile, overlap, tile_only):
     "The `Tiling` that the options describe, or None."

@@ -77,15 +77,16 @@ class OutputWriter:
         prediction.stage_seconds['write'] = time.perf_counter()-start
         return prediction, None
 
-# %% ../../nbs/app/02_inference_results.ipynb #3c42d898
+# %% ../../nbs/app/02_inference_results.ipynb #91590e6a
 def describe_failure(
-    what:str,   # what has happened to some files, in the plural
+    what:str,   # noun and verb, such as 'images could not be read'
     failed:int, # number of these files
     total:int,  # number of all files
 )->str:
-    "Says in one sentence how many files of a run failed."
-    return f'{failed:,} of {total:,} {what}. They are listed above; all others were processed'
+    "Describes in one sentence how many files of a run failed."
+    return f'{failed:,} of {total:,} {what}; all others were processed'
 
+# %% ../../nbs/app/02_inference_results.ipynb #3c42d898
 @dataclass
 class InferenceSummary:
     "The results of an inference run."

@@ -22,7 +22,7 @@ from .inference_files import (
     read_label_map, rename_classes, visible_files)
 from .inference_results import InferenceSummary, describe_failure
 from .infer import (
-    check_score_threshold, detection_limit, infer, load_for_inference, warm_up, warn_of_fixed_limit,
+    check_inference, check_score_threshold, detection_limit, infer, load_for_inference, warm_up, warn_of_fixed_limit,
     with_all_candidates)
 from .video import (
     CONTAINERS, VideoReader, VideoWriter, check_video_path, import_av, in_background, is_live, is_video)
@@ -257,8 +257,7 @@ class FilesSummary:
         if self.num_failed==0: return ''
         if not self.videos: return self.images.failure
         if is_live(self.videos[0].source):
-            return ('the camera or stream could not be read to its end. The reason is listed above; all frames before '
-                    'it were processed')
+            return 'the camera or stream could not be read to its end; the frames that were read have been processed'
         return describe_failure('files could not be read completely', self.num_failed, self.num_files)
 
     def __repr__(self): return '\n'.join(map(repr, filter(None, [self.images, *self.videos])))
@@ -284,6 +283,8 @@ def infer_files(
     if videos and Path(source).is_dir(): _check_outputs_of_folder(videos, source, out_image_path, out_label_path)
     outputs,summary = (detector, source, out_image_path, out_label_path), FilesSummary()
     options = options | dict(recursive=recursive)
+    check_inference(out_image_path, out_label_path, results_dir, options.get('score_threshold', .5),
+                    **{name: image_options.get(name) for name in ('label_format', 'annotations_file')})
     with results_status(results_dir, 'inference', options.get('key', '')) as status:
         if has_images or not videos:
             passed_over = count_passed_over(source, recursive, VIDEO_EXTENSIONS) if videos else None

@@ -99,7 +99,7 @@ def log_progress(self:Status,
 def fail(self:Status,
     message:str, # one sentence about what has failed
 ):
-    "Lets the run end with FAILURE, unless an error ends it before."
+    "Makes the run end with FAILURE and this message; an error that ends it earlier replaces the message."
     self.failure = message
 
 # %% ../../nbs/core/02_console.ipynb #128208e1

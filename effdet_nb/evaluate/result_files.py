@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CSV_COLUMNS', 'MAX_SHAPE_CHANGE', 'RESULT_FORMATS', 'detection_rows', 'write_csv', 'write_csv_results',
-           'predictions_to_coco', 'AnnotationIds', 'coco_result_list', 'ResultFile', 'choose_result_file']
+           'predictions_to_coco', 'AnnotationIds', 'coco_result_list', 'ResultFile', 'check_result_options',
+           'choose_result_file']
 
 # %% ../../nbs/evaluate/07_result_files.ipynb #96e325f1
 import csv, math
@@ -200,17 +201,27 @@ class ResultFile:
         elif self.file_format=='json': write_json(self.path, predictions_to_coco(predictions, class_table))
         else: write_json(self.path, coco_result_list(predictions, class_table, self.ids))
 
+def check_result_options(
+    path,                  # file or folder for labels; None: none was given
+    file_format:str=None,  # one of `RESULT_FORMATS`; None: by the end of the path
+    annotations_file=None, # COCO file with the ids of images and categories
+)->str:                    # the format
+    "Raises an error for a path, a format and an annotation file that do not fit together; reads no file."
+    ending = Path(path or '').suffix.lower()
+    file_format = file_format or _format_of_ending(ending, annotations_file)
+    _check_annotations(file_format, annotations_file)
+    if file_format!='kitti' or ending in ('.csv','.json'): _check_result_path(path, ending, file_format)
+    return file_format
+
 def choose_result_file(
     path,                  # file or folder for labels; None: none was given
     file_format:str=None,  # one of `RESULT_FORMATS`; None: by the end of the path
     annotations_file=None, # COCO file with the ids of images and categories
 )->ResultFile:             # None for KITTI labels
     "Chooses the file for the detections of all images."
+    file_format = check_result_options(path, file_format, annotations_file)
     ending = Path(path or '').suffix.lower()
-    file_format = file_format or _format_of_ending(ending, annotations_file)
-    _check_annotations(file_format, annotations_file)
-    if file_format=='kitti' and ending not in ('.csv','.json'): return None
-    _check_result_path(path, ending, file_format)
+    if file_format=='kitti': return None
     path = Path(path) if ending in _ENDINGS else Path(path)/_FILE_NAMES[file_format]
     check_output_path(path)
     return ResultFile(path, file_format, AnnotationIds(annotations_file) if file_format=='coco' else None)

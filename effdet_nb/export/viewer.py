@@ -58,6 +58,7 @@ function drawResult(image, result) {
   const hint = best > 0 ? `; the best score is ${best.toFixed(3)}` : `; no score reaches ${detector.settings.lowest}`
   const objects = shown.length ? count : count + hint
   caption.textContent = result.detections ? `${name}: ${objects}, ${Math.round(result.milliseconds)} ms` : `${name} …`
+  if (!result.detections) return
   const counts = {}
   for (const d of shown) counts[labels[d.channel]] = (counts[labels[d.channel]] ?? 0) + 1
   canvas.ariaLabel = Object.entries(counts).map(([label, n]) => `${n} ${label}`).join(', ') || 'no objects'
@@ -104,6 +105,7 @@ function addFiles(files, decodeFile) {
   return queue
 }
 async function startPage(load, decodeFile = decode) {
+  document.ondragover = document.ondrop = event => event.preventDefault()   // otherwise the browser opens the file
   say('Loading the model …')
   try { detectors = await load() }
   catch (e) { return say(`The model could not be loaded: ${e.message ?? e}`) }
@@ -111,7 +113,6 @@ async function startPage(load, decodeFile = decode) {
   element('files').disabled = false
   element('files').onchange = event => addFiles(event.target.files, decodeFile)
   element('threshold').oninput = drawAll
-  document.ondragover = event => event.preventDefault()
   document.ondrop = event => { event.preventDefault(); addFiles(event.dataTransfer.files, decodeFile) }
   document.body.dataset.ready = 'yes'
 }
@@ -137,13 +138,13 @@ figcaption { font-size: .9rem; overflow-wrap: anywhere }
 def viewer_html(
     title:str,       # of the page
     scripts:list,    # paths of its scripts, in order
-    threshold:float, # score at which the slider starts
-    lowest:float,    # lowest score of the slider
-    connections:str="'none'", # what the page may connect to, for its security policy
+    threshold:float, # score at which the slider starts, 0 to 1
+    lowest:float,    # lowest score of the slider, 0 to 1
+    connections:str="'none'", # value of connect-src in its security policy
 )->str:              # a complete HTML document
     "Returns the page that shows images and the detections in them."
     policy = ("default-src 'none'; script-src 'self' blob: 'wasm-unsafe-eval'; style-src 'unsafe-inline'; "
-              f"img-src data: blob:; connect-src {connections}")
+              f"img-src data: blob:; connect-src {connections}; form-action 'none'; base-uri 'none'")
     slider = f'min="{lowest:.2f}" max="1" step="0.01" value="{threshold:.2f}"'
     tags = '\n'.join(f'<script src="{html.escape(path)}"></script>' for path in scripts)
     return VIEWER_HTML.format(title=html.escape(title), policy=policy, css=VIEWER_CSS, slider=slider, scripts=tags,

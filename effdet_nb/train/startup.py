@@ -72,9 +72,10 @@ def compare_classes(
 def changed_names(
     old:ClassTable, # of a model file
     new:ClassTable, # of the records, for as many channels
-)->str:             # the names that changed, at most three; empty if there are none
+)->str:             # the first three changed names and the number of others; empty if there are none
     "Describes the channels whose class has another name than before."
-    pairs = [(old.class_name(channel), new.class_name(channel)) for channel in range(new.num_classes)]
+    used = [channel for channel in range(new.num_classes) if old.has_category(channel) or new.has_category(channel)]
+    pairs = [(old.class_name(channel), new.class_name(channel)) for channel in used]
     names = [f'class {before} -> {now}' for before,now in pairs if before != now]
     more = [f'and {len(names)-3} more'] if len(names) > 3 else []
     return ', '.join(names[:3]+more)
