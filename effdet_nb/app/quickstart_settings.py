@@ -167,8 +167,7 @@ def shell_commands(
     trained_path,retrained_path,exported_path = (
         shlex.quote(str(path)) for path in (trained_path, retrained_path, exported_path))
     return [
-        ('Draw the images and their COCO files', _draw_command(folder, settings)),
-        ('Convert them to records', '\n'.join(_convert_command(f, split) for split in ('train', 'val'))),
+        *_data_commands(folder, settings),
         ('Train', f'effdet_train -e {f}/spec.txt -d {f}/trained{key}'),
         ('Evaluate', f'effdet_evaluate -e {f}/spec.txt -m {trained_path}{key}'),
         ('Prune', f'effdet_prune -m {trained_path} -o {f}/pruned -pth {settings.pruning_threshold}{key}'),
@@ -179,6 +178,12 @@ def shell_commands(
         ('Annotate images', f'effdet_inference -m {exported_path} -e {f}/spec.txt -i {f}/shapes/val '
                             f'-o {f}/annotated/images_annotated -l {f}/annotated/labels{key}'),
     ]
+
+def _data_commands(folder, settings):
+    "Returns the commands for the images and their records."
+    quoted = shlex.quote(Path(folder).as_posix())
+    return [('Draw the images and their COCO files', _draw_command(folder, settings)),
+            ('Convert them to records', '\n'.join(_convert_command(quoted, split) for split in ('train', 'val')))]
 
 def _draw_command(folder, settings):
     "Returns a line of Python that draws the images."

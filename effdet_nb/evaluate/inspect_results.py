@@ -29,19 +29,21 @@ def plot_precision_recall(
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(4.5,3), dpi=72)[1]
     curves = metrics.precision[_threshold_index(iou_threshold)]
-    ids = [row['id'] for row in metrics.per_class]
-    category_ids = _largest_classes(metrics) if category_ids is None else category_ids
-    if unknown := [k for k in category_ids if k not in ids]:
-        raise ValueError(f'category_ids: {unknown[0]} is none of the {len(ids)} categories ({ids[0]} to {ids[-1]})')
     lines = []
-    for category_id in category_ids:
-        i = ids.index(category_id)
+    for i in _class_positions(metrics, _largest_classes(metrics) if category_ids is None else category_ids):
         label = f'{metrics.per_class[i]["name"]} {format_metric(float(curves[:,i].mean()))}'
         lines += ax.plot(np.linspace(0, 1, 101), curves[:,i], label=label)
     ax.set(xlabel='recall', ylabel='precision', xlim=(0,1), ylim=(0,1.03))
     ax.set_title(f'precision and recall at IoU {iou_threshold:g}, with AP', fontsize=9)
     if lines: ax.legend(handles=lines, fontsize=8)      # or names that begin with _ would be missing
     return ax
+
+def _class_positions(metrics, category_ids):
+    "Returns the positions of categories in the metrics per class; raises for one that was not evaluated."
+    ids = [row['id'] for row in metrics.per_class]
+    if unknown := [k for k in category_ids if k not in ids]:
+        raise ValueError(f'category_ids: {unknown[0]} is none of the {len(ids)} categories ({ids[0]} to {ids[-1]})')
+    return [ids.index(category_id) for category_id in category_ids]
 
 def _threshold_index(iou_threshold):
     "Returns the position of a threshold among those of COCO; raises for any other."

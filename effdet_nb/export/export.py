@@ -131,10 +131,14 @@ def export_tensorflow(
         difference = check_difference(
             max_difference(outputs, raw_forward(model, pixels), meta), TOLERANCES['fp32'], path,
             partial(rounding_noise, model, pixels, meta))
-        metadata_path = temporary/'effdet_nb.json' if is_saved_model else Path(f'{temporary}.json')
-        metadata_path.write_text(json.dumps(meta), encoding='utf-8')
-        _publish([temporary] if is_saved_model else [metadata_path, temporary], destination)
+        _publish(_write_metadata(meta, temporary, is_saved_model), destination)
     return ExportResult(destination, meta, difference)
+
+def _write_metadata(meta, path, is_saved_model):
+    "Writes the metadata into a SavedModel, or beside a LiteRT file; returns the finished files, or the folder."
+    metadata_path = path/'effdet_nb.json' if is_saved_model else Path(f'{path}.json')
+    metadata_path.write_text(json.dumps(meta), encoding='utf-8')
+    return [path] if is_saved_model else [metadata_path, path]
 
 def _publish(sources, destination):
     "Moves finished files, or a finished folder, to their place beside `destination`, which they may replace."
