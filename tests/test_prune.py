@@ -15,10 +15,9 @@ from effdet_nb.detector.predictor import KerasDetector
 from effdet_nb.detector.toy_data import make_toy_dataset
 from effdet_nb.prune.channel_groups import abstract_model, channel_graph, params_and_macs, prune_weights, scope_of
 from effdet_nb.prune.latency import network_to_onnx, profile_onnx
-from effdet_nb.prune.prune import plan_pruning, prune, saved_norms
+from effdet_nb.prune.prune import check_pruning_settings, plan_pruning, protected_groups, prune, saved_norms
 from effdet_nb.prune.pruning_plan import (
-    EQUALIZATION_CRITERIA, NORMALIZERS, PruningPlan, check_pruning_settings, find_threshold, group_norms,
-    normalize_norms, protected_groups, select_channels)
+    EQUALIZATION_CRITERIA, NORMALIZERS, PruningPlan, find_threshold, group_norms, normalize_norms, select_channels)
 from effdet_nb.train import fit
 from effdet_nb.train.checkpoints import MetricHistory, optimizer_state
 from effdet_nb.train.experiment import resolve_arch, resolve_experiment

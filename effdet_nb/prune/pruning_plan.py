@@ -5,18 +5,13 @@
 # %% auto #0
 __all__ = ['NORMALIZERS', 'EQUALIZATION_CRITERIA', 'BeforeAfter', 'BYTES_PER_PARAM', 'THRESHOLD_STEPS', 'filter_norms',
            'normalize_norms', 'group_norms', 'select_channels', 'PruningPlan', 'add_total', 'plot_norms',
-           'plot_channel_counts', 'plot_tradeoff', 'find_threshold', 'expand_layer_names', 'protected_groups',
-           'check_pruning_settings']
+           'plot_channel_counts', 'plot_tradeoff', 'find_threshold']
 
 # %% ../../nbs/prune/02_pruning_plan.ipynb #ffe73923
 from bisect import bisect_left
 from collections import namedtuple
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from fnmatch import filter as match_names
 from functools import cached_property
-from math import isfinite
-from numbers import Integral
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -339,68 +334,3 @@ def _unreachable(plan, quantity, target, least):
     return (f'target_{quantity} {target:g}: cannot be reached; the least that these settings leave is {least:,} '
             f'({share:.1%}). Lower min_num_filters ({plan.min_num_filters}) or pruning_granularity, '
             'or exclude fewer layers')
-
-# %% ../../nbs/prune/02_pruning_plan.ipynb #f2a701b0
-def expand_layer_names(
-    patterns, # names of layers, or patterns such as `block7*`; a string is a single pattern
-    layers,   # names of all layers
-)->set:       # names of the matching layers
-    "Finds the layers that match names or patterns; a pattern without a match is an error."
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    matches = {pattern: match_names(layers, pattern) for pattern in patterns}
-    unknown = [_with_suggestion(pattern, layers) for pattern,names in matches.items() if not names]
-    if unknown:
-        raise ValueError(f'excluded_layers: no layer is named {", ".join(unknown)}. '
-                         'Give names of layers, or patterns with *')
-    return set().union(*matches.values())
-
-def _with_suggestion(name, names):
-    "Returns a name, followed by the most similar known names."
-    similar = get_close_matches(name, names, 2)
-    return f'{name} (did you mean {" or ".join(similar)}?)' if similar else name
-
-# %% ../../nbs/prune/02_pruning_plan.ipynb #130c7697
-def protected_groups(
-    graph:ChannelGraph,  # from `channel_graph`
-    excluded_layers=(),  # names of layers, or patterns such as `block7*`
-    scope:str='all',     # `all`, or the only part to prune: backbone, bifpn, heads
-)->frozenset:            # names of the groups that keep all channels
-    "Lists the groups of excluded layers, and those outside of the scope."
-    excluded, protected = expand_layer_names(excluded_layers, graph.layers), set()
-    for group in graph.groups:
-        is_out_of_scope = scope not in ('all', scope_of(group.name))
-        if is_out_of_scope or not excluded.isdisjoint(group.layers): protected.add(group.name)
-    return frozenset(protected)
-
-# %% ../../nbs/prune/02_pruning_plan.ipynb #2e619237
-def check_pruning_settings(
-    normalizer:str,       # `max` or `L2`
-    criterion:str,        # a key of `EQUALIZATION_CRITERIA`
-    granularity:int,      # 1 or more
-    threshold:float,      # 0 or more
-    min_num_filters:int,  # 1 or more
-    scope:str,            # `all`, backbone, bifpn or heads
-    **targets,            # {name: a number above 0, or None}
-):
-    "Raises an error that lists all invalid settings of `prune`."
-    errors = [
-        *_check_choice('normalizer', normalizer, NORMALIZERS),
-        *_check_choice('equalization_criterion', criterion, EQUALIZATION_CRITERIA),
-        *_check_choice('scope', scope, ['all', *SCOPE_COLORS]),
-        *_check_count('pruning_granularity', granularity),
-        *_check_count('min_num_filters', min_num_filters),
-    ]
-    if not (isfinite(threshold) and threshold >= 0):
-        errors.append(f'pruning_threshold {threshold}: must be a number from 0 to below 1')
-    for name,target in targets.items():
-        if target is not None and not (isfinite(target) and target > 0):
-            errors.append(f'{name} {target}: must be a fraction of the model between 0 and 1, or a number above 1')
-    if errors: raise ValueError('\n'.join(errors))
-
-def _check_choice(name, value, allowed):
-    "Yields an error message if a value is not among the allowed ones."
-    if value not in allowed: yield f'{name} "{value}": choose from {", ".join(allowed)}'
-
-def _check_count(name, value):
-    "Yields an error message if a value is not a positive integer."
-    if not (isinstance(value, Integral) and value >= 1): yield f'{name} {value}: must be a whole number, 1 or more'
