@@ -20,7 +20,8 @@ toy (float[{batch},{h},{w},3] input)
 def toy_onnx_model(num_classes=3, image_hw=(128, 128), batch='batch', seed=0, opset=17, spread=3.):
     "An exported graph without suppression: random outputs, to which an image adds its mean brightness."
     from onnx import parser
-    from effdet_nb.export.onnx_graph import add_initializer, build_metadata, set_metadata
+    from effdet_nb.export.metadata import build_metadata, set_metadata
+    from effdet_nb.export.onnx_graph import add_initializer
     h, w = image_hw
     rng, num_anchors = np.random.default_rng(seed), len(all_anchors(image_hw))
     mean = 'ReduceMean<axes = [1,2,3], keepdims = 1>(input)' if opset < 18 else 'ReduceMean<keepdims = 1>(input, axes)'

@@ -9,7 +9,7 @@ import pytest
 
 from effdet_nb.detector.boxes import clip_boxes
 from effdet_nb.export.deepstream import labels_text, nvinfer_config, readme_text, write_deepstream
-from effdet_nb.export.onnx_graph import get_metadata
+from effdet_nb.export.metadata import get_metadata
 from effdet_nb.export.onnx_nms import NMS_OUTPUTS, add_onnx_nms, add_trt_nms
 from onnx_toy import noise_images, run_onnxruntime, toy_onnx_model
 

@@ -20,7 +20,8 @@ from effdet_nb.detector.toy_data import SHAPE_NAMES, make_toy_image
 from effdet_nb.export import export as chapter, verify
 from effdet_nb.export.export import export, saved_nms_settings
 from effdet_nb.export.formats import check_saved_model_path
-from effdet_nb.export.onnx_graph import anchors_from_metadata, copy_proto, get_metadata, model_to_onnx
+from effdet_nb.export.metadata import anchors_from_metadata, get_metadata
+from effdet_nb.export.onnx_graph import copy_proto, model_to_onnx
 from effdet_nb.export.onnx_nms import add_onnx_nms, add_trt_nms
 from effdet_nb.export.quantize import calibrate, has_zero_points
 from effdet_nb.export.runtimes import OnnxDetector, load_detector, load_onnx_bytes

@@ -24,7 +24,7 @@ from effdet_nb.data.pipeline import DataConfig, read_training_example
 from effdet_nb.data.record_index import CorruptRecord, Records
 from effdet_nb.data.tfrecord import decode_example, example_class, make_example, write_records
 from effdet_nb.detector.efficientdet import Arch, arch_to_dict
-from effdet_nb.export.onnx_graph import get_metadata
+from effdet_nb.export.metadata import get_metadata
 from effdet_nb.export.exported_detector import check_metadata, parse_metadata
 from effdet_nb.export.runtimes import load_onnx_bytes
 from effdet_nb.prune.prune import saved_norms

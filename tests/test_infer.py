@@ -254,7 +254,7 @@ def test_images_are_padded_with_the_colour_of_the_detector(tmp_path, pad_rgb, is
 @pytest.mark.parametrize('pad_rgb', [(127,127,127), (7,0,255), None])
 def test_every_file_of_a_model_has_its_padding(model_files, tmp_path, pad_rgb):
     import onnx
-    from effdet_nb.export.onnx_graph import build_metadata, set_metadata
+    from effdet_nb.export.metadata import build_metadata, set_metadata
     from effdet_nb.export.runtimes import load_detector
     from effdet_nb.weights.model_file import load_model_file, save_model_file
     stored = load_model_file(model_files/'a.tlt')

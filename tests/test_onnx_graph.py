@@ -8,9 +8,10 @@ from hypothesis import given, settings, strategies as st
 
 from effdet_nb.detector.bifpn import Upsample
 from effdet_nb.detector.nms import NmsOptions, postprocess
+from effdet_nb.export.metadata import anchors_from_metadata, get_metadata, set_metadata
 from effdet_nb.export.onnx_graph import (
-    add_initializer, anchors_from_metadata, fold_batch_norms, get_batch_dim, get_metadata, graph_initializers,
-    name_by_position, remove_noop_reshapes, replace_nodes, resize_to_gather, set_metadata)
+    add_initializer, fold_batch_norms, get_batch_dim, graph_initializers, name_by_position, remove_noop_reshapes,
+    replace_nodes, resize_to_gather)
 from effdet_nb.export.onnx_nms import (
     NMS_BUILDERS, add_nms, add_onnx_nms, add_trt_nms, anchors_to_center_size, efficient_nms_reference, strip_nms)
 from effdet_nb.export.runtimes import OnnxDetector

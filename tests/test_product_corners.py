@@ -23,7 +23,7 @@ from effdet_nb.data.split import split_dataset
 from effdet_nb.data.tile_dataset import tile_dataset
 from effdet_nb.detector.efficientdet import Arch, arch_to_dict
 from effdet_nb.detector.tiles import Tiling
-from effdet_nb.export.onnx_graph import build_metadata
+from effdet_nb.export.metadata import build_metadata
 from effdet_nb.export.quantize import _batches_for, calibration_batches, collect_activation_ranges
 from effdet_nb.train import diagnostics
 from effdet_nb.train.distributed import DistributedPredictor

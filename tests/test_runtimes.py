@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from effdet_nb.export import runtimes as runtime
-from effdet_nb.export.onnx_graph import get_metadata, anchors_from_metadata
+from effdet_nb.export.metadata import get_metadata, anchors_from_metadata
 from effdet_nb.export.onnx_nms import add_onnx_nms, add_trt_nms
 from effdet_nb.export.runtimes import CudaMemory, OnnxDetector, TrtDetector, model_file_type, load_detector
 from effdet_nb.detector.nms import NmsOptions, postprocess_batch

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 
-from effdet_nb.export.onnx_graph import get_metadata
+from effdet_nb.export.metadata import get_metadata
 from effdet_nb.export.onnx_nms import add_onnx_nms, add_trt_nms
 from effdet_nb.export.tensorrt import BatchSizes, build_engine, convert_precision, gen_trt_engine
 from effdet_nb.weights.model_file import save_etlt
